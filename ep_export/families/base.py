@@ -1,0 +1,166 @@
+"""The contract of a model family: what one file under `families/` must answer.
+
+A family knows four things and nothing else: the dimensions in a checkpoint's config, how a prompt with
+pictures becomes arrays (NumPy and PIL only: it runs on a Jetson without torch), where the decoder's
+modules sit in the Hugging Face model, and how its vision encoder is written so that it can be traced.
+torch and transformers' modelling code are imported inside the methods that need them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ep_export.dims import DecoderDims
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+__all__ = ["DecoderModules", "Family", "Picture", "PromptBuilder", "PromptInputs", "VisionTrace"]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture after the family's image processor, ready for one call of the vision encoder.
+
+    Attributes:
+        pixel_values: What Hugging Face's own image processor returns for this picture alone, float32.
+        grid: (time, height, width) in patches, before merging.
+        token_grid: (height, width) in visual tokens, row-major as they stand in the prompt; for drawing.
+        size: (width, height) of the original picture in pixels.
+    """
+
+    pixel_values: NDArray[np.float32]
+    grid: tuple[int, int, int]
+    token_grid: tuple[int, int]
+    size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class PromptInputs:
+    """A prompt as arrays: all the runtime, the oracle and the calibrator need. Batch is always 1.
+
+    Attributes:
+        input_ids: [1, S] int64, one placeholder id per visual token.
+        position_ids: [A, 1, S] int64, computed in NumPy (the oracle lets Hugging Face compute its own).
+        visual_index: [N] int64, ascending positions of the visual tokens; empty without a picture.
+        next_position: Position id of the first generated token, equal on every axis.
+        pictures: The pictures in prompt order.
+    """
+
+    input_ids: NDArray[np.int64]
+    position_ids: NDArray[np.int64]
+    visual_index: NDArray[np.int64]
+    next_position: int
+    pictures: tuple[Picture, ...]
+
+
+class PromptBuilder(Protocol):
+    """Turns pictures and a question into `PromptInputs`, and token ids back into text. No torch."""
+
+    eos_token_ids: tuple[int, ...]
+
+    def build(self, pictures: Sequence[Image.Image], prompt: str) -> PromptInputs:
+        """Apply the chat template with the pictures before the question, as Hugging Face would.
+
+        Raises:
+            UserError: The prompt is longer than the model's context.
+        """
+        ...
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of generated ids, special tokens dropped."""
+        ...
+
+
+@dataclass(frozen=True)
+class DecoderModules:
+    """Where the language decoder's parts sit in the Hugging Face model.
+
+    Attributes:
+        embed_tokens: input_ids -> embeddings.
+        layers: The decoder layers; `layers[i].self_attn.{q,k,v}_proj` exist.
+        norm: Final norm.
+        lm_head: hidden -> logits.
+        rotary: (hidden, position_ids [A, B, S]) -> (cos, sin) as the layers take them.
+    """
+
+    embed_tokens: torch.nn.Module
+    layers: Sequence[torch.nn.Module]
+    norm: torch.nn.Module
+    lm_head: torch.nn.Module
+    rotary: torch.nn.Module
+
+
+@dataclass(frozen=True)
+class VisionTrace:
+    """How the vision encoder is cut for tracing: each distinct block is traced once and stamped.
+
+    The encoder is `stem -> blocks[0] -> ... -> blocks[n-1] -> merger`. Blocks of the same `kind` are the
+    same computation with other weights. `carry` values go from the stem to every block unchanged
+    (rotary tables, window layout).
+
+    Attributes:
+        stem: Module: (*feeds) -> (hidden, *carry).
+        blocks: Modules: (hidden, *carry) -> hidden.
+        kinds: One label a block, e.g. "window" or "full".
+        merger: Module: (hidden, *carry) -> visual_embeds [N, d].
+        carry_names: Names of the carry values, for the graph.
+        example_feeds: Feeds of a small picture, in the order `stem` takes them, from `vision_feeds`.
+        dynamic_axes: feed name -> {axis: symbol} for the axes that change with the picture.
+    """
+
+    stem: torch.nn.Module
+    blocks: Sequence[torch.nn.Module]
+    kinds: Sequence[str]
+    merger: torch.nn.Module
+    carry_names: Sequence[str]
+    example_feeds: Mapping[str, NDArray[Any]]
+    dynamic_axes: Mapping[str, Mapping[int, str]]
+
+
+class Family(ABC):
+    """One model family. Instances are stateless; register them in `ep_export.families`."""
+
+    name: str
+    model_types: tuple[str, ...]
+
+    @abstractmethod
+    def dims(self, config: PreTrainedConfig) -> DecoderDims:
+        """Dimensions of the decoder.
+
+        Raises:
+            UserError: The config asks for something this family's export does not do.
+        """
+
+    @abstractmethod
+    def default_visual_tokens(self, config: PreTrainedConfig) -> int:
+        """Visual tokens of a typical picture, for plans made without one."""
+
+    @abstractmethod
+    def prompt_builder(self, processor: Path, config: PreTrainedConfig) -> PromptBuilder:
+        """Prompt builder from a directory with tokenizer and image processor files."""
+
+    @abstractmethod
+    def vision_feeds(self, picture: Picture, config: PreTrainedConfig) -> dict[str, NDArray[Any]]:
+        """Inputs of `vision_encoder.onnx` for one picture, by name, in the stem's order."""
+
+    @abstractmethod
+    def reference_inputs(self, prompt: PromptInputs, config: PreTrainedConfig) -> dict[str, torch.Tensor]:
+        """Keyword arguments for the Hugging Face model's `forward`/`generate`, positions left to it."""
+
+    @abstractmethod
+    def decoder(self, model: PreTrainedModel) -> DecoderModules:
+        """The decoder's modules in a Hugging Face model of this family (real or on `meta`)."""
+
+    @abstractmethod
+    def vision(self, model: PreTrainedModel) -> VisionTrace:
+        """The vision encoder, cut for tracing, sharing the model's own parameters."""
