@@ -26,8 +26,8 @@ __all__ = [
     "MANIFEST",
     "Bundle",
     "Component",
-    "FileEntry",
     "Dialect",
+    "FileEntry",
     "Manifest",
     "Precision",
     "TensorSpec",
@@ -229,14 +229,18 @@ def read_manifest(path: Path) -> Manifest:
     """
     file = path / MANIFEST
     if not file.is_file():
-        raise UserError(f"{path} is not a bundle: it has no {MANIFEST}", hint="give a directory made by `ep-export build`")
+        raise UserError(
+            f"{path} is not a bundle: it has no {MANIFEST}", hint="give a directory made by `ep-export build`"
+        )
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise UserError(f"{file} is not readable JSON: {error}", hint="build the bundle again") from error
     found = raw.get("format") if isinstance(raw, dict) else None
     if isinstance(found, int) and found > FORMAT:
-        raise UserError(f"{file} has format {found}, this ep-export reads up to {FORMAT}", hint="upgrade ep-export")
+        raise UserError(
+            f"{file} has format {found}, this ep-export reads up to {FORMAT}", hint="upgrade ep-export"
+        )
     try:
         return decode(Manifest, raw)
     except (KeyError, TypeError, ValueError) as error:
@@ -269,7 +273,7 @@ def decode(kind: type[_T], raw: Any) -> _T:
     Raises:
         TypeError, ValueError, KeyError: `raw` does not describe a `kind`.
     """
-    return typing.cast(_T, _decode(kind, raw, kind.__name__))
+    return typing.cast("_T", _decode(kind, raw, kind.__name__))
 
 
 def _decode(kind: Any, raw: Any, where: str) -> Any:
@@ -311,7 +315,9 @@ def _decode_tuple(args: tuple[Any, ...], raw: Any, where: str) -> tuple[Any, ...
         return tuple(_decode(args[0], item, f"{where}[{i}]") for i, item in enumerate(raw))
     if len(args) != len(raw):
         raise TypeError(f"{where}: expected {len(args)} values, got {len(raw)}")
-    return tuple(_decode(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(args, raw, strict=True)))
+    return tuple(
+        _decode(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(args, raw, strict=True))
+    )
 
 
 def _decode_dataclass(kind: Any, raw: Any, where: str) -> Any:
@@ -334,9 +340,13 @@ def _check(path: Path, entry: FileEntry, verify: bool) -> None:
         raise UserError(f"bundle file {entry.path} is missing", hint=hint)
     size = file.stat().st_size
     if size != entry.bytes:
-        raise UserError(f"bundle file {entry.path} has {size} bytes, the manifest says {entry.bytes}", hint=hint)
+        raise UserError(
+            f"bundle file {entry.path} has {size} bytes, the manifest says {entry.bytes}", hint=hint
+        )
     if verify and hash_file(file) != entry.sha256:
-        raise UserError(f"bundle file {entry.path} was changed: its SHA-256 differs from the manifest's", hint=hint)
+        raise UserError(
+            f"bundle file {entry.path} was changed: its SHA-256 differs from the manifest's", hint=hint
+        )
 
 
 def _inside(path: Path, relative: str) -> Path:
@@ -345,5 +355,7 @@ def _inside(path: Path, relative: str) -> Path:
     file = path.joinpath(*pure.parts)
     root = path.resolve()
     if pure.is_absolute() or ".." in pure.parts or not file.resolve().is_relative_to(root):
-        raise UserError(f"bundle names a path outside itself: {relative!r}", hint="do not use this bundle; build it again")
+        raise UserError(
+            f"bundle names a path outside itself: {relative!r}", hint="do not use this bundle; build it again"
+        )
     return file

@@ -1,0 +1,114 @@
+"""`ep-export build`: the main job. A plan first, then a bundle that was compared with PyTorch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ep_export.bundle import Dialect, Precision, WeightsMode
+from ep_export.cli.choice import policy_request
+from ep_export.cli.console import note, print_json, print_table, progress_bar
+from ep_export.cli.options import (
+    export_options,
+    json_option,
+    keep_from,
+    keep_options,
+    model_option,
+    policy_options,
+)
+from ep_export.cli.plan import plan_json, plan_rows
+
+if TYPE_CHECKING:
+    from ep_export.build import BuildRequest, BuildResult, Prepared
+    from ep_export.policy import Keep
+
+__all__ = ["build", "build_request", "print_bundle", "show_plan"]
+
+EXIT_DIFFERENT = 3
+
+
+@click.command()
+@model_option
+@keep_options(required=True)
+@policy_options
+@click.option(
+    "--images",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Your pictures: to calibrate on when no record says where to prune, and to validate on.",
+)
+@click.option("--prompts", type=click.Path(path_type=Path), metavar="FILE", help="JSON: picture name -> questions.")
+@export_options
+@click.option("--validate/--no-validate", "check", default=True, show_default=True, help="Compare with PyTorch.")
+@json_option
+def build(check: bool, as_json: bool, **options: Any) -> int:
+    """Calibrate or take a known record, export, validate: from a checkpoint to a bundle that answers."""
+    from ep_export.build import build as build_bundle
+    from ep_export.build import prepare
+
+    request = build_request(options)
+    with progress_bar() as progress:
+        prepared = prepare(request, progress)
+    show_plan(prepared)
+    with progress_bar() as progress:
+        result = build_bundle(prepared, check=check, progress=progress)
+    return print_bundle(prepared, result, as_json=as_json)
+
+
+def build_request(options: dict[str, Any]) -> BuildRequest:
+    """A typed request from the options of `build` or `export`."""
+    from ep_export.build import BuildRequest
+
+    keep: Keep | None = keep_from(options["keep"], options["keep_tokens"])
+    assert keep is not None  # noqa: S101 - required above
+    out = options["out"] or Path(f"{Path(options['model']).name}-ep")
+    return BuildRequest(
+        model=options["model"],
+        keep=keep,
+        policy=policy_request(options),
+        out=out,
+        overwrite=options["overwrite"],
+        dialect=Dialect(options["dialect"]),
+        precision=Precision(options["precision"]),
+        weights=WeightsMode(options["weights"]),
+        degree=options["degree"],
+        images=options.get("images"),
+        prompts=options.get("prompts"),
+    )
+
+
+def show_plan(prepared: Prepared) -> None:
+    """The plan and what its policy stands on, before time is spent."""
+    plan, request = prepared.plan, prepared.request
+    title = f"{request.model} -> {request.out}, keep {request.keep}"
+    print_table(title, ("for one typical picture", "full", "pruned", "saved"), plan_rows(plan, "fp16"), err=True)
+    note(f"policy:   {prepared.policy}")
+    note(f"evidence: {prepared.evidence.kind.value}: {prepared.evidence.summary}")
+
+
+def print_bundle(prepared: Prepared, result: BuildResult, *, as_json: bool) -> int:
+    """The result: where it is, what was verified. Returns the exit code."""
+    report = result.report
+    if as_json:
+        from ep_export.validate import to_json
+
+        print_json(
+            {
+                "bundle": str(result.bundle.path),
+                "plan": plan_json(prepared.plan),
+                "evidence": prepared.evidence,
+                "validation": to_json(report) if report else None,
+            }
+        )
+    else:
+        if report:
+            from ep_export.validate import text_lines
+
+            for line in text_lines(report):
+                note(line)
+        for warning in result.bundle.manifest.warnings:
+            note(f"warning: {warning}")
+        click.echo(str(result.bundle.path))
+    return EXIT_DIFFERENT if report and report.verdict.value == "FAIL" else 0

@@ -1,0 +1,78 @@
+"""Printing: data on stdout, progress and notes on stderr. Meaning survives without colour."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from ep_export.bundle import encode
+from ep_export.progress import Progress
+
+__all__ = ["note", "print_json", "print_table", "progress_bar"]
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on stdout."""
+    click.echo(json.dumps(encode(value), indent=2, allow_nan=False))
+
+
+def note(text: str) -> None:
+    """A line for the person, on stderr."""
+    click.echo(text, err=True)
+
+
+def print_table(
+    title: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, err: bool = False
+) -> None:
+    """A table on stdout (or stderr), as wide as it needs to be when nobody's terminal limits it."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(stderr=err, highlight=False)
+    if not console.is_terminal:
+        console = Console(stderr=err, highlight=False, width=200)
+    table = Table(
+        title=title or None,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_header=any(header),
+        pad_edge=False,
+    )
+    for name in header:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+@contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """A progress bar a stage on stderr; a line a stage where there is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bars
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _line_a_stage
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Bars(*columns, console=console) as bars:
+        tasks: dict[str, Any] = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield show
+
+
+def _line_a_stage(stage: str, done: int, total: int) -> None:
+    if done == 0:
+        note(f"{stage} ({total})" if total > 1 else stage)

@@ -1,0 +1,149 @@
+"""The manifest round trip, and distrust of what a bundle says."""
+
+import dataclasses
+import json
+
+import pytest
+
+from ep_export.bundle import (
+    FORMAT,
+    Bundle,
+    Component,
+    Dialect,
+    FileEntry,
+    Manifest,
+    Precision,
+    TensorSpec,
+    WeightsMode,
+    decode,
+    encode,
+    list_files,
+    read_manifest,
+    write_manifest,
+)
+from ep_export.dims import DecoderDims
+from ep_export.errors import UserError
+from ep_export.policy import Evidence, EvidenceKind, Keep, Policy, Scorer, Select
+
+MANIFEST = Manifest(
+    model="tiny",
+    revision=None,
+    model_sha256="0" * 64,
+    family="qwen2_5_vl",
+    dims=DecoderDims(4, 64, 4, 2, 16, 128, 300, 512, 3),
+    policy=Policy(2, Scorer.NORM, Select.LOWEST),
+    evidence=Evidence(EvidenceKind.TOLD, "told by a test"),
+    keep=Keep(ratio=0.5),
+    degree=16,
+    dialect=Dialect.PORTABLE,
+    precision=Precision.FP32,
+    opset=20,
+    weights=WeightsMode.LINK,
+    components=(
+        Component("embed_tokens", "embed_tokens.onnx", (TensorSpec("input_ids", "INT64", (1, "S")),), ()),
+    ),
+    files=(),
+    tools={"ep-export": "0"},
+)
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "embed_tokens.onnx").write_bytes(b"graph")
+    (tmp_path / "weights" / "model.safetensors").write_bytes(b"weights")
+    write_manifest(tmp_path, dataclasses.replace(MANIFEST, files=list_files(tmp_path)))
+    return tmp_path
+
+
+def edit(bundle, **changes):
+    raw = json.loads((bundle / "manifest.json").read_text())
+    raw.update(changes)
+    (bundle / "manifest.json").write_text(json.dumps(raw))
+
+
+def test_manifest_survives_json():
+    assert decode(Manifest, json.loads(json.dumps(encode(MANIFEST)))) == MANIFEST
+
+
+def test_opens_and_finds_its_files(bundle):
+    opened = Bundle.open(bundle)
+    assert opened.file("embed_tokens.onnx").read_bytes() == b"graph"
+    assert [entry.path for entry in opened.manifest.files] == [
+        "embed_tokens.onnx",
+        "weights/model.safetensors",
+    ]
+
+
+def test_verification_is_recorded_on_disk(bundle):
+    Bundle.open(bundle).with_verified("onnxruntime-cpu", "PASS")
+    assert read_manifest(bundle).verified == {"onnxruntime-cpu": "PASS"}
+
+
+def test_a_directory_without_manifest_is_no_bundle(tmp_path):
+    with pytest.raises(UserError, match=r"is not a bundle.*manifest\.json"):
+        Bundle.open(tmp_path)
+
+
+def test_a_missing_file_is_named(bundle):
+    (bundle / "weights" / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"weights/model\.safetensors is missing"):
+        Bundle.open(bundle)
+
+
+def test_a_file_of_another_size_is_named_even_without_checksums(bundle):
+    (bundle / "embed_tokens.onnx").write_bytes(b"longer graph")
+    with pytest.raises(UserError, match=r"embed_tokens\.onnx has 12 bytes, the manifest says 5"):
+        Bundle.open(bundle, verify=False)
+
+
+def test_a_changed_file_is_named(bundle):
+    (bundle / "embed_tokens.onnx").write_bytes(b"grapH")
+    with pytest.raises(UserError, match=r"embed_tokens\.onnx was changed"):
+        Bundle.open(bundle)
+
+
+def test_a_newer_format_says_upgrade(bundle):
+    edit(bundle, format=FORMAT + 1)
+    with pytest.raises(UserError, match="format 2") as caught:
+        Bundle.open(bundle)
+    assert "upgrade" in caught.value.hint
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '"text"'])
+def test_a_manifest_that_is_no_object_is_refused(bundle, text):
+    (bundle / "manifest.json").write_text(text)
+    with pytest.raises(UserError, match=r"manifest"):
+        Bundle.open(bundle)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("degree", "16"),
+        ("dialect", "other"),
+        ("policy", {"layer": True}),
+        ("files", [{"path": "x"}]),
+        ("keep", 1),
+    ],
+)
+def test_a_field_of_the_wrong_type_is_refused(bundle, field, value):
+    edit(bundle, **{field: value})
+    with pytest.raises(UserError, match="not a valid manifest"):
+        Bundle.open(bundle)
+
+
+@pytest.mark.parametrize("path", ["../secret", "/etc/passwd", "weights/../../secret"])
+def test_a_path_outside_the_bundle_is_refused(bundle, path):
+    edit(bundle, files=[encode(FileEntry(path, 1, "0" * 64))])
+    with pytest.raises(UserError, match="outside itself"):
+        Bundle.open(bundle)
+
+
+def test_a_link_out_of_the_bundle_is_refused(bundle, tmp_path_factory):
+    outside = tmp_path_factory.mktemp("outside") / "graph"
+    outside.write_bytes(b"graph")
+    (bundle / "embed_tokens.onnx").unlink()
+    (bundle / "embed_tokens.onnx").symlink_to(outside)
+    with pytest.raises(UserError, match="outside itself"):
+        Bundle.open(bundle)
