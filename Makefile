@@ -13,7 +13,7 @@ DIR ?= build/bench
 LAYERS ?= 28
 CHECK ?= all
 
-.PHONY: help setup demo test lint format types unit bench-score bench-prefill bench-export fixture clean
+.PHONY: help setup demo test lint format types unit bench-accuracy bench-score bench-prefill bench-export fixture clean
 
 help:  ## What there is.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -44,6 +44,9 @@ unit: $(STAMP)
 format: $(STAMP)  ## Format the code.
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
+
+bench-accuracy: $(STAMP)  ## Shipped model, held-out questions: full, recommended policy, paper's policy.
+	PYTHONPATH=tests/fixtures $(BIN)/python tests/bench/bench_accuracy.py
 
 bench-score: $(STAMP)  ## Entropy scores: primal and dual eigenvalues against the ONNX body.
 	$(BIN)/python tests/bench/bench_score.py

@@ -6,15 +6,18 @@ time is spent: `prepare` finds out what would be done (and calibrates when only 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ep_export.bundle import MANIFEST, Bundle, Dialect, Precision, WeightsMode, list_files, write_manifest
-from ep_export.calibrate import calibrate
+from ep_export.calibrate import GENERIC_QUESTIONS, calibrate, plot, read_questions
 from ep_export.calibrate.choose import PolicyRequest, needs_calibration, resolve_policy
+from ep_export.calibrate.pictures import find_pictures, open_picture
+from ep_export.calibrate.questions import questions_for
 from ep_export.calibrate.record import Record, write_record
 from ep_export.checkpoint import Checkpoint, open_checkpoint
 from ep_export.errors import UserError
@@ -22,14 +25,22 @@ from ep_export.plan import Plan, make_plan
 from ep_export.policy import Evidence, Keep, Policy
 from ep_export.progress import Progress, silent
 from ep_export.staging import refuse_existing, staged
+from ep_export.testcards import make_cards
 
 if TYPE_CHECKING:
+    from PIL import Image
+
+    from ep_export.calibrate.questions import Questions
     from ep_export.validate import Report
 
-__all__ = ["BuildRequest", "BuildResult", "Prepared", "build", "prepare"]
+__all__ = ["BuildRequest", "BuildResult", "Prepared", "build", "prepare", "validate_bundle"]
 
 TEXT_TOKENS = 86
 """Text tokens of the plan that is shown before a build: about those of the paper's benchmarks."""
+
+MAX_PICTURES = 8
+MAX_NEW_TOKENS = 16
+REPORT = "report"
 
 
 @dataclass(frozen=True)
@@ -48,7 +59,6 @@ class BuildRequest:
         degree: Degree of the entropy series.
         images: Pictures to calibrate and validate on; None: test cards, for validation only.
         prompts: Questions file for the pictures.
-        max_pictures: Pictures used for validation.
     """
 
     model: str
@@ -106,7 +116,9 @@ def prepare(request: BuildRequest, progress: Progress = silent) -> Prepared:
 
 
 def build(prepared: Prepared, *, check: bool = True, progress: Progress = silent) -> BuildResult:
-    """Export, validate and put the bundle into place. On FAIL nothing is left, unless the caller asks otherwise.
+    """Export, validate and put the bundle into place.
+
+    A bundle that was found different is kept, so that one can look at it; its manifest and report say FAIL.
 
     Args:
         prepared: From `prepare`.
@@ -132,7 +144,10 @@ def build(prepared: Prepared, *, check: bool = True, progress: Progress = silent
             degree=request.degree,
             progress=progress,
         )
-        report = validate_into(bundle, prepared, progress) if check else None
+        if prepared.record:
+            _keep_record(bundle, prepared.record)
+        report = _check(bundle, prepared, progress) if check else None
+    shutil.rmtree(_journal(request.out), ignore_errors=True)
     return BuildResult(Bundle.open(request.out, verify=False), report)
 
 
@@ -140,4 +155,107 @@ def _fresh_record(request: BuildRequest, checkpoint: Checkpoint, progress: Progr
     """Calibrate when nothing else can say where to prune and pictures were given."""
     if request.images is None or not needs_calibration(checkpoint, request.policy):
         return None
-    return calibrate(checkpoint, request.images, keep=request.keep, progress=progress)
+    return calibrate(
+        checkpoint,
+        request.images,
+        keep=request.keep,
+        prompts=read_questions(request.prompts) if request.prompts else GENERIC_QUESTIONS,
+        work=_journal(request.out),
+        progress=progress,
+    )
+
+
+def _journal(out: Path) -> Path:
+    """Where an interrupted calibration is taken up again by the same build; gone once the bundle stands."""
+    return out.with_name(f".{out.name}.calibration")
+
+
+def validate_bundle(
+    bundle: Bundle,
+    checkpoint: Checkpoint,
+    *,
+    images: Path | None = None,
+    prompts: Path | None = None,
+    max_pictures: int = MAX_PICTURES,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    out: Path | None = None,
+    progress: Progress = silent,
+) -> Report:
+    """Compare a bundle with the model it was built from and write the report.
+
+    Args:
+        bundle: The bundle.
+        checkpoint: What it was built from.
+        images: Folder of pictures; test cards when None.
+        prompts: Questions file; generic questions when None.
+        max_pictures: Pictures compared, the first by name.
+        max_new_tokens: Longest answer compared.
+        out: Directory of the report. None: the bundle's own, and its manifest records the outcome.
+        progress: Told about every prompt.
+
+    Raises:
+        UserError: See `ep_export.validate.validate`; or no picture can be read.
+    """
+    from ep_export.validate import to_json, validate, write_html
+
+    pictures, asked = _questions(images, prompts, max_pictures)
+    report = validate(
+        bundle, checkpoint, pictures=pictures, prompts=asked, max_new_tokens=max_new_tokens, progress=progress
+    )
+    directory = out or bundle.path / REPORT
+    directory.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(to_json(report), indent=2, allow_nan=False) + "\n"
+    (directory / "report.json").write_text(text, encoding="utf-8")
+    write_html(report, directory / "report.html", pictures)
+    if out is None:
+        relist(bundle).with_verified("onnxruntime-cpu", report.sentence)
+    return report
+
+
+def relist(bundle: Bundle) -> Bundle:
+    """The bundle with small files that were added or changed since taken into its manifest."""
+    known = {entry.path: entry.sha256 for entry in bundle.manifest.files if entry.path.startswith("weights/")}
+    manifest = replace(bundle.manifest, files=list_files(bundle.path, known))
+    write_manifest(bundle.path, manifest)
+    return Bundle(bundle.path, manifest)
+
+
+def _check(bundle: Bundle, prepared: Prepared, progress: Progress) -> Report:
+    request = prepared.request
+    return validate_bundle(
+        bundle, prepared.checkpoint, images=request.images, prompts=request.prompts, progress=progress
+    )
+
+
+def _keep_record(bundle: Bundle, record: Record) -> None:
+    """The calibration a policy stands on travels with the bundle."""
+    write_record(bundle.path / REPORT / "calibration.json", record)
+    plot(record, bundle.path / REPORT / "calibration.png")
+    relist(bundle)
+
+
+def _questions(
+    images: Path | None, prompts: Path | None, max_pictures: int
+) -> tuple[list[Image.Image], list[str]]:
+    """Pictures and one question for each."""
+    questions: Questions = read_questions(prompts) if prompts else GENERIC_QUESTIONS
+    if images is None:
+        cards = list(make_cards())
+        flat = (
+            [q for asked in questions.values() for q in asked]
+            if isinstance(questions, Mapping)
+            else questions
+        )
+        return cards, [flat[i % len(flat)] for i in range(len(cards))]
+    pictures, asked = [], []
+    for turn, file in enumerate(find_pictures(images)):
+        if len(pictures) == max_pictures:
+            break
+        try:
+            asked.append(questions_for(questions, file.name, turn)[0])
+            pictures.append(open_picture(file))
+        except UserError:  # a folder may hold a broken file; calibration names it
+            del asked[len(pictures) :]
+    if not pictures:
+        raise UserError(f"no picture in {images} can be read", hint="give a folder with readable pictures")
+    return pictures, asked

@@ -39,12 +39,16 @@ EXIT_DIFFERENT = 3
     metavar="DIR",
     help="Your pictures: to calibrate on when no record says where to prune, and to validate on.",
 )
-@click.option("--prompts", type=click.Path(path_type=Path), metavar="FILE", help="JSON: picture name -> questions.")
+@click.option(
+    "--prompts", type=click.Path(path_type=Path), metavar="FILE", help="JSON: picture name -> questions."
+)
 @export_options
-@click.option("--validate/--no-validate", "check", default=True, show_default=True, help="Compare with PyTorch.")
+@click.option(
+    "--validate/--no-validate", "check", default=True, show_default=True, help="Compare with PyTorch."
+)
 @json_option
 def build(check: bool, as_json: bool, **options: Any) -> int:
-    """Calibrate or take a known record, export, validate: from a checkpoint to a bundle that answers."""
+    """Turn a checkpoint into a pruned, validated bundle."""
     from ep_export.build import build as build_bundle
     from ep_export.build import prepare
 
@@ -83,7 +87,9 @@ def show_plan(prepared: Prepared) -> None:
     """The plan and what its policy stands on, before time is spent."""
     plan, request = prepared.plan, prepared.request
     title = f"{request.model} -> {request.out}, keep {request.keep}"
-    print_table(title, ("for one typical picture", "full", "pruned", "saved"), plan_rows(plan, "fp16"), err=True)
+    print_table(
+        title, ("for one typical picture", "full", "pruned", "saved"), plan_rows(plan, "fp16"), err=True
+    )
     note(f"policy:   {prepared.policy}")
     note(f"evidence: {prepared.evidence.kind.value}: {prepared.evidence.summary}")
 

@@ -19,13 +19,24 @@ __all__ = ["calibrate"]
 
 @click.command()
 @model_option
-@click.option("--images", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Folder of pictures.")
+@click.option(
+    "--images", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Folder of pictures."
+)
 @keep_options(required=True)
-@click.option("--prompts", type=click.Path(path_type=Path), metavar="FILE", help="JSON: picture name -> questions.")
+@click.option(
+    "--prompts", type=click.Path(path_type=Path), metavar="FILE", help="JSON: picture name -> questions."
+)
 @click.option("--layers", metavar="K,K,...", help="Measure only these layers [all that the keep allows].")
-@click.option("--max-images", type=click.IntRange(1), metavar="N", help="Use the first N pictures only.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the random floor and the resampling.")
-@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Record to write [./<model>.json].")
+@click.option(
+    "--max-images", type=click.IntRange(1), metavar="N", help="Measure a random sample of N pictures."
+)
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Of the random floor and the resampling."
+)
+@click.option("--device", default="cpu", show_default=True, help="Where torch runs, e.g. cuda.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), metavar="FILE", help="Record to write [./<model>.json]."
+)
 @click.option("--overwrite", is_flag=True, help="Replace an existing record.")
 @json_option
 def calibrate(
@@ -37,16 +48,17 @@ def calibrate(
     layers: str | None,
     max_images: int | None,
     seed: int,
+    device: str,
     out: Path | None,
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Measure a model on pictures and write a record with a plot beside it.
+    """Measure on pictures where and how to prune a model.
 
     An interrupted run goes on where it stopped when the same command is given again.
     """
+    from ep_export.calibrate import GENERIC_QUESTIONS, read_questions
     from ep_export.calibrate import calibrate as measure
-    from ep_export.calibrate import plot, write_record
     from ep_export.checkpoint import open_checkpoint
 
     wanted = keep_from(keep, keep_tokens)
@@ -59,21 +71,20 @@ def calibrate(
             checkpoint,
             images,
             keep=wanted,
-            prompts=prompts,
+            prompts=read_questions(prompts) if prompts else GENERIC_QUESTIONS,
             layers=_layers(layers),
             max_images=max_images,
             seed=seed,
+            device=device,
+            out=file,
             progress=progress,
         )
-    write_record(file, record)
-    picture = file.with_suffix(".png")
-    plot(record, picture)
     if as_json:
         print_json(record)
     else:
         show_record(record)
         click.echo(str(file))
-    note(f"plot: {picture}")
+    note(f"plot: {file.with_suffix('.png')}")
 
 
 def show_record(record: Record) -> None:
@@ -82,10 +93,18 @@ def show_record(record: Record) -> None:
         (str(i), f"{query:.3f}", f"{key:.3f}", "<- collapse" if i == record.ecl else "")
         for i, (query, key) in enumerate(zip(record.query_entropy, record.key_entropy, strict=True))
     ]
-    print_table(f"layer entropy in nats over {record.images} pictures", ("layer", "queries", "keys", ""), rows)
+    print_table(
+        f"layer entropy in nats over {record.images} pictures", ("layer", "queries", "keys", ""), rows
+    )
     ranked = sorted(record.candidates, key=lambda c: c.kl)
     rows = [
-        (str(c.layer), c.scorer, c.select.value if c.select else "-", f"{c.kl:.4f}", f"{c.top1_agreement:.1%}")
+        (
+            str(c.layer),
+            c.scorer,
+            c.select.value if c.select else "-",
+            f"{c.kl:.4f}",
+            f"{c.top1_agreement:.1%}",
+        )
         for c in ranked
     ]
     print_table("fidelity to the unpruned model, best first", ("K", "scorer", "select", "KL", "top-1"), rows)
@@ -101,4 +120,6 @@ def _layers(text: str | None) -> tuple[int, ...] | None:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:
-        raise UsageError(f"--layers {text!r} is not a list of numbers", hint="write it as --layers 1,2,3") from error
+        raise UsageError(
+            f"--layers {text!r} is not a list of numbers", hint="write it as --layers 1,2,3"
+        ) from error

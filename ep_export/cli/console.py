@@ -32,6 +32,7 @@ def print_table(
     from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = Console(stderr=err, highlight=False)
     if not console.is_terminal:
@@ -46,7 +47,7 @@ def print_table(
     for name in header:
         table.add_column(name, overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # as it is: shapes in brackets are no markup
     console.print(table)
 
 

@@ -20,7 +20,7 @@ __all__ = ["export"]
 @export_options
 @json_option
 def export(as_json: bool, **options: Any) -> int:
-    """Write a bundle without validating it; `ep-export validate` can follow."""
+    """Write a bundle without validating it."""
     from ep_export.build import build, prepare
 
     prepared = prepare(build_request(options))

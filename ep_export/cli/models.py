@@ -13,7 +13,7 @@ __all__ = ["models"]
 @click.command()
 @json_option
 def models(as_json: bool) -> None:
-    """List the models known by alias: family, hub id, known collapse layer, what was verified."""
+    """List the models known by alias."""
     from ep_export.aliases import known_models
 
     known = known_models()

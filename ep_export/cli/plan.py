@@ -53,7 +53,7 @@ def plan(
     as_json: bool,
     **policy_choice: Any,
 ) -> None:
-    """Show what pruning would save: tokens kept, prefill FLOPs, KV cache. Reads the config only."""
+    """Show what pruning saves, from the config alone."""
     from ep_export.calibrate.choose import resolve_policy
     from ep_export.checkpoint import open_config
     from ep_export.cli.choice import policy_request

@@ -15,12 +15,22 @@ __all__ = ["validate"]
 
 @click.command()
 @bundle_argument
-@click.option("--model", metavar="M", help="The checkpoint to compare with [the one the bundle was built from].")
-@click.option("--images", type=click.Path(path_type=Path), metavar="DIR", help="Folder of pictures [test cards].")
-@click.option("--prompts", type=click.Path(path_type=Path), metavar="FILE", help="JSON: picture name -> questions.")
-@click.option("--max-pictures", type=click.IntRange(1), default=8, show_default=True, help="Pictures compared.")
+@click.option(
+    "--model", metavar="M", help="The checkpoint to compare with [the one the bundle was built from]."
+)
+@click.option(
+    "--images", type=click.Path(path_type=Path), metavar="DIR", help="Folder of pictures [test cards]."
+)
+@click.option(
+    "--prompts", type=click.Path(path_type=Path), metavar="FILE", help="JSON: picture name -> questions."
+)
+@click.option(
+    "--max-pictures", type=click.IntRange(1), default=8, show_default=True, help="Pictures compared."
+)
 @click.option("--max-new-tokens", type=click.IntRange(1), default=16, show_default=True)
-@click.option("--report", type=click.Path(path_type=Path), metavar="DIR", help="Write the report here [BUNDLE/report].")
+@click.option(
+    "--report", type=click.Path(path_type=Path), metavar="DIR", help="Write the report here [BUNDLE/report]."
+)
 @json_option
 def validate(
     bundle: Path,
@@ -32,7 +42,7 @@ def validate(
     report: Path | None,
     as_json: bool,
 ) -> int:
-    """Compare a bundle with the pruned Hugging Face model, stage by stage."""
+    """Compare a bundle with the pruned PyTorch model."""
     from ep_export.build import validate_bundle
     from ep_export.bundle import Bundle
     from ep_export.checkpoint import open_checkpoint
@@ -48,7 +58,7 @@ def validate(
             prompts=prompts,
             max_pictures=max_pictures,
             max_new_tokens=max_new_tokens,
-            report=report,
+            out=report,
             progress=progress,
         )
     if as_json:

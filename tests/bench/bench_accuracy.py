@@ -1,0 +1,114 @@
+"""Accuracy of the shipped model on held-out questions, full and pruned, as ONNX Runtime answers them.
+
+For each keep: a calibration on pictures of the calibration split recommends a policy; it is compared on the test
+split with the paper's policy at the same layer. Every figure is printed as it is, with its 95% interval.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from digit_scenes import Question, Scene, held_out, make_scene, questions
+
+from ep_export.bundle import Dialect, Precision, WeightsMode
+from ep_export.calibrate import Record, calibrate
+from ep_export.checkpoint import Checkpoint, open_checkpoint
+from ep_export.export import export_bundle
+from ep_export.policy import Evidence, EvidenceKind, Keep, Policy
+from ep_export.runtime import Session
+
+READER = Path(__file__).parents[1] / "fixtures" / "digit-reader"
+KEEPS = (0.5, 0.25, 0.125)
+MAX_NEW_TOKENS = 8
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--questions", type=int, default=400)
+    parser.add_argument("--pictures", type=int, default=48, help="calibration pictures")
+    options = parser.parse_args()
+    checkpoint = open_checkpoint(str(READER))
+    asked = list(held_out(options.questions, seed=2))
+    print(f"{options.questions} held-out questions, {options.pictures} calibration pictures, exact answers")
+    with tempfile.TemporaryDirectory() as directory:
+        work = Path(directory)
+        prompts = write_pictures(work / "pictures", options.pictures)
+        with bundle_session(checkpoint, Policy(1), work) as session:
+            report("full", "", 1.0, accuracy(session, asked, 1.0))
+        for ratio in KEEPS:
+            keep = Keep(ratio=ratio)
+            record = calibrate(checkpoint, work / "pictures", keep=keep, prompts=prompts)
+            for name, policy in policies(record).items():
+                with bundle_session(checkpoint, policy, work) as session:
+                    report(name, str(policy), ratio, accuracy(session, asked, ratio))
+            print(f"  {'':12s} {record.collapse_finding}\n  {'':12s} {record.recommendation}")
+    return 0
+
+
+def write_pictures(directory: Path, count: int) -> dict[str, list[str]]:
+    """Calibration pictures on disk; returns one question for each, the kinds taking turns."""
+    directory.mkdir()
+    prompts = {}
+    for index in range(count):
+        scene = make_scene("calibration", index=index)
+        scene.picture.save(directory / f"{index:04d}.png")
+        fitting = questions(scene)
+        prompts[f"{index:04d}.png"] = [fitting[index % len(fitting)].text]
+    return prompts
+
+
+def policies(record: Record) -> dict[str, Policy]:
+    """The recommended policy, if any, and the paper's at the same layer."""
+    if record.recommended is None:
+        return {"paper": Policy(record.ecl or 1)}
+    found = {"recommended": record.recommended, "paper": Policy(record.recommended.layer)}
+    if found["paper"] == found["recommended"]:
+        del found["paper"]
+    return found
+
+
+@contextlib.contextmanager
+def bundle_session(checkpoint: Checkpoint, policy: Policy, work: Path) -> Iterator[Session]:
+    """A bundle of that policy, open; the same layer and scorer serve every keep."""
+    with tempfile.TemporaryDirectory(dir=work) as directory:
+        bundle = export_bundle(
+            checkpoint,
+            Path(directory),
+            policy=policy,
+            evidence=Evidence(EvidenceKind.TOLD, "a bench"),
+            keep=Keep(ratio=1.0),
+            dialect=Dialect.PORTABLE,
+            precision=Precision.FP32,
+            weights=WeightsMode.COPY,
+        )
+        with Session.open(bundle) as session:
+            yield session
+
+
+def accuracy(session: Session, asked: list[tuple[Scene, Question]], ratio: float) -> tuple[int, int]:
+    """(exactly right, asked)."""
+    right = 0
+    for scene, question in asked:
+        keep = Keep(ratio=ratio)
+        answer = session.generate([scene.picture], question.text, max_new_tokens=MAX_NEW_TOKENS, keep=keep)
+        right += answer.answer.strip() == question.answer
+    return right, len(asked)
+
+
+def report(name: str, policy: str, ratio: float, score: tuple[int, int]) -> None:
+    """One line; the interval is Wilson's."""
+    right, asked = score
+    share, z = right / asked, 1.96
+    middle = (share + z * z / (2 * asked)) / (1 + z * z / asked)
+    half = z / (1 + z * z / asked) * math.sqrt(share * (1 - share) / asked + z * z / (4 * asked * asked))
+    interval = f"[{middle - half:.1%}, {middle + half:.1%}]"
+    print(f"  {name:12s} keep {ratio:<6g} {share:6.1%} {interval}  {policy}", flush=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,60 @@
+"""The shipped model on held-out questions: ONNX Runtime keeps and says what the PyTorch oracle keeps and says.
+
+The oracle scores in float64 with eigenvalues, the bundle in float32 with a series. Sets may therefore differ
+among near-ties, and an answer may follow; the limits are shares over 200 questions at each keep.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from bundles import export_tiny
+from digit_scenes import held_out
+
+from ep_export.checkpoint import open_checkpoint
+from ep_export.policy import Keep
+from ep_export.reference import PruneSpec, greedy, load_model, prune
+from ep_export.runtime import Session
+
+READER = Path(__file__).parents[1] / "fixtures" / "digit-reader"
+LAYER = 1  # the only one that allows keep 0.125 with 12 layers
+QUESTIONS = 200
+MAX_NEW_TOKENS = 8
+LEAST_OVERLAP = 0.998
+LEAST_SAME_ANSWERS = 0.99
+
+
+@pytest.fixture(scope="module")
+def reader():
+    checkpoint = open_checkpoint(str(READER))
+    return checkpoint, load_model(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory):
+    bundle = export_tiny(READER, tmp_path_factory.mktemp("reader") / "bundle", layer=LAYER)
+    with Session.open(bundle) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def asked(session):
+    """(picture, question text, prompt) of every held-out question."""
+    scenes = held_out(QUESTIONS, seed=1)
+    return [(s.picture, q.text, session.prompts.build([s.picture], q.text)) for s, q in scenes]
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.25, 0.125])
+def test_the_bundle_keeps_and_answers_as_the_oracle(reader, session, asked, ratio):
+    checkpoint, model = reader
+    spec = PruneSpec(session.bundle.manifest.policy, Keep(ratio=ratio))
+    overlaps, same = [], 0
+    for picture, question, prompt in asked:
+        answer = session.generate([picture], question, max_new_tokens=MAX_NEW_TOKENS, keep=spec.keep)
+        with prune(model, spec) as trace:
+            expected = greedy(model, checkpoint.family, checkpoint.config, prompt, MAX_NEW_TOKENS)
+        kept = np.intersect1d(trace.kept_index.numpy(), prompt.visual_index)
+        overlaps.append(np.isin(kept, answer.kept_index).mean())
+        same += list(answer.token_ids) == expected
+    assert np.mean(overlaps) >= LEAST_OVERLAP
+    assert same >= LEAST_SAME_ANSWERS * QUESTIONS
