@@ -12,14 +12,14 @@ PACKAGE = Path(__file__).parents[1] / "ep_export"
 
 # A module may import its own package and whatever stands on a lower line.
 LAYERS = (
-    ("errors", "dims", "policy", "progress", "data"),
-    ("staging", "bundle", "testcards", "aliases"),
+    ("errors", "dims", "policy", "progress"),
+    ("data", "staging", "bundle", "testcards", "aliases"),
     ("families", "entropy"),
     ("checkpoint", "plan", "plugin"),
     ("reference", "runtime"),
     ("calibrate", "export"),
     ("validate",),
-    ("build",),
+    ("build", "catalog"),
     ("cli",),
     ("__main__",),
 )

@@ -14,14 +14,13 @@ __all__ = ["models"]
 @json_option
 def models(as_json: bool) -> None:
     """List the models known by alias."""
-    from ep_export.aliases import known_models
+    from ep_export.catalog import known_models
 
     known = known_models()
     if as_json:
         print_json({"models": known})
         return
-    rows = [
-        (m.alias, m.family, m.hub_id, "-" if m.ecl is None else str(m.ecl), m.provenance, m.verified)
-        for m in known
-    ]
-    print_table("", ("alias", "family", "hub id", "ECL", "provenance", "verified"), rows)
+    rows = [(m.alias, m.family, m.hub_id, "-" if m.ecl is None else str(m.ecl), m.provenance) for m in known]
+    print_table("", ("alias", "family", "hub id", "ECL", "provenance"), rows)
+    for family, verified in {m.family: m.verified for m in known}.items():
+        click.echo(f"{family}, verified: {verified}")

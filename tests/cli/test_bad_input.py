@@ -44,7 +44,18 @@ def refused(tmp_path):
 
 
 def build(model, tmp_path, *more):
-    return ("build", "--model", str(model), "--keep", "0.5", "--layer", "1", "--out", str(tmp_path / "out"), *more)
+    return (
+        "build",
+        "--model",
+        str(model),
+        "--keep",
+        "0.5",
+        "--layer",
+        "1",
+        "--out",
+        str(tmp_path / "out"),
+        *more,
+    )
 
 
 def rewrite(model, change):
@@ -60,11 +71,13 @@ def test_missing_model_directory(refused, tmp_path):
 
 def test_empty_model_directory(refused, tmp_path):
     (tmp_path / "empty").mkdir()
-    assert "config.json" in refused(*build(tmp_path / "empty", tmp_path))
+    assert "is empty" in refused(*build(tmp_path / "empty", tmp_path))
 
 
 def test_unsupported_family_names_the_supported(refused, tiny, tmp_path):
-    (tiny / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
+    (tiny / "config.json").write_text(
+        json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]})
+    )
     said = refused(*build(tiny, tmp_path))
     assert "llama" in said
     assert "qwen2_5_vl" in said
@@ -128,12 +141,16 @@ def test_keep_outside_its_range(refused, tiny, verb, keep):
 
 
 def test_keep_below_what_the_layer_allows_says_the_smallest(refused, tiny):
-    said = refused("plan", "--model", str(tiny), "--keep", "0.2", "--layer", "2", "--visual-tokens", "100", code=2)
+    said = refused(
+        "plan", "--model", str(tiny), "--keep", "0.2", "--layer", "2", "--visual-tokens", "100", code=2
+    )
     assert "0.5" in said  # K/L = 2/4
 
 
 def test_keep_and_keep_tokens_exclude_each_other(refused, tiny):
-    assert "--keep-tokens" in refused("plan", "--model", str(tiny), "--keep", "0.5", "--keep-tokens", "9", code=2)
+    assert "--keep-tokens" in refused(
+        "plan", "--model", str(tiny), "--keep", "0.5", "--keep-tokens", "9", code=2
+    )
 
 
 @pytest.mark.parametrize("layer", ["0", "4", "-1", "99"])
@@ -159,7 +176,9 @@ def test_image_folder_without_a_readable_picture(refused, tiny, tmp_path):
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "broken.png").write_bytes(b"not a picture")
     out = ("--out", str(tmp_path / "out"))
-    said = refused("calibrate", "--model", str(tiny), "--keep", "0.5", "--images", str(tmp_path / "pictures"), *out)
+    said = refused(
+        "calibrate", "--model", str(tiny), "--keep", "0.5", "--images", str(tmp_path / "pictures"), *out
+    )
     assert "pictures" in said
 
 
@@ -218,10 +237,14 @@ class TestBundle:
 
     def test_picture_that_is_no_picture(self, refused, bundle, tmp_path):
         (tmp_path / "text.png").write_text("no picture")
-        assert "text.png" in refused("run", str(bundle), "--prompt", "hello", "--image", str(tmp_path / "text.png"))
+        assert "text.png" in refused(
+            "run", str(bundle), "--prompt", "hello", "--image", str(tmp_path / "text.png")
+        )
 
     def test_missing_picture(self, refused, bundle, tmp_path):
-        assert "gone.png" in refused("run", str(bundle), "--prompt", "hello", "--image", str(tmp_path / "gone.png"))
+        assert "gone.png" in refused(
+            "run", str(bundle), "--prompt", "hello", "--image", str(tmp_path / "gone.png")
+        )
 
     def test_prompt_longer_than_the_context(self, refused, bundle, picture):
         said = refused("run", str(bundle), "--prompt", "word " * 100_000, "--image", str(picture))

@@ -1,0 +1,140 @@
+"""The verbs as a user and a script meet them, on a tiny checkpoint."""
+
+import json
+
+import pytest
+from command_line import ep_export
+from tiny import tiny_picture
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    for i, size in enumerate([(112, 84), (84, 112), (140, 56)]):
+        tiny_picture(*size, seed=i).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def built(tiny_checkpoint, pictures, tmp_path_factory):
+    """The main job: (result, bundle)."""
+    out = tmp_path_factory.mktemp("built") / "bundle"
+    options = ("--keep", "0.5", "--layer", "1", "--images", str(pictures), "--out", str(out), "--json")
+    return ep_export("build", "--model", str(tiny_checkpoint), *options), out
+
+
+def test_build_writes_a_validated_bundle(built):
+    result, out = built
+    assert result.code == 0, result.err
+    said = json.loads(result.out)
+    assert said["bundle"] == str(out)
+    assert said["validation"]["verdict"] in {"PASS", "AMBIGUOUS"}
+    assert {stage["name"] for stage in said["validation"]["stages"]} >= {"vision", "kept", "logits", "tokens"}
+    assert "nothing measured it on this model" in result.err  # the evidence is always printed
+    assert (out / "report" / "report.html").is_file()
+
+
+def test_run_answers_and_draws(built, pictures, tmp_path):
+    _, bundle = built
+    shown = tmp_path / "kept.png"
+    image = ("--image", str(pictures / "0.png"))
+    result = ep_export(
+        "run", str(bundle), *image, "--prompt", "What is this", "--max-new-tokens", "3", "--show", str(shown)
+    )
+    assert result.code == 0, result.err
+    assert "visual tokens" in result.err
+    assert shown.is_file()
+
+
+def test_run_json_has_what_scripts_read(built, pictures):
+    _, bundle = built
+    images = ("--image", str(pictures / "0.png"), "--image", str(pictures / "1.png"))
+    result = ep_export(
+        "run", str(bundle), *images, "--prompt", "What is this", "--max-new-tokens", "3", "--json"
+    )
+    said = json.loads(result.out)
+    assert {"answer", "token_ids", "prompt_tokens", "visual_tokens", "kept_index", "timings_ms"} <= set(said)
+    assert said["visual_tokens"] == 24
+    assert len(said["kept_index"]) < said["prompt_tokens"]
+
+
+def test_run_keep_overrides_the_bundles(built, pictures):
+    _, bundle = built
+    ask = (
+        "run",
+        str(bundle),
+        "--image",
+        str(pictures / "0.png"),
+        "--prompt",
+        "What",
+        "--max-new-tokens",
+        "1",
+        "--json",
+    )
+    full, pruned = (json.loads(ep_export(*ask, "--keep", keep).out) for keep in ("1", "0.5"))
+    assert len(full["kept_index"]) == full["prompt_tokens"]
+    assert len(pruned["kept_index"]) < pruned["prompt_tokens"]
+
+
+def test_inspect_shows_shapes_and_what_was_verified(built):
+    _, bundle = built
+    result = ep_export("inspect", str(bundle))
+    assert result.code == 0
+    assert "[1, S, 64]" in result.out
+    assert "verified: onnxruntime-cpu" in result.out
+
+
+def test_validate_again_gives_the_same_verdict(built, pictures, tmp_path):
+    result, bundle = built
+    again = ep_export(
+        "validate", str(bundle), "--images", str(pictures), "--report", str(tmp_path / "report"), "--json"
+    )
+    assert again.code == 0, again.err
+    assert json.loads(again.out)["verdict"] == json.loads(result.out)["validation"]["verdict"]
+    assert (tmp_path / "report" / "report.html").is_file()
+
+
+def test_validate_a_different_model_is_exit_3_or_refused(built, tmp_path):
+    from tiny import make_tiny
+
+    _, bundle = built
+    other = make_tiny(tmp_path / "other", seed=9)
+    result = ep_export("validate", str(bundle), "--model", str(other))
+    assert result.code == 1
+    assert "another checkpoint" in result.err
+
+
+def test_calibrate_writes_a_record_and_a_plot_and_build_uses_it(tiny_checkpoint, pictures, tmp_path):
+    record = tmp_path / "record.json"
+    options = ("--images", str(pictures), "--keep", "0.5", "--out", str(record))
+    result = ep_export("calibrate", "--model", str(tiny_checkpoint), *options)
+    assert result.code == 0, result.err
+    raw = json.loads(record.read_text())
+    assert raw["provenance"]["kind"] == "measured"
+    assert {c["layer"] for c in raw["candidates"]} == {1, 2}
+    assert record.with_suffix(".png").is_file()
+
+    plan = ep_export(
+        "plan", "--model", str(tiny_checkpoint), "--keep", "0.5", "--calibration", str(record), "--policy", "norm", "--layer", "1",
+        "--json",
+    )  # fmt: skip
+    assert plan.code == 0, plan.err
+    assert json.loads(plan.out)["ecl"] == 1
+
+
+def test_plan_from_an_alias_needs_no_checkpoint():
+    result = ep_export(
+        "plan", "--model", "qwen2.5-vl-7b", "--keep", "0.25", "--visual-tokens", "1296", "--json"
+    )
+    said = json.loads(result.out)
+    assert (said["layers"], said["ecl"]) == (28, 1)
+    assert said["kept_visual_tokens"] == 288  # 22.22% of 1296, as the published script keeps
+    assert said["prefill_flops"]["pruned"] < said["prefill_flops"]["full"]
+
+
+def test_models_lists_aliases_with_provenance():
+    result = ep_export("models", "--json")
+    models = json.loads(result.out)["models"]
+    known = {model["alias"]: model for model in models}
+    assert known["qwen2.5-vl-7b"]["ecl"] == 1
+    assert known["qwen2.5-vl-7b"]["provenance"] == "published"
