@@ -1,7 +1,8 @@
 """The main job as one function: checkpoint -> policy -> export -> validate -> a whole bundle or none.
 
-Enters: a `BuildRequest`. Leaves: a `BuildResult`. The steps are two, so that a person can see the plan before
-time is spent: `prepare` finds out what would be done (and calibrates when only that can tell), `build` does it.
+Enters: a `BuildRequest`. Leaves: a `BuildResult`. The steps are two, so that a person can see the plan
+before time is spent: `prepare` finds out what would be done (and calibrates when only that can tell), `build`
+does it.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ TEXT_TOKENS = 86
 MAX_PICTURES = 8
 MAX_NEW_TOKENS = 16
 REPORT = "report"
+NO_BF16 = "ONNX Runtime computes no bfloat16 on a CPU"
+NO_BF16_HINT = "validate an fp32 bundle of the same checkpoint and policy; its graphs differ only in type"
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ class BuildResult:
 
 
 def prepare(request: BuildRequest, progress: Progress = silent) -> Prepared:
-    """Open the checkpoint, settle the policy and plan the budgets. Writes nothing but a calibration's journal.
+    """Open the checkpoint, settle the policy, plan the budgets. Only a calibration writes: its journal.
 
     Raises:
         UserError: See `open_checkpoint`, `resolve_policy`, `calibrate`; or the output exists.
@@ -146,6 +149,7 @@ def build(prepared: Prepared, *, check: bool = True, progress: Progress = silent
         )
         if prepared.record:
             _keep_record(bundle, prepared.record)
+        check = check and request.precision is not Precision.BF16
         report = _check(bundle, prepared, progress) if check else None
     shutil.rmtree(_journal(request.out), ignore_errors=True)
     return BuildResult(Bundle.open(request.out, verify=False), report)
@@ -198,6 +202,9 @@ def validate_bundle(
     """
     from ep_export.validate import to_json, validate, write_html
 
+    if bundle.manifest.precision is Precision.BF16:
+        raise UserError(f"bundle {bundle.path} cannot be validated: {NO_BF16}", hint=NO_BF16_HINT)
+
     pictures, asked = _questions(images, prompts, max_pictures)
     report = validate(
         bundle, checkpoint, pictures=pictures, prompts=asked, max_new_tokens=max_new_tokens, progress=progress
@@ -247,7 +254,8 @@ def _questions(
             else questions
         )
         return cards, [flat[i % len(flat)] for i in range(len(cards))]
-    pictures, asked = [], []
+    pictures: list[Image.Image] = []
+    asked: list[str] = []
     for turn, file in enumerate(find_pictures(images)):
         if len(pictures) == max_pictures:
             break

@@ -22,7 +22,6 @@ from ep_export.cli.plan import plan_json, plan_rows
 
 if TYPE_CHECKING:
     from ep_export.build import BuildRequest, BuildResult, Prepared
-    from ep_export.policy import Keep
 
 __all__ = ["build", "build_request", "print_bundle", "show_plan"]
 
@@ -58,19 +57,17 @@ def build(check: bool, as_json: bool, **options: Any) -> int:
     show_plan(prepared)
     with progress_bar() as progress:
         result = build_bundle(prepared, check=check, progress=progress)
-    return print_bundle(prepared, result, as_json=as_json)
+    return print_bundle(prepared, result, check=check, as_json=as_json)
 
 
 def build_request(options: dict[str, Any]) -> BuildRequest:
     """A typed request from the options of `build` or `export`."""
     from ep_export.build import BuildRequest
 
-    keep: Keep | None = keep_from(options["keep"], options["keep_tokens"])
-    assert keep is not None  # noqa: S101 - required above
     out = options["out"] or Path(f"{Path(options['model']).name}-ep")
     return BuildRequest(
         model=options["model"],
-        keep=keep,
+        keep=keep_from(options["keep"], options["keep_tokens"]),
         policy=policy_request(options),
         out=out,
         overwrite=options["overwrite"],
@@ -94,8 +91,10 @@ def show_plan(prepared: Prepared) -> None:
     note(f"evidence: {prepared.evidence.kind.value}: {prepared.evidence.summary}")
 
 
-def print_bundle(prepared: Prepared, result: BuildResult, *, as_json: bool) -> int:
+def print_bundle(prepared: Prepared, result: BuildResult, *, check: bool, as_json: bool) -> int:
     """The result: where it is, what was verified. Returns the exit code."""
+    from ep_export.build import NO_BF16, NO_BF16_HINT
+
     report = result.report
     if as_json:
         from ep_export.validate import to_json
@@ -114,6 +113,8 @@ def print_bundle(prepared: Prepared, result: BuildResult, *, as_json: bool) -> i
 
             for line in text_lines(report):
                 note(line)
+        elif check and prepared.request.precision is Precision.BF16:
+            note(f"not validated: {NO_BF16}; {NO_BF16_HINT}")
         for warning in result.bundle.manifest.warnings:
             note(f"warning: {warning}")
         click.echo(str(result.bundle.path))

@@ -96,8 +96,7 @@ def show_record(record: Record) -> None:
     print_table(
         f"layer entropy in nats over {record.images} pictures", ("layer", "queries", "keys", ""), rows
     )
-    ranked = sorted(record.candidates, key=lambda c: c.kl)
-    rows = [
+    ranked = [
         (
             str(c.layer),
             c.scorer,
@@ -105,9 +104,10 @@ def show_record(record: Record) -> None:
             f"{c.kl:.4f}",
             f"{c.top1_agreement:.1%}",
         )
-        for c in ranked
+        for c in sorted(record.candidates, key=lambda c: c.kl)
     ]
-    print_table("fidelity to the unpruned model, best first", ("K", "scorer", "select", "KL", "top-1"), rows)
+    header = ("K", "scorer", "select", "KL", "top-1")
+    print_table("fidelity to the unpruned model, best first", header, ranked)
     click.echo(record.collapse_finding)
     click.echo(record.recommendation)
     for skipped in record.skipped:

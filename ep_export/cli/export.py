@@ -27,4 +27,4 @@ def export(as_json: bool, **options: Any) -> int:
     show_plan(prepared)
     with progress_bar() as progress:
         result = build(prepared, check=False, progress=progress)
-    return print_bundle(prepared, result, as_json=as_json)
+    return print_bundle(prepared, result, check=False, as_json=as_json)

@@ -20,6 +20,7 @@ __all__ = [
     "keep_from",
     "keep_options",
     "model_option",
+    "optional_keep",
     "policy_options",
     "values",
 ]
@@ -61,17 +62,27 @@ def keep_options(required: bool) -> Callable[[_F], _F]:
     return add
 
 
-def keep_from(ratio: float | None, tokens: int | None, *, required: bool = True) -> Keep | None:
-    """`Keep` from the two options.
+def keep_from(ratio: float | None, tokens: int | None) -> Keep:
+    """`Keep` from the two options, one of which must be there.
 
     Raises:
-        UsageError: Both or (when required) neither given, or a ratio outside (0, 1], or tokens below 1.
+        UsageError: Neither or both given, or out of range.
+    """
+    keep = optional_keep(ratio, tokens)
+    if keep is None:
+        raise UsageError("how much to keep is not given", hint="add --keep 0.25, or --keep-tokens N")
+    return keep
+
+
+def optional_keep(ratio: float | None, tokens: int | None) -> Keep | None:
+    """`Keep` from the two options, None when neither is there.
+
+    Raises:
+        UsageError: Both given, or a ratio outside (0, 1], or tokens below 1.
     """
     if ratio is not None and tokens is not None:
         raise UsageError("--keep and --keep-tokens exclude each other", hint="give one of them")
     if ratio is None and tokens is None:
-        if required:
-            raise UsageError("how much to keep is not given", hint="add --keep 0.25, or --keep-tokens N")
         return None
     if ratio is not None and not (math.isfinite(ratio) and 0 < ratio <= 1):
         raise UsageError(

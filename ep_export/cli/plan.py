@@ -108,7 +108,9 @@ def plan_json(made: Plan) -> dict[str, Any]:
         "policy": made.policy,
         "visual_tokens": made.visual_tokens,
         "text_tokens": made.text_tokens,
-        "keep": made.keep.ratio if made.keep.ratio is not None else made.keep.tokens / made.visual_tokens,
+        "keep": made.keep.ratio
+        if made.keep.ratio is not None
+        else (made.keep.tokens or 0) / made.visual_tokens,
         "kept_visual_tokens": made.kept_visual_tokens,
         "prefill_flops": made.prefill_flops,
         "visual_kv_bytes": made.visual_kv_bytes,

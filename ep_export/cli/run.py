@@ -10,7 +10,7 @@ import click
 
 from ep_export.bundle import Bundle
 from ep_export.cli.console import note, print_json
-from ep_export.cli.options import bundle_argument, json_option, keep_from, keep_options
+from ep_export.cli.options import bundle_argument, json_option, keep_options, optional_keep
 from ep_export.errors import UsageError
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def run(
         raise UsageError(
             "--show draws the kept patches of a picture, and there is none", hint="add --image FILE"
         )
-    wanted = keep_from(keep, keep_tokens, required=False)
+    wanted = optional_keep(keep, keep_tokens)
     pictures = [open_picture(path) for path in images]
     sampling = None
     if temperature is not None or top_p is not None or top_k is not None:
@@ -121,10 +121,9 @@ def _footnotes(manifest: Manifest, answer: Generation, show: Path | None) -> Non
         )
         flops = 1 - plan.prefill_flops.pruned / plan.prefill_flops.full
         kv = 1 - plan.visual_kv_bytes.pruned / plan.visual_kv_bytes.full
-        note(
-            f"kept {plan.kept_visual_tokens} of {plan.visual_tokens} visual tokens from layer {policy.layer} of "
-            f"{dims.layers} on: {flops:.0%} fewer decoder prefill FLOPs, {kv:.0%} less visual KV cache"
-        )
+        kept = f"kept {plan.kept_visual_tokens} of {plan.visual_tokens} visual tokens"
+        where = f"from layer {policy.layer} of {dims.layers} on"
+        note(f"{kept} {where}: {flops:.0%} fewer decoder prefill FLOPs, {kv:.0%} less visual KV cache")
     total, decode = answer.timings_ms["total"], answer.timings_ms["decode_per_token"]
     note(f"{len(answer.token_ids)} tokens in {total:.0f} ms ({decode:.1f} ms a decoded token)")
     if show:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime
 import torch
 from ep_export.export.prune_node import scores_model
@@ -64,7 +65,7 @@ def main() -> int:
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(
-        model.SerializeToString(), settings, providers=["CPUExecutionProvider"]
+        ir.to_proto(model).SerializeToString(), settings, providers=["CPUExecutionProvider"]
     )
     feed = {session.get_inputs()[0].name: states.numpy()}
 

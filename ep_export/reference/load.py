@@ -1,0 +1,73 @@
+"""Load a checkpoint as the Hugging Face model it was saved from, ready to be the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+
+from ep_export.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ep_export.checkpoint import Checkpoint
+
+__all__ = ["load_model"]
+
+
+def load_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Load the model from its local directory: safetensors only, no code from the checkpoint, no network.
+
+    Attention is `sdpa` on purpose: it computes in the model's own type, so that a float64 oracle is float64
+    throughout, where Hugging Face's `eager` rounds every softmax to float32; and it never holds the S x S
+    scores of a long prompt.
+
+    Args:
+        checkpoint: An opened checkpoint.
+        dtype: Weights are converted to it; bfloat16 and float16 weights widen exactly to float32.
+
+    Returns:
+        The model in eval mode, its parameters without gradients.
+
+    Raises:
+        UserError: A weight the model needs is missing or has another shape.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    with _no_progress_bar():
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            checkpoint.path,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # told below, by name
+            output_loading_info=True,
+        )
+    mismatched = (entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"])
+    wrong = sorted({*info["missing_keys"], *mismatched})
+    if wrong:
+        # Hugging Face fills such weights with random numbers: an oracle must not.
+        raise UserError(
+            f"checkpoint {checkpoint.path} lacks weights in the model's shapes: {', '.join(wrong[:3])}",
+            hint="download the checkpoint again; every shard of its index must be there",
+        )
+    return model.eval().requires_grad_(requires_grad=False)
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Only the command line draws; Hugging Face's loading bar would end up in its logs."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

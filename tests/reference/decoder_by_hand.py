@@ -1,0 +1,151 @@
+"""A pruned Qwen2.5-VL decoder written out in NumPy float64, from the formulas and nothing else.
+
+No cache, no Hugging Face layer: every step recomputes the whole sequence with an explicit mask. Scores come
+from the primal covariance [head_dim, head_dim], not from the dual Gram the package uses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ep_export.policy import Budget, Policy, Scorer, Select, Source
+
+__all__ = ["HandResult", "run_by_hand"]
+
+
+@dataclass(frozen=True)
+class HandResult:
+    """Logits of every position that got to the end, and what was kept."""
+
+    logits: np.ndarray
+    kept_index: np.ndarray
+    scores: np.ndarray
+
+
+def run_by_hand(model, embeds, position_ids, visual_index, policy: Policy, keep: int) -> HandResult:
+    """embeds [S, d] and position_ids [3, S] of a prompt, text appended to it included."""
+    config = model.config.text_config
+    weights = {
+        name: p.detach().numpy().astype(np.float64)
+        for name, p in model.named_parameters()
+        if "visual" not in name
+    }
+    embeds = np.asarray(embeds, dtype=np.float64)
+    cos, sin = _rotary(config, np.asarray(position_ids))
+    hidden, rows = embeds, np.arange(len(embeds))
+    states = scores = np.zeros(0)
+    for i in range(config.num_hidden_layers):
+        if i == policy.layer and len(visual_index):
+            scores = _scores(states[visual_index], policy.scorer)
+            rows = _kept(scores, keep, np.asarray(visual_index), policy, len(embeds))
+            hidden = hidden[rows]
+        hidden, projections = _layer(config, weights, i, hidden, cos[rows], sin[rows])
+        if i == policy.layer - 1:
+            states = _states(config, projections, hidden, policy.source)
+    hidden = _norm(hidden, weights["model.language_model.norm.weight"], config.rms_norm_eps)
+    return HandResult(hidden @ weights["lm_head.weight"].T, rows, scores)
+
+
+def _rotary(config, position_ids):
+    half = config.hidden_size // config.num_attention_heads // 2
+    theta = config.rope_parameters["rope_theta"]
+    frequency = theta ** (-np.arange(half) / half)
+    axis = np.repeat(
+        [0, 1, 2], config.rope_parameters["mrope_section"]
+    )  # which position each frequency turns by
+    angle = position_ids[axis].T * frequency
+    angle = np.concatenate([angle, angle], axis=1)
+    return np.cos(angle), np.sin(angle)
+
+
+def _layer(config, weights, i, hidden, cos, sin):
+    w = {k.split(f"layers.{i}.")[1]: v for k, v in weights.items() if f"layers.{i}." in k}
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    x = _norm(hidden, w["input_layernorm.weight"], config.rms_norm_eps)
+    q, k, v = (
+        x @ w[f"self_attn.{name}_proj.weight"].T + w[f"self_attn.{name}_proj.bias"]
+        for name in ("q", "k", "v")
+    )
+    attended = [
+        _attend(
+            _turn(_head(q, h, heads), cos, sin),
+            _turn(_head(k, h // (heads // kv_heads), kv_heads), cos, sin),
+            _head(v, h // (heads // kv_heads), kv_heads),
+        )
+        for h in range(heads)
+    ]
+    hidden = hidden + np.concatenate(attended, axis=1) @ w["self_attn.o_proj.weight"].T
+    x = _norm(hidden, w["post_attention_layernorm.weight"], config.rms_norm_eps)
+    gate = x @ w["mlp.gate_proj.weight"].T
+    up = x @ w["mlp.up_proj.weight"].T
+    return hidden + (gate / (1 + np.exp(-gate)) * up) @ w["mlp.down_proj.weight"].T, (q, k, v)
+
+
+def _norm(x, weight, eps):
+    return x / np.sqrt((x * x).mean(axis=1, keepdims=True) + eps) * weight
+
+
+def _head(x, index, heads):
+    width = x.shape[1] // heads
+    return x[:, index * width : (index + 1) * width]
+
+
+def _turn(x, cos, sin):
+    half = x.shape[1] // 2
+    return x * cos + np.concatenate([-x[:, half:], x[:, :half]], axis=1) * sin
+
+
+def _attend(q, k, v):
+    scores = q @ k.T / np.sqrt(q.shape[1])
+    scores[np.triu_indices(len(q), 1)] = -np.inf  # kept tokens stay in order, so order is causality
+    scores = np.exp(scores - scores.max(axis=1, keepdims=True))
+    return scores / scores.sum(axis=1, keepdims=True) @ v
+
+
+def _states(config, projections, hidden, source):
+    heads = config.num_key_value_heads if source in {Source.KEY, Source.VALUE} else config.num_attention_heads
+    chosen = dict(zip((Source.QUERY, Source.KEY, Source.VALUE), projections, strict=True)).get(source, hidden)
+    return chosen.reshape(len(chosen), heads, -1)
+
+
+def _scores(states, scorer):
+    if scorer is Scorer.NORM:
+        return np.sqrt((states**2).sum(axis=(1, 2)))
+    return np.array([_entropy(token, scorer) for token in states])
+
+
+def _entropy(token, scorer):
+    heads = len(token)
+    rows = token - token.mean(axis=0)
+    if scorer is not Scorer.RELEASED:
+        norms = np.linalg.norm(rows, axis=1, keepdims=True)
+        rows = np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 0)
+    covariance = rows.T @ rows / heads
+    if scorer is Scorer.ORDER2:
+        purity = (covariance**2).sum()
+        return -np.log(purity) if purity > 0 else 0.0
+    eigenvalues = np.linalg.eigvalsh(covariance)
+    positive = eigenvalues[eigenvalues > 1e-10]
+    entropy = -(positive * np.log(positive)).sum()
+    if scorer is Scorer.RELEASED:
+        entropy += (
+            -(heads - len(positive)) * 1e-10 * np.log(1e-10)
+        )  # the dual has `heads` eigenvalues, clamped
+        return entropy / (np.log(heads) if heads > 1 else 1)
+    return entropy
+
+
+def _kept(scores, keep, visual_index, policy, length):
+    best_first = np.argsort(-scores if policy.select is Select.HIGHEST else scores, kind="stable")
+    order = best_first
+    if policy.budget is Budget.PER_PICTURE:
+        picture = np.cumsum(np.diff(visual_index, prepend=visual_index[0]) > 1)
+        share = np.empty(len(scores))
+        for p in np.unique(picture):
+            members = [t for t in best_first if picture[t] == p]
+            share[members] = (np.arange(len(members)) + 0.5) / len(members)
+        order = np.argsort(share, kind="stable")
+    dropped = set(visual_index[order[keep:]])
+    return np.array([i for i in range(length) if i not in dropped])

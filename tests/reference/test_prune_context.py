@@ -1,0 +1,268 @@
+"""What `prune` does to a model: nothing that lasts, and nothing where there is nothing to prune."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from oracle_cases import case
+from transformers import DynamicCache
+
+from ep_export.errors import UserError
+from ep_export.plan import kept_tokens, make_plan
+from ep_export.policy import Keep, Policy, Scorer, Select
+from ep_export.reference import PruneSpec, capture, greedy, prune, visual_positions
+
+HALF = PruneSpec(Policy(layer=1), Keep(ratio=0.5))
+
+
+@pytest.fixture(scope="module")
+def made():
+    return case()
+
+
+def hook_counts(model):
+    return [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
+
+
+@pytest.mark.parametrize("split", [1, 3])
+def test_keeping_all_is_bitwise_hugging_face(made, split):
+    plain = made.model(**made.inputs)
+    with prune(made.model, PruneSpec(Policy(layer=split), Keep(ratio=1.0))) as trace:
+        pruned = made.model(**made.inputs)
+        answer = made.greedy()
+    assert torch.equal(plain.logits, pruned.logits)
+    assert answer == made.greedy()
+    assert trace.kept_index.tolist() == list(range(made.prompt.input_ids.shape[1]))
+
+
+def test_pruning_changes_the_logits(made):
+    plain = made.model(**made.inputs).logits[0, -1]
+    with prune(made.model, HALF):
+        assert not torch.allclose(plain, made.model(**made.inputs).logits[0, -1], atol=1e-2)
+
+
+def test_a_plan_prunes_like_its_policy_and_keep(made):
+    n = len(made.prompt.visual_index)
+    plan = make_plan(
+        made.family.dims(made.model.config), HALF.policy, HALF.keep, visual_tokens=n, text_tokens=10
+    )
+    with prune(made.model, plan):
+        by_plan = made.greedy()
+    with prune(made.model, HALF):
+        assert by_plan == made.greedy()
+
+
+def test_decoding_with_a_cache_equals_recomputing_without(made):
+    with prune(made.model, HALF):
+        assert made.greedy(use_cache=True) == made.greedy(use_cache=False)
+
+
+def test_eager_attention_prunes_like_sdpa(made):
+    with prune(made.model, HALF):
+        expected = made.model(**made.inputs).logits
+    made.model.set_attn_implementation("eager")
+    try:
+        with prune(made.model, HALF):
+            got = made.model(**made.inputs).logits
+            answer = made.greedy()
+    finally:
+        made.model.set_attn_implementation("sdpa")
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
+    with prune(made.model, HALF):
+        assert answer == made.greedy()
+
+
+def test_explicit_masks_are_cut_like_implicit_ones(made):
+    """Left padding forces 4D masks through prefill and decode."""
+    with prune(made.model, HALF):
+        expected = made.greedy()
+        padded = dict(made.inputs, attention_mask=torch.ones_like(made.inputs["input_ids"]))
+        for name in ("input_ids", "mm_token_type_ids", "attention_mask"):
+            padded[name] = torch.nn.functional.pad(padded[name], (3, 0))
+        ids = made.model.generate(**padded, max_new_tokens=8, do_sample=False, eos_token_id=-1)
+    assert ids[0, padded["input_ids"].shape[1] :].tolist() == expected
+
+
+def test_sampling_is_reproducible_and_pruned(made):
+    options = {"max_new_tokens": 6, "do_sample": True, "temperature": 1.5, "eos_token_id": -1}
+    with prune(made.model, HALF) as trace:
+        torch.manual_seed(3)
+        first = made.model.generate(**made.inputs, **options)
+        torch.manual_seed(3)
+        second = made.model.generate(**made.inputs, **options)
+    assert torch.equal(first, second)
+    assert len(trace.kept_index) < made.prompt.input_ids.shape[1]
+
+
+def test_text_only_prompts_pass_untouched():
+    text = case(sizes=())
+    expected = text.greedy()
+    with prune(text.model, HALF) as trace:
+        assert text.greedy() == expected
+    assert len(trace.visual_index) == 0
+    assert trace.kept_index.tolist() == list(range(text.prompt.input_ids.shape[1]))
+
+
+def test_second_turn_on_a_pruned_cache_equals_one_long_prompt(made):
+    """The cache carries which columns it holds, also through the deep copy Hugging Face reuses prompts by."""
+    ids, more = made.inputs["input_ids"], torch.tensor([[5, 9, 11]])
+    with prune(made.model, HALF), torch.inference_mode():
+        cache = DynamicCache(config=made.model.config)
+        made.model(**made.inputs, past_key_values=cache)
+        turn = made.model(input_ids=more, past_key_values=copy.deepcopy(cache), use_cache=True)
+        again = made.model(input_ids=more, past_key_values=cache, use_cache=True)
+        whole = dict(made.inputs, input_ids=torch.cat([ids, more], dim=1))
+        whole["mm_token_type_ids"] = torch.nn.functional.pad(whole["mm_token_type_ids"], (0, 3))
+        whole.pop("attention_mask", None)
+        expected = made.model(**whole)
+    torch.testing.assert_close(turn.logits, expected.logits[:, -3:], atol=1e-4, rtol=0)
+    assert torch.equal(turn.logits, again.logits)
+
+
+def test_model_is_restored(made):
+    before, expected = hook_counts(made.model), made.greedy()
+    with prune(made.model, HALF):
+        assert hook_counts(made.model) != before
+        made.greedy()
+    assert hook_counts(made.model) == before
+    assert made.greedy() == expected
+
+
+def test_model_is_restored_after_an_exception(made):
+    before, expected = hook_counts(made.model), made.greedy()
+    with pytest.raises(ZeroDivisionError), prune(made.model, HALF, select=lambda *_: 1 / 0):
+        made.greedy()
+    assert hook_counts(made.model) == before
+    assert made.greedy() == expected
+    with prune(made.model, HALF):  # and it can be pruned again
+        made.greedy()
+
+
+def test_a_failed_forward_leaves_no_prompt_behind(made):
+    with prune(made.model, HALF):
+        with pytest.raises(UserError, match="batch of 2"):
+            made.model(input_ids=made.inputs["input_ids"].repeat(2, 1))
+        with pytest.raises(UserError, match="without its model"):
+            made.model.model.language_model(input_ids=torch.tensor([[1, 2, 3]]))
+
+
+def test_nested_use_is_refused(made):
+    with prune(made.model, HALF):
+        with pytest.raises(UserError, match="already"), prune(made.model, HALF):
+            pass
+        made.greedy()  # the outer block still holds
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}])
+def test_several_sequences_are_refused(made, options):
+    with prune(made.model, HALF), pytest.raises(UserError, match="one prompt at a time"):
+        made.model.generate(**made.inputs, max_new_tokens=2, **options)
+
+
+def test_static_caches_are_refused(made):
+    with prune(made.model, HALF), pytest.raises(UserError, match="static or sliding"):
+        made.model.generate(**made.inputs, max_new_tokens=2, cache_implementation="static")
+
+
+def test_embeddings_without_ids_and_labels_are_refused(made):
+    with prune(made.model, HALF):
+        with pytest.raises(UserError, match="needs input_ids"):
+            made.model(inputs_embeds=torch.zeros(1, 4, 64))
+        with pytest.raises(UserError, match="labels"):
+            made.model(**made.inputs, labels=made.inputs["input_ids"])
+
+
+@pytest.mark.parametrize("layer", [0, 4, -1])
+def test_a_split_outside_the_decoder_is_refused(made, layer):
+    with (
+        pytest.raises(UserError, match="expected 1 to 3"),
+        prune(made.model, PruneSpec(Policy(layer=layer), Keep(1.0))),
+    ):
+        pass
+
+
+def test_an_impossible_keep_is_refused_at_the_prompt(made):
+    spec = PruneSpec(Policy(layer=3), Keep(ratio=0.5))
+    with prune(made.model, spec), pytest.raises(UserError):
+        made.model(**made.inputs)
+
+
+def test_select_decides_instead_of_the_scores(made):
+    def last_ones(states, k, visual_index):
+        assert states.shape[:2] == (len(visual_index), 4)
+        return visual_index[-k:].flip(0)
+
+    with prune(made.model, HALF, select=last_ones) as trace:
+        made.model(**made.inputs)
+    n = len(made.prompt.visual_index)
+    k = kept_tokens(HALF.keep, layers=4, layer=1, visual_tokens=n)
+    dropped = set(made.prompt.visual_index[: n - k].tolist())
+    assert trace.kept_index.tolist() == [i for i in range(made.prompt.input_ids.shape[1]) if i not in dropped]
+    assert trace.scores is None
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [lambda k, v: v[: k - 1], lambda k, v: v[:1].repeat(k), lambda k, v: v[:k] - v[0]],
+    ids=["too few", "one repeated", "text"],
+)
+def test_a_select_that_breaks_its_contract_is_refused(made, wrong):
+    with (
+        prune(made.model, HALF, select=lambda _, k, v: wrong(k, v)),
+        pytest.raises(ValueError, match="select must return"),
+    ):
+        made.model(**made.inputs)
+
+
+def test_capture_holds_both_sides_of_the_split(made):
+    states = capture(made.model, made.prompt, HALF)
+    torch.testing.assert_close(states.hidden_kept, states.hidden_before[:, states.kept_index], atol=0, rtol=0)
+    s, m = made.prompt.input_ids.shape[1], len(states.kept_index)
+    assert [key.shape[2] for key, _ in states.caches] == [s, m, m, m]
+    plain = made.model(**made.inputs, output_hidden_states=True)
+    torch.testing.assert_close(states.hidden_before, plain.hidden_states[1], atol=0, rtol=0)
+    torch.testing.assert_close(states.inputs_embeds, plain.hidden_states[0], atol=0, rtol=0)
+    np.testing.assert_array_equal(states.visual_index, made.prompt.visual_index)
+
+
+def test_greedy_ignores_sampling_settings_of_the_checkpoint(made):
+    expected = made.greedy(6)
+    settings = made.model.generation_config
+    made.model.generation_config = copy.deepcopy(settings)
+    made.model.generation_config.update(repetition_penalty=3.0, do_sample=True, temperature=5.0, top_k=2)
+    try:
+        got = greedy(made.model, made.family, made.model.config, made.prompt, 6, eos_token_ids=[-1])
+    finally:
+        made.model.generation_config = settings
+    assert got == expected
+
+
+def test_greedy_with_a_plan_equals_generate_inside_prune(made):
+    got = greedy(made.model, made.family, made.model.config, made.prompt, 6, plan=HALF, eos_token_ids=[-1])
+    with prune(made.model, HALF):
+        assert got == made.greedy(6)
+
+
+def test_lowest_keeps_what_highest_drops(made):
+    kept = {}
+    for select in Select:
+        spec = PruneSpec(Policy(layer=2, scorer=Scorer.NORM, select=select), Keep(ratio=0.75))
+        with prune(made.model, spec) as trace:
+            made.model(**made.inputs)
+        kept[select] = set(trace.kept_index.tolist()) & set(made.prompt.visual_index.tolist())
+    assert kept[Select.HIGHEST].isdisjoint(kept[Select.LOWEST])
+
+
+def test_visual_positions_know_both_spellings():
+    class Llava:
+        image_token_index = 7
+
+    class Qwen:
+        image_token_id, video_token_id = 7, 8
+
+    ids = torch.tensor([1, 7, 7, 8, 2])
+    assert visual_positions(ids, Llava()).tolist() == [1, 2]
+    assert visual_positions(ids, Qwen()).tolist() == [1, 2, 3]

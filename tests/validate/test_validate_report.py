@@ -1,0 +1,104 @@
+"""Folding comparisons into stages, and what the report looks like as JSON, text and HTML."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+from tiny import tiny_picture
+
+from ep_export.validate import Case, KeptPicture, Report, Stage, Verdict, text_lines, to_json, write_html
+from ep_export.validate.comparison import Comparison, Finding, compare, fold
+from ep_export.validate.tolerance import EXACT, Tolerance
+
+LOOSE = Tolerance(relative=0.1, absolute=0.0, reason="a test")
+
+
+def stage(verdict, error=0.0):
+    return Stage("hidden", verdict, error, 1.0, error, "because", "somewhere", 3)
+
+
+def test_errors_count_against_the_references_scale():
+    want = np.array([10.0, -1.0])
+    inside = compare("x", want + np.array([0.9, -0.9]), want, LOOSE)
+    assert (inside.verdict, inside.tolerance) == (Verdict.PASS, 1.0)
+    assert inside.error == pytest.approx(0.9)
+    assert compare("x", want + np.array([0.0, 1.1]), want, LOOSE).verdict is Verdict.FAIL
+
+
+def test_an_exact_comparison_allows_nothing():
+    want = np.array([1.0, 2.0])
+    assert compare("x", want, want, EXACT).verdict is Verdict.PASS
+    assert compare("x", np.nextafter(want, 3), want, EXACT).verdict is Verdict.FAIL
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_fail(bad):
+    found = compare("x", np.array([1.0, bad]), np.array([1.0, 2.0]), Tolerance(1e9, 1e9, ""))
+    assert found.verdict is Verdict.FAIL
+    assert "not finite" in found.note
+
+
+def test_another_shape_fails_even_where_it_would_broadcast():
+    found = compare("x", np.ones((1, 3)), np.ones((2, 3)), Tolerance(1e9, 1e9, ""))
+    assert found.verdict is Verdict.FAIL
+    assert "[1, 3], expected [2, 3]" in found.note
+
+
+def test_a_stage_is_as_good_as_its_worst_comparison():
+    near = Comparison(Verdict.PASS, 0.9, 1.0, 1.0, "near the edge")
+    big = Comparison(Verdict.PASS, 5.0, 100.0, 1.0, "larger, allowed more")
+    unsure = Comparison(Verdict.AMBIGUOUS, 0.1, 1.0, 1.0, "a tie", "two tokens differ")
+    assert fold([Finding("s", (big, near), "why")]).note == "worst: near the edge"
+    folded = fold(
+        [Finding("s", (near,), "why"), Finding("s", (), ""), Finding("s", (unsure, big), "because")]
+    )
+    assert folded.verdict is Verdict.AMBIGUOUS
+    assert (folded.note, folded.reason) == ("a tie: two tokens differ", "because")
+    assert folded.comparisons == 3
+
+
+def test_the_report_is_as_good_as_its_worst_stage():
+    assert Report("m", {}, (stage(Verdict.PASS), stage(Verdict.AMBIGUOUS))).verdict is Verdict.AMBIGUOUS
+    assert Report("m", {}, (stage(Verdict.FAIL), stage(Verdict.AMBIGUOUS))).verdict is Verdict.FAIL
+    assert Report("m", {}, ()).verdict is Verdict.FAIL  # nothing compared proves nothing
+
+
+def test_json_has_no_infinity():
+    raw = to_json(Report("m", {}, (stage(Verdict.FAIL, math.inf),)))
+    assert json.loads(json.dumps(raw, allow_nan=False))["stages"][0]["max_abs_error"] is None
+
+
+def test_text_names_every_stage_and_ends_in_a_sentence():
+    lines = text_lines(Report("m", {}, (stage(Verdict.PASS), stage(Verdict.FAIL, math.inf))))
+    assert "FAIL" in lines[2]
+    assert lines[-1].startswith("FAIL at hidden")
+
+
+@pytest.fixture
+def page(tmp_path):
+    picture = KeptPicture(0, (4, 5), tuple(i % 3 == 0 for i in range(20)))
+    case = Case("question 1", "how <many>?", "three & four", "two", 44, 20, 7, 0.5, (picture,))
+    report = Report("model <x>", {"policy": "layer 2"}, (stage(Verdict.FAIL, math.inf),), (case,))
+    write_html(report, tmp_path / "report.html", [tiny_picture(140, 112)])
+    return (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_html_needs_no_network_and_no_script(page):
+    assert not re.search(r"https?://|<script|<link|@import|url\(", page)
+    assert page.count("data:image/jpeg;base64,") == 1
+
+
+def test_html_escapes_what_others_wrote(page):
+    assert "model &lt;x&gt;" in page
+    assert "how &lt;many&gt;?" in page
+    assert "three &amp; four" in page
+
+
+def test_html_says_what_failed_and_how_answers_differ(page):
+    assert page.count("✗ FAIL") == 2
+    assert "the answers differ" in page
+    assert "7 of 20 patches kept" in page
