@@ -15,6 +15,7 @@ from ep_export.cli.export import export
 from ep_export.cli.inspect import inspect
 from ep_export.cli.models import models
 from ep_export.cli.plan import plan
+from ep_export.cli.plugin import plugin
 from ep_export.cli.run import run
 from ep_export.cli.validate import validate
 from ep_export.errors import UserError
@@ -41,7 +42,7 @@ def cli() -> None:
     """Export vision-language models with entropy pruning inside the decoder."""
 
 
-for verb in (models, plan, calibrate, build, export, validate, run, inspect):
+for verb in (models, plan, calibrate, build, export, validate, run, inspect, plugin):
     cli.add_command(verb)
 
 
@@ -49,6 +50,7 @@ def main() -> None:
     """Entry point of the console script. Exits with 0, 1, 2, 3 or 130."""
     # Nobody asked for another library's notices: they would stand between a person and one line.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     sys.exit(_run())
 

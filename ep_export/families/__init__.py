@@ -6,7 +6,7 @@ from ep_export.errors import UserError
 from ep_export.families.base import Family
 from ep_export.families.qwen2_5_vl import Qwen2_5_VL
 
-__all__ = ["FAMILIES", "family_of", "family_named"]
+__all__ = ["FAMILIES", "family_named", "family_of"]
 
 FAMILIES: tuple[Family, ...] = (Qwen2_5_VL(),)
 
@@ -34,4 +34,6 @@ def family_named(name: str) -> Family:
         if family.name == name:
             return family
     known = ", ".join(family.name for family in FAMILIES)
-    raise UserError(f"family {name!r} is unknown to this ep-export", hint=f"known: {known}; upgrade ep-export")
+    raise UserError(
+        f"family {name!r} is unknown to this ep-export", hint=f"known: {known}; upgrade ep-export"
+    )

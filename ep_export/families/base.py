@@ -64,9 +64,15 @@ class PromptInputs:
 
 
 class PromptBuilder(Protocol):
-    """Turns pictures and a question into `PromptInputs`, and token ids back into text. No torch."""
+    """Turns pictures and a question into `PromptInputs`, and token ids back into text. No torch.
+
+    Attributes:
+        eos_token_ids: Ids that end an answer.
+        repetition_penalty: What the checkpoint's generation_config.json asks for, greedy or not; 1 is none.
+    """
 
     eos_token_ids: tuple[int, ...]
+    repetition_penalty: float
 
     def build(self, pictures: Sequence[Image.Image], prompt: str) -> PromptInputs:
         """Apply the chat template with the pictures before the question, as Hugging Face would.
@@ -132,6 +138,8 @@ class Family(ABC):
 
     name: str
     model_types: tuple[str, ...]
+    verified: str
+    """How far this family was verified, as `ep-export models` says it."""
 
     @abstractmethod
     def dims(self, config: PreTrainedConfig) -> DecoderDims:

@@ -1,0 +1,94 @@
+"""The pictures a calibration runs on: found in a stable order, opened with distrust, known by content."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ep_export.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["SUFFIXES", "PictureFile", "find_pictures", "open_picture"]
+
+SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+"""What counts as a picture; other files of the folder (labels, a README) are left alone."""
+
+
+@dataclass(frozen=True)
+class PictureFile:
+    """One picture of the folder.
+
+    Attributes:
+        name: Path relative to the folder, with forward slashes.
+        path: Where it lies.
+    """
+
+    name: str
+    path: Path
+
+    def sha256(self) -> str:
+        """Hash of the file's bytes.
+
+        Raises:
+            OSError: It cannot be read.
+        """
+        return hashlib.sha256(self.path.read_bytes()).hexdigest()
+
+
+def find_pictures(folder: Path, *, most: int | None = None, seed: int = 0) -> tuple[PictureFile, ...]:
+    """Pictures below a folder, sorted by name.
+
+    Args:
+        folder: Searched with its subfolders.
+        most: Take a random sample of so many when there are more.
+        seed: Of the sample.
+
+    Raises:
+        UserError: No such folder, or no file with a picture's suffix in it.
+    """
+    if not folder.is_dir():
+        raise UserError(f"image folder {folder} does not exist", hint="give a directory with pictures")
+    files = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()]
+    found = sorted((PictureFile(path.relative_to(folder).as_posix(), path) for path in files), key=_name)
+    if not found:
+        known = ", ".join(sorted(SUFFIXES))
+        raise UserError(f"image folder {folder} holds no picture", hint=f"files that count: {known}")
+    if most is not None and len(found) > most:
+        chosen = np.random.default_rng(seed).choice(len(found), size=most, replace=False)
+        found = [found[i] for i in sorted(chosen)]
+    return tuple(found)
+
+
+def open_picture(picture: PictureFile) -> Image.Image:
+    """Decode a picture, in its own mode.
+
+    Raises:
+        UserError: It is no picture, is cut short, or unpacks to an absurd size.
+    """
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(picture.path) as image:
+                return image.copy()  # decodes it; the prompt builder converts any mode
+    # Pillow's plugins raise all of these on broken files
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        Image.DecompressionBombError,
+        Image.DecompressionBombWarning,
+    ) as error:
+        raise UserError(f"{picture.name} is not a readable picture: {error}") from error
+
+
+def _name(picture: PictureFile) -> str:
+    return picture.name

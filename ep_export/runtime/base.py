@@ -1,0 +1,75 @@
+"""The contract of a backend: open one component, run it, close it.
+
+Values stay where the backend made them: a KV cache goes from one call into the next as the `Value` it came
+out as, and only what the host needs (embeddings, logits, kept positions) is read as NumPy.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+__all__ = ["Feed", "Runner", "RunnerFactory", "Value"]
+
+
+class Value(Protocol):
+    """A tensor in the backend's keeping."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+        ...
+
+    def numpy(self) -> NDArray[Any]:
+        """Its values on the host; bfloat16 as float32."""
+        ...
+
+
+Feed = NDArray[Any] | Value
+
+
+class Runner(ABC):
+    """One opened component. Use as a context manager, or call `close`."""
+
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+
+    @abstractmethod
+    def run(self, feeds: Mapping[str, Feed]) -> dict[str, Value]:
+        """Run once.
+
+        Args:
+            feeds: Every input by name. NumPy floats of another width are converted to the input's type.
+
+        Returns:
+            Every output by name.
+
+        Raises:
+            UserError: An input is missing, unknown, or refused by the backend.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give back the backend's memory; the runner cannot be used afterwards."""
+
+    def __enter__(self) -> Runner:  # noqa: PYI034 - typing.Self needs Python 3.11
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+class RunnerFactory(Protocol):
+    """Opens a component's file in one backend."""
+
+    def __call__(self, file: Path) -> Runner:
+        """Open.
+
+        Raises:
+            UserError: The backend cannot run it; says what to do.
+        """
+        ...

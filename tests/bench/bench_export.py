@@ -1,0 +1,193 @@
+"""Build a bundle of a synthetic Qwen2.5-VL-7B-shape checkpoint and measure it.
+
+usage: python tests/bench/bench_export.py DIR [--layers 4|28] [--precision bf16] [--dialect portable] [--keep]
+
+Writes the checkpoint into DIR (random bf16 values, streamed; reused when it is there), builds it in a fresh
+process, prints what that took beside the limits, and exits 1 when one is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from synthetic import checkpoint_bytes, config_of, free_bytes, write_synthetic
+
+_SAMPLE_SECONDS = 0.02
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One build in its own process, interpreter start and imports included."""
+
+    seconds: float
+    cpu_seconds: float
+    peak_rss: int
+    peak_anonymous: int
+    written: int
+    copied: int
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a build may take on 2 cores."""
+
+    seconds: float
+    peak_rss: float
+    peak_anonymous: float
+    written: float = 50e6
+    copied: float = 0
+
+
+LIMITS = {4: Limits(15, 1.2e9, 0.6e9), 28: Limits(180, 1.2e9, 1.2e9)}
+
+# Measured earlier, elsewhere on the same kind of machine, on a 4-layer checkpoint of this shape (5.4 GB).
+PEERS = (
+    ("mobius-onnx 0.1 (f16, three graphs)", "50 s", "1.4 GB anonymous", "5.4 GB"),
+    ("onnxruntime-genai 0.18 (fp16, text only)", "10.5 s", "2.7 GB anonymous", "4.1 GB"),
+    ("torch.onnx of a loaded model", "53 s", "11 GB", "-"),
+)
+
+
+def measure(checkpoint: Path, out: Path, *, precision: str, dialect: str) -> Measured:
+    """Build in a fresh process while sampling its memory from outside."""
+    command = [sys.executable, __file__, str(checkpoint), "--child", str(out)]
+    command += ["--precision", precision, "--dialect", dialect]
+    start, before = time.monotonic(), _cpu_seconds()
+    child = subprocess.Popen(command)
+    peaks = {"VmHWM": 0, "RssAnon": 0}
+    while child.poll() is None:
+        for name, value in _memory(child.pid).items():
+            peaks[name] = max(peaks[name], value)
+        time.sleep(_SAMPLE_SECONDS)
+    seconds = time.monotonic() - start
+    if child.returncode:
+        raise SystemExit(f"the build failed with exit code {child.returncode}")
+    inodes = {file.stat().st_ino for file in checkpoint.iterdir()}
+    files = [file for file in out.rglob("*") if file.is_file() and file.stat().st_ino not in inodes]
+    copied = [file for file in files if file.suffix == ".safetensors"]
+    return Measured(
+        seconds,
+        _cpu_seconds() - before,
+        peaks["VmHWM"],
+        peaks["RssAnon"],
+        sum(map(_size, files)),
+        sum(map(_size, copied)),
+    )
+
+
+def _cpu_seconds() -> float:
+    """Of ended child processes: what a busy machine does not change."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size
+
+
+def _memory(pid: int) -> dict[str, int]:
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:  # it ended between poll and read
+        return {}
+    fields = dict(line.split(":", 1) for line in lines)
+    return {name: int(fields[name].split()[0]) * 1024 for name in ("VmHWM", "RssAnon") if name in fields}
+
+
+def _build(checkpoint: str, out: Path, precision: str, dialect: str) -> None:
+    from ep_export.bundle import Dialect, Precision
+    from ep_export.checkpoint import open_checkpoint
+    from ep_export.export import export_bundle
+    from ep_export.policy import Evidence, EvidenceKind, Keep, Policy
+
+    out.mkdir()
+    export_bundle(
+        open_checkpoint(checkpoint),
+        out,
+        policy=Policy(1),
+        evidence=Evidence(EvidenceKind.TOLD, "a benchmark"),
+        keep=Keep(ratio=0.25),
+        dialect=Dialect(dialect),
+        precision=Precision(precision),
+    )
+
+
+def _print(got: Measured, limits: Limits | None) -> bool:
+    rows = [
+        ("wall time", f"{got.seconds:.1f} s", limits and f"{limits.seconds:g} s"),
+        ("CPU time", f"{got.cpu_seconds:.1f} s", None),
+        ("peak RSS", f"{got.peak_rss / 1e9:.2f} GB", limits and f"{limits.peak_rss / 1e9:g} GB"),
+        (
+            "peak anonymous",
+            f"{got.peak_anonymous / 1e9:.2f} GB",
+            limits and f"{limits.peak_anonymous / 1e9:g} GB",
+        ),
+        ("bytes written", f"{got.written / 1e6:.1f} MB", limits and f"{limits.written / 1e6:g} MB"),
+        ("weights copied", f"{got.copied} B", limits and f"{limits.copied:g} B"),
+    ]
+    print(f"{'':18}{'measured':>12}{'limit':>12}")
+    for name, value, limit in rows:
+        print(f"{name:18}{value:>12}{limit or '-':>12}")
+    print("\nmeasured earlier, elsewhere on the same kind of machine (4 layers):")
+    for name, seconds, memory, written in PEERS:
+        print(f"  {name:42}{seconds:>8}{memory:>18}{written:>9} written")
+    if limits is None:
+        return True
+    return all(getattr(got, field) <= getattr(limits, field) for field in vars(limits))
+
+
+def main() -> int:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--precision", default="bf16", choices=("fp32", "fp16", "bf16"))
+    parser.add_argument("--dialect", default="portable", choices=("portable", "modern"))
+    parser.add_argument("--keep", action="store_true", help="leave the checkpoint for another run")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        _build(str(args.directory), args.child, args.precision, args.dialect)
+        return 0
+    checkpoint = args.directory / f"synthetic-qwen2.5-vl-7b-{args.layers}-layers"
+    bundle = args.directory / f"bundle-{args.layers}-layers"
+    config = config_of("qwen2.5-vl-7b", args.layers)
+    whole = (checkpoint / "model.safetensors.index.json").is_file()
+    need, free = checkpoint_bytes(config, checkpoint), free_bytes(checkpoint)
+    if not whole and need * 1.02 > free:
+        print(
+            f"{need / 1e9:.1f} GB needed in {args.directory}, {free / 1e9:.1f} GB free: try fewer --layers",
+            file=sys.stderr,
+        )
+        return 1
+    print(f"{checkpoint.name}: {need / 1e9:.2f} GB, {'reused' if whole else 'writing'}", file=sys.stderr)
+    write_synthetic(checkpoint, config)
+    shutil.rmtree(bundle, ignore_errors=True)
+    try:
+        got = measure(checkpoint, bundle, precision=args.precision, dialect=args.dialect)
+    finally:
+        shutil.rmtree(bundle, ignore_errors=True)
+        if not args.keep:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+    if args.json:
+        print(json.dumps(vars(got)))
+    held = _print(got, LIMITS.get(args.layers))
+    print("within the limits" if held else "OVER A LIMIT")
+    return 0 if held else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ep_export.calibrate.record import Candidate, Provenance, Record, read_record, write_record
+from ep_export.data import data_dir
+from ep_export.errors import UserError
+from ep_export.policy import EvidenceKind, Keep, Policy, Scorer, Select
+
+
+@pytest.fixture
+def record() -> Record:
+    return Record(
+        model="tiny",
+        layers=4,
+        query_entropy=(2.0, 2.1, 1.5, 1.4),
+        key_entropy=(1.0, 1.1, 0.5, 0.4),
+        images=12,
+        ecl=2,
+        confidence=0.99,
+        candidates=(
+            Candidate(2, "norm", Select.LOWEST, 0.5, 0.02, 0.97, 0.01, 0.03),
+            Candidate(2, "random", None, 0.5, 0.09, 0.9, 0.08, 0.1),
+        ),
+        recommended=Policy(2, Scorer.NORM, Select.LOWEST),
+        provenance=Provenance(
+            EvidenceKind.MEASURED, "pictures in x", "2026-11-21", {"torch": "2"}, "ab", ("q",), 0
+        ),
+        fingerprint="f00d",
+        query_spread=(0.1,) * 4,
+        key_spread=(0.1,) * 4,
+        recommended_confidence=0.9,
+        keep=Keep(ratio=0.5),
+        skipped=("bad.jpg: not a picture",),
+    )
+
+
+def test_record_survives_the_round_trip(record: Record, tmp_path: Path) -> None:
+    file = tmp_path / "deep" / "record.json"
+    write_record(file, record)
+    assert read_record(file) == record
+    assert [path.name for path in file.parent.iterdir()] == ["record.json"]
+
+
+def test_json_has_the_names_that_scripts_rely_on(record: Record, tmp_path: Path) -> None:
+    file = tmp_path / "record.json"
+    write_record(file, record)
+    raw = json.loads(file.read_text())
+    names = {"model", "layers", "query_entropy", "key_entropy", "images", "ecl", "confidence", "candidates"}
+    assert names | {"recommended", "provenance"} <= set(raw)
+    assert {"layer", "scorer", "select", "keep", "kl", "top1_agreement"} <= set(raw["candidates"][0])
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"layers": "4"}, "expected int"),
+        ({"query_entropy": [1.0, 2.0]}, "query_entropy has 2 values for 4 layers"),
+        ({"query_entropy": [1.0, 2.0, "x", 1.0]}, "expected float"),
+        ({"ecl": 4}, "outside 1 to 3"),
+        ({"ecl": 0}, "outside 1 to 3"),
+        ({"recommended": {"layer": 9}}, "outside 1 to 3"),
+        ({"recommended": {"layer": 1, "scorer": "magic"}}, "recommended"),
+        ({"candidates": [{"layer": 1}]}, "missing"),
+        ({"provenance": {"kind": "rumour", "source": "", "date": ""}}, "rumour"),
+        ({"format": 99}, "format 99"),
+    ],
+)
+def test_nonsense_is_refused_with_the_reason(
+    record: Record, tmp_path: Path, change: dict, reason: str
+) -> None:
+    file = tmp_path / "record.json"
+    write_record(file, record)
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(UserError, match=reason):
+        read_record(file)
+
+
+@pytest.mark.parametrize("text", ["", "not json", "[1, 2]", '{"model": "x"}', "\x00"])
+def test_file_that_is_no_record_is_refused(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "record.json"
+    file.write_text(text)
+    with pytest.raises(UserError) as caught:
+        read_record(file)
+    assert "ep-export calibrate" in caught.value.hint
+
+
+def test_missing_record_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere\.json does not exist"):
+        read_record(tmp_path / "nowhere.json")
+
+
+def test_a_record_that_json_cannot_hold_leaves_the_old_file(record: Record, tmp_path: Path) -> None:
+    file = tmp_path / "record.json"
+    write_record(file, record)
+    before = file.read_bytes()
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_record(file, replace(record, confidence=float("nan")))
+    assert file.read_bytes() == before
+
+
+def test_shipped_records_are_valid_and_say_they_are_published() -> None:
+    files = sorted((data_dir("calibration") / "records").glob("*.json"))
+    assert files
+    for file in files:
+        shipped = read_record(file)
+        assert file.stem == shipped.model
+        if shipped.provenance.kind is EvidenceKind.PUBLISHED:
+            # never dressed up as a measurement
+            assert shipped.images == 0
+            assert not shipped.candidates
+            assert not shipped.query_entropy
+
+
+def test_data_that_does_not_ship_is_a_clear_error() -> None:
+    with pytest.raises(UserError, match="lacks its nonsense data"):
+        data_dir("nonsense")

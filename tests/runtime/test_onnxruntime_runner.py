@@ -1,0 +1,84 @@
+"""The ONNX Runtime backend on graphs of one or two nodes."""
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from ep_export.errors import UserError
+from ep_export.runtime import OnnxRuntimeOptions, OnnxRuntimeRunner
+
+
+def joined(path, kind, nodes=(("Concat", ["past", "new"], "present"),)):
+    """past [1, P] and new [1, S] -> present [1, P + S]."""
+    made = [
+        helper.make_node(op, inputs, [out], **({"axis": 1} if op == "Concat" else {}))
+        for op, inputs, out in nodes
+    ]
+    graph = helper.make_graph(
+        made,
+        "joined",
+        [helper.make_tensor_value_info(name, kind, [1, name.upper()]) for name in ("past", "new")],
+        [helper.make_tensor_value_info("present", kind, [1, "T"])],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "seen"),
+    [(TensorProto.FLOAT, np.float32), (TensorProto.FLOAT16, np.float16), (TensorProto.BFLOAT16, np.float32)],
+    ids=["fp32", "fp16", "bf16"],
+)
+def test_values_go_from_one_run_into_the_next(tmp_path, kind, seen):
+    with OnnxRuntimeRunner(joined(tmp_path / "joined.onnx", kind)) as runner:
+        present = np.zeros((1, 0), dtype=np.float32)
+        for i in range(3):
+            present = runner.run({"past": present, "new": np.full((1, 2), i + 0.5, dtype=np.float32)})[
+                "present"
+            ]
+        assert present.shape == (1, 6)
+        assert present.numpy().dtype == seen
+        assert present.numpy().tolist() == [[0.5, 0.5, 1.5, 1.5, 2.5, 2.5]]
+
+
+def test_wrong_names_are_named(tmp_path):
+    runner = OnnxRuntimeRunner(joined(tmp_path / "joined.onnx", TensorProto.FLOAT))
+    with pytest.raises(UserError, match=r"joined.onnx misses inputs \['past'\] and does not know \['pst'\]"):
+        runner.run({"pst": np.zeros((1, 1)), "new": np.zeros((1, 1))})
+
+
+def test_a_refused_shape_is_one_line(tmp_path):
+    runner = OnnxRuntimeRunner(joined(tmp_path / "joined.onnx", TensorProto.FLOAT))
+    with pytest.raises(UserError, match=r"joined\.onnx failed") as caught:
+        runner.run({"past": np.zeros((1, 1, 1)), "new": np.zeros((1, 1))})
+    assert "\n" not in str(caught.value)
+
+
+def test_bfloat16_products_on_a_cpu_are_refused_with_the_way_out(tmp_path):
+    file = joined(tmp_path / "product.onnx", TensorProto.BFLOAT16, [("MatMul", ["past", "new"], "present")])
+    with pytest.raises(UserError, match=r"no kernel for product\.onnx") as caught:
+        OnnxRuntimeRunner(file)
+    assert "--precision fp32 or fp16" in caught.value.hint
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", None], ids=["empty", "text", "missing"])
+def test_a_file_that_is_no_graph_is_refused(tmp_path, content):
+    if content is not None:
+        (tmp_path / "broken.onnx").write_bytes(content)
+    with pytest.raises(UserError, match=r"cannot load broken\.onnx"):
+        OnnxRuntimeRunner(tmp_path / "broken.onnx")
+
+
+def test_an_unknown_provider_is_refused(tmp_path):
+    file = joined(tmp_path / "joined.onnx", TensorProto.FLOAT)
+    with pytest.raises(UserError, match="has no NoSuchExecutionProvider") as caught:
+        OnnxRuntimeRunner(file, OnnxRuntimeOptions(providers=("NoSuchExecutionProvider",)))
+    assert "CPUExecutionProvider" in caught.value.hint
+
+
+def test_options_do_not_change_results(tmp_path):
+    file = joined(tmp_path / "joined.onnx", TensorProto.FLOAT)
+    feeds = {"past": np.ones((1, 2)), "new": np.zeros((1, 1))}
+    for options in (OnnxRuntimeOptions(threads=1), OnnxRuntimeOptions(prepack=False)):
+        assert OnnxRuntimeRunner(file, options).run(feeds)["present"].numpy().tolist() == [[1, 1, 0]]
