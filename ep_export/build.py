@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from ep_export.bundle import MANIFEST, Bundle, Dialect, Precision, WeightsMode, list_files, write_manifest
 from ep_export.calibrate import GENERIC_QUESTIONS, calibrate, plot, read_questions
 from ep_export.calibrate.choose import PolicyRequest, needs_calibration, resolve_policy
-from ep_export.calibrate.pictures import find_pictures, open_picture
+from ep_export.calibrate.pictures import find_pictures
 from ep_export.calibrate.questions import questions_for
 from ep_export.calibrate.record import Record, write_record
 from ep_export.checkpoint import Checkpoint, open_checkpoint
@@ -25,6 +25,7 @@ from ep_export.errors import UserError
 from ep_export.plan import Plan, make_plan
 from ep_export.policy import Evidence, Keep, Policy
 from ep_export.progress import Progress, silent
+from ep_export.runtime.pictures import open_picture
 from ep_export.staging import refuse_existing, staged
 from ep_export.testcards import make_cards
 
@@ -261,7 +262,7 @@ def _questions(
             break
         try:
             asked.append(questions_for(questions, file.name, turn)[0])
-            pictures.append(open_picture(file))
+            pictures.append(open_picture(file.path))
         except UserError:  # a folder may hold a broken file; calibration names it
             del asked[len(pictures) :]
     if not pictures:

@@ -32,7 +32,8 @@ def main() -> int:
 
     export = str(Path(sys.executable).with_name("ep-export"))
     build = ["build", "--model", options.model, "--keep", options.keep]
-    run([export, *build, "--images", str(pictures), "--out", str(bundle), "--overwrite"])
+    own = ["--images", str(pictures), "--prompts", str(pictures / "prompts.json")]
+    run([export, *build, *own, "--out", str(bundle), "--overwrite"])
 
     picture = json.loads((unseen / "questions.json").read_text(encoding="utf-8"))["pictures"][0]
     asked = picture["questions"][0]

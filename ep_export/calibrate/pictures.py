@@ -1,21 +1,16 @@
-"""The pictures a calibration runs on: found in a stable order, opened with distrust, known by content."""
+"""The pictures a calibration runs on: found in a stable order, known by content."""
 
 from __future__ import annotations
 
 import hashlib
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ep_export.errors import UserError
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-__all__ = ["SUFFIXES", "PictureFile", "find_pictures", "open_picture"]
+__all__ = ["SUFFIXES", "PictureFile", "find_pictures"]
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 """What counts as a picture; other files of the folder (labels, a README) are left alone."""
@@ -64,30 +59,6 @@ def find_pictures(folder: Path, *, most: int | None = None, seed: int = 0) -> tu
         chosen = np.random.default_rng(seed).choice(len(found), size=most, replace=False)
         found = [found[i] for i in sorted(chosen)]
     return tuple(found)
-
-
-def open_picture(picture: PictureFile) -> Image.Image:
-    """Decode a picture, in its own mode.
-
-    Raises:
-        UserError: It is no picture, is cut short, or unpacks to an absurd size.
-    """
-    from PIL import Image
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(picture.path) as image:
-                return image.copy()  # decodes it; the prompt builder converts any mode
-    # Pillow's plugins raise all of these on broken files
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        Image.DecompressionBombError,
-        Image.DecompressionBombWarning,
-    ) as error:
-        raise UserError(f"{picture.name} is not a readable picture: {error}") from error
 
 
 def _name(picture: PictureFile) -> str:

@@ -23,7 +23,7 @@ from ep_export import __version__
 from ep_export.calibrate.candidates import Way, candidate_layers, choices, ways
 from ep_export.calibrate.fidelity import gaps, run_full
 from ep_export.calibrate.journal import Journal, PictureResult
-from ep_export.calibrate.pictures import PictureFile, find_pictures, open_picture
+from ep_export.calibrate.pictures import PictureFile, find_pictures
 from ep_export.calibrate.questions import GENERIC_QUESTIONS, Questions, questions_for
 from ep_export.calibrate.recommend import Fidelity, Recommendation, recommend, table
 from ep_export.calibrate.record import Provenance, Record, write_record
@@ -32,6 +32,7 @@ from ep_export.errors import UserError
 from ep_export.plan import check_keep, kept_tokens
 from ep_export.policy import EvidenceKind, Keep, Policy
 from ep_export.progress import Progress, silent
+from ep_export.runtime.pictures import open_picture
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -228,7 +229,7 @@ def _result(
     key = hashlib.sha256("\0".join([digest, *asked]).encode()).hexdigest()
     result = journal.find(key)
     if result is None:
-        result = _measure(setting, open_picture(picture), asked, key)
+        result = _measure(setting, open_picture(picture.path), asked, key)
         journal.add(result)
     return result
 

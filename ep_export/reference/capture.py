@@ -69,7 +69,7 @@ def capture(
     family = family_of(model.config.model_type)
     decoder = family.decoder(model)
     layers = decoder.layers
-    inputs = family.reference_inputs(prompt, model.config)
+    inputs = _on_device(family.reference_inputs(prompt, model.config), model)
     seen: dict[str, torch.Tensor] = {}
 
     with ExitStack() as undo, torch.inference_mode():
@@ -162,9 +162,13 @@ def _answer(
 ) -> Answer:
     block = prune(model, plan, select=select) if plan is not None else nullcontext()
     with block, torch.inference_mode():
-        out = model.generate(**inputs, generation_config=settings)
+        out = model.generate(**_on_device(inputs, model), generation_config=settings)
     new = out.sequences[0, inputs["input_ids"].shape[1] :]
     return Answer(tuple(new.tolist()), torch.cat(out.scores).float().cpu())
+
+
+def _on_device(inputs: dict[str, torch.Tensor], model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    return {name: value.to(model.device) for name, value in inputs.items()}
 
 
 def _greedy_settings(max_new_tokens: int, stop: Any, repetition_penalty: float) -> GenerationConfig:

@@ -1,0 +1,266 @@
+"""Opening a checkpoint: an alias, a hub id or a directory becomes one checked, frozen description.
+
+Enters: what a person typed. Leaves: `ModelConfig` (the config alone, enough for a plan) or `Checkpoint`
+(config plus where every tensor lies). Everything that can be wrong with the files is found here, before
+any long work starts. Weights are never read, pickles never opened, remote code never run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ep_export.aliases import ALIASES, find_alias
+from ep_export.dims import DecoderDims
+from ep_export.errors import UserError, near_matches
+from ep_export.families import family_of
+from ep_export.families.base import Family
+from ep_export.safetensors_index import TensorRef, read_json_object, read_tensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+__all__ = ["Checkpoint", "ModelConfig", "TensorRef", "open_checkpoint", "open_config"]
+
+_PROCESSOR_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "config.json",
+    "generation_config.json",
+    "merges.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "video_preprocessor_config.json",
+    "vocab.json",
+)
+"""The plain data files of processors. Nothing else of a checkpoint is taken along: no code."""
+
+_SAMPLE_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What the config alone says.
+
+    Attributes:
+        source: What was asked for.
+        revision: Commit of a hub checkpoint when known.
+        config: transformers' own config object.
+        family: The model family.
+        dims: The decoder's dimensions.
+    """
+
+    source: str
+    revision: str | None
+    config: PreTrainedConfig
+    family: Family
+    dims: DecoderDims
+
+
+@dataclass(frozen=True)
+class Checkpoint(ModelConfig):
+    """A checkpoint whose files were checked.
+
+    Attributes:
+        path: Its directory.
+        dtype: Type most of its bytes have: "bfloat16", "float16" or "float32".
+        tensors: Parameter name in today's Hugging Face model -> where its data lies.
+        fingerprint: SHA-256 over the config, every tensor's name, dtype and shape, and samples of its data
+            (the whole of small tensors; first, middle and last 4 KiB of large ones): tells checkpoints
+            apart in milliseconds at any size, whatever the sharding. It is no integrity check; bundles
+            carry full checksums of the shards.
+        processor_files: Tokenizer and processor files, config.json included.
+    """
+
+    path: Path
+    dtype: str
+    tensors: Mapping[str, TensorRef]
+    fingerprint: str
+    processor_files: tuple[Path, ...]
+
+
+def open_config(model: str, *, revision: str | None = None) -> ModelConfig:
+    """The config of an alias (works offline), a hub id or a local directory.
+
+    Raises:
+        UserError: Unknown name, no config, broken config, or an unsupported family.
+    """
+    alias = find_alias(model)
+    if Path(model).is_dir():
+        file = Path(model) / "config.json"
+    elif alias is not None and revision is None:
+        file = alias.config_file
+    else:
+        file = _hub_config(alias.hub_id if alias else model, model, revision)
+    return _model_config(model, _commit(file.parent), file)
+
+
+def open_checkpoint(model: str, *, revision: str | None = None) -> Checkpoint:
+    """Open and check a checkpoint.
+
+    Args:
+        model: Alias, hub id or local directory.
+        revision: Branch, tag or commit of a hub id.
+
+    Raises:
+        UserError: See the functions called; each names the file or tensor, what it found and expected.
+    """
+    path = _locate(model, revision)
+    config = _model_config(model, _commit(path), path / "config.json")
+    on_disk = read_tensors(path)
+
+    from ep_export.meta_model import meta_model
+    from ep_export.tensor_names import match_tensors
+
+    tensors = match_tensors(on_disk, meta_model(config.config))
+    return Checkpoint(
+        source=config.source,
+        revision=config.revision,
+        config=config.config,
+        family=config.family,
+        dims=config.dims,
+        path=path,
+        dtype=_main_dtype(tensors),
+        tensors=tensors,
+        fingerprint=_fingerprint(read_json_object(path / "config.json"), tensors),
+        processor_files=tuple(path / name for name in _PROCESSOR_FILES if (path / name).is_file()),
+    )
+
+
+def _model_config(source: str, revision: str | None, file: Path) -> ModelConfig:
+    if not file.is_file():
+        raise UserError(
+            f"{file.parent} has no config.json", hint="give the directory of a Hugging Face checkpoint"
+        )
+    raw = read_json_object(file)
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str):
+        raise UserError(f"{file} names no model_type", hint="give the directory of a Hugging Face checkpoint")
+    family = family_of(model_type)
+    if raw.get("quantization_config"):
+        raise UserError(f"{file} describes a quantized checkpoint", hint="give the unquantized checkpoint")
+    config = _parse_config(file, model_type, raw)
+    return ModelConfig(source, revision, config, family, family.dims(config))
+
+
+def _parse_config(file: Path, model_type: str, raw: dict[str, Any]) -> PreTrainedConfig:
+    from transformers import CONFIG_MAPPING
+
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(raw)
+    except Exception as error:
+        line = str(error).strip().splitlines()
+        reason = line[-1].strip() if line else type(error).__name__
+        raise UserError(f"{file} is no valid {model_type} config: {reason}", hint="fetch it again") from error
+
+
+def _locate(model: str, revision: str | None) -> Path:
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not any(path.iterdir()):
+            raise UserError(f"model directory {path} is empty", hint="give the directory of a checkpoint")
+        return path.resolve()
+    if path.exists():
+        raise UserError(f"{path} is a file, expected a model directory", hint="give the directory it lies in")
+    alias = find_alias(model)
+    return _hub_snapshot(alias.hub_id if alias else model, model, revision)
+
+
+def _hub_snapshot(hub_id: str, asked: str, revision: str | None) -> Path:
+    """Directory of a hub checkpoint: from the cache when whole there, else fetched if that is allowed."""
+    _refuse_non_id(hub_id, asked)
+    from huggingface_hub import snapshot_download
+
+    wanted = [*_PROCESSOR_FILES, "model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
+
+    def find(local: bool) -> Path:
+        return Path(
+            snapshot_download(hub_id, revision=revision, allow_patterns=wanted, local_files_only=local)
+        )
+
+    try:
+        cached = find(True)
+        read_tensors(cached)
+        if (cached / "config.json").is_file():
+            return cached
+    except (UserError, OSError, ValueError):
+        pass  # not cached, or only in part: the next attempt says what is wrong
+    try:
+        return find(False)
+    except (OSError, ValueError) as error:
+        raise _not_fetched(hub_id, revision, error) from error
+
+
+def _hub_config(hub_id: str, asked: str, revision: str | None) -> Path:
+    _refuse_non_id(hub_id, asked)
+    from huggingface_hub import hf_hub_download
+
+    for local in (True, False):
+        try:
+            return Path(hf_hub_download(hub_id, "config.json", revision=revision, local_files_only=local))
+        except (OSError, ValueError) as error:
+            failure = error
+    raise _not_fetched(hub_id, revision, failure) from failure
+
+
+def _refuse_non_id(hub_id: str, asked: str) -> None:
+    """A name that can be no hub id is a misspelt alias or a directory that is not there."""
+    if hub_id.count("/") != 1 or hub_id.startswith((".", "/", "~")) or hub_id.endswith("/"):
+        looks_like_path = "/" in asked or asked.startswith((".", "~"))
+        hint = "check the path" if looks_like_path else near_matches(asked, (alias.name for alias in ALIASES))
+        raise UserError(f"{asked!r} is no model directory, alias or hub id", hint=hint)
+
+
+def _not_fetched(hub_id: str, revision: str | None, error: BaseException) -> UserError:
+    reason = type(error).__name__
+    at = f" --revision {revision}" if revision else ""
+    return UserError(
+        f"{hub_id} is not in the local Hugging Face cache and could not be fetched ({reason})",
+        hint=f"where there is a network run `hf download {hub_id}{at}`, or give a local directory",
+    )
+
+
+def _commit(directory: Path) -> str | None:
+    """Hub snapshots lie in a directory named by their commit."""
+    return directory.name if directory.parent.name == "snapshots" else None
+
+
+def _main_dtype(tensors: Mapping[str, TensorRef]) -> str:
+    weight: Counter[str] = Counter()
+    for ref in tensors.values():
+        weight[ref.dtype] += ref.length
+    return weight.most_common(1)[0][0]
+
+
+def _fingerprint(config: dict[str, Any], tensors: Mapping[str, TensorRef]) -> str:
+    config = {k: v for k, v in config.items() if k not in ("transformers_version", "_name_or_path")}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    handles = {file: file.open("rb") for file in {ref.file for ref in tensors.values()}}
+    try:
+        for name in sorted(tensors):
+            ref = tensors[name]
+            digest.update(json.dumps([name, ref.dtype, ref.shape]).encode())
+            for start, size in _samples(ref):
+                handles[ref.file].seek(start)
+                digest.update(handles[ref.file].read(size))
+    finally:
+        for handle in handles.values():
+            handle.close()
+    return digest.hexdigest()
+
+
+def _samples(ref: TensorRef) -> tuple[tuple[int, int], ...]:
+    if ref.length <= 16 * _SAMPLE_BYTES:
+        return ((ref.offset, ref.length),)
+    middle, last = ref.offset + ref.length // 2, ref.offset + ref.length - _SAMPLE_BYTES
+    return tuple((start, _SAMPLE_BYTES) for start in (ref.offset, middle, last))

@@ -1,0 +1,50 @@
+"""What this exporter does not do, refused before any work starts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ep_export.checkpoint import Checkpoint
+from ep_export.errors import UserError
+from ep_export.policy import Policy, Source
+
+__all__ = ["refuse_unsupported"]
+
+_STATIC_ROPE = ("default", "linear", "llama3", "yarn", "proportional", "mrope")
+
+
+def refuse_unsupported(checkpoint: Checkpoint, policy: Policy, degree: int) -> None:
+    """Check a checkpoint and policy against what the graphs can express.
+
+    Raises:
+        UserError: Sliding-window layers, rotary tables that depend on the length at run time, a layer out of
+            range, states that do not divide into heads, or a series too short.
+    """
+    dims = checkpoint.dims
+    text = checkpoint.config.get_text_config()
+    if not 1 <= policy.layer < dims.layers:
+        raise UserError(
+            f"layer {policy.layer} is out of range for a model of {dims.layers} layers",
+            hint=f"give --layer between 1 and {dims.layers - 1}",
+        )
+    kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
+    if kinds:
+        raise UserError(
+            f"{checkpoint.source} has {sorted(kinds)[0]} layers, expected full attention in every layer",
+            hint="such models are not exported",
+        )
+    rope = _rope_type(text)
+    if rope not in _STATIC_ROPE:
+        raise UserError(
+            f"{checkpoint.source} has rope_type {rope!r}, whose tables depend on the length at run time",
+            hint=f"exported rope types: {', '.join(_STATIC_ROPE)}",
+        )
+    if policy.source is Source.HIDDEN and dims.hidden_size % dims.heads:
+        raise UserError(f"hidden states of {dims.hidden_size} do not divide into {dims.heads} heads")
+    if not 2 <= degree <= 64:  # beyond 64 float32 rounding outweighs the truncation it removes
+        raise UserError(f"degree {degree} of the Chebyshev series is out of range", hint="give 2 to 64")
+
+
+def _rope_type(text: Any) -> str:
+    parameters = getattr(text, "rope_parameters", None) or {}
+    return str(parameters.get("rope_type", "default"))

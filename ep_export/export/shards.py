@@ -1,0 +1,114 @@
+"""Bringing the checkpoint's shards into the bundle: hard links, or copies where links cannot be.
+
+ONNX Runtime refuses symbolic links, `..` and absolute paths for external data, so shards must lie below the
+bundle. A hard link makes them lie there without copying a byte; the hub cache's symbolic links are resolved
+to the blobs first.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from threading import Event
+
+from ep_export.bundle import WeightsMode
+from ep_export.checkpoint import TensorRef
+from ep_export.errors import UserError
+
+__all__ = ["FOLDER", "Shards"]
+
+FOLDER = "weights"
+_HASH_BLOCK = 1 << 22
+# What os.link says when the bundle lies on another file system, or the file system has no hard links or too
+# many of them, or (protected_hardlinks) the file belongs to someone else.
+_NO_LINK = (
+    errno.EXDEV,
+    errno.EPERM,
+    errno.EOPNOTSUPP,
+    errno.ENOTSUP,
+    errno.EMLINK,
+    errno.EACCES,
+    errno.ENOSYS,
+)
+
+
+class Shards:
+    """The shards of one bundle.
+
+    Shards are hashed in a background thread while the model is traced; hashlib releases the interpreter lock.
+
+    Args:
+        tensors: All tensors the bundle refers to.
+        bundle: The bundle's directory.
+        mode: What was asked for; see `mode` for what happened.
+
+    Raises:
+        UserError: Two shards have the same name, or there is no space for copies.
+    """
+
+    def __init__(self, tensors: Iterable[TensorRef], bundle: Path, mode: WeightsMode) -> None:
+        self.mode = mode
+        self.warnings: list[str] = []
+        self.bytes_copied = 0
+        self._bundle = bundle
+        self._location: dict[Path, str] = {}
+        (bundle / FOLDER).mkdir()
+        for file in sorted({ref.file for ref in tensors}):
+            location = f"{FOLDER}/{file.name}"
+            if location in self._location.values():
+                raise UserError(f"two shards of the checkpoint are named {file.name}")
+            self._place(file, bundle / location)
+            self._location[file] = location
+        self._stop = Event()
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hash")
+        self._hashes: dict[str, Future[str]] = {
+            location: self._pool.submit(self._hash, bundle / location) for location in self._location.values()
+        }
+
+    def place(self, ref: TensorRef) -> tuple[str, Path]:
+        """(location relative to the ONNX files, the bundle's directory) of a tensor's shard."""
+        return self._location[ref.file], self._bundle
+
+    def checksums(self) -> Mapping[str, str]:
+        """SHA-256 of every shard by path in the bundle; waits for the background thread."""
+        return {location: future.result() for location, future in self._hashes.items()}
+
+    def close(self) -> None:
+        """Stop hashing at once, e.g. after Ctrl-C: the interpreter waits for its threads."""
+        self._stop.set()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _hash(self, file: Path) -> str:
+        digest = hashlib.sha256()
+        with file.open("rb", buffering=0) as stream:
+            while (block := stream.read(_HASH_BLOCK)) and not self._stop.is_set():
+                digest.update(block)
+        return digest.hexdigest()
+
+    def _place(self, source: Path, target: Path) -> None:
+        blob = source.resolve()
+        if self.mode is WeightsMode.LINK:
+            try:
+                os.link(blob, target)
+            except OSError as error:
+                if error.errno not in _NO_LINK:
+                    raise
+                self.mode = WeightsMode.COPY
+                self.warnings.append(
+                    f"weights were copied: {blob.parent} allows no hard links here ({error.strerror})"
+                )
+            else:
+                return
+        free, size = shutil.disk_usage(target.parent).free, blob.stat().st_size
+        if size > free:
+            raise UserError(
+                f"no space to copy {source.name}: {size / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free",
+                hint="put the bundle on the checkpoint's file system, where weights are linked instead",
+            )
+        shutil.copyfile(blob, target)
+        self.bytes_copied += size
