@@ -12,8 +12,13 @@ KEEP ?= 0.25
 DIR ?= build/bench
 LAYERS ?= 28
 CHECK ?= all
+CPP := $(wildcard plugins/entropy_prune/*.h plugins/entropy_prune/*.c* plugins/entropy_prune/tests/*.h \
+  plugins/entropy_prune/tests/*.c*)
+# Tiny models are slower on many threads than on one.
+export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test lint format types unit bench-accuracy bench-score bench-prefill bench-export fixture clean
+.PHONY: help setup demo test lint format types unit plugin plugin-jetson test-plugin bench-accuracy bench-score \
+  bench-prefill bench-export fixture clean
 
 help:  ## What there is.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -34,6 +39,7 @@ test: lint types unit  ## Everything CI asserts.
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
 
 types: $(STAMP)
 	$(BIN)/mypy
@@ -41,21 +47,43 @@ types: $(STAMP)
 unit: $(STAMP)
 	$(BIN)/python -m pytest -q
 
+# The plugin: TensorRT's headers and the Jetson's CUDA runtime come from hash-pinned packages, nvcc from CUDA or
+# NVIDIA's packages. Without the cross compiler (g++-aarch64-linux-gnu) the Jetson build is left out.
+HASHED := install --quiet --disable-pip-version-check --no-deps --require-hashes -r
+AARCH64 := build/plugin/aarch64
+
+plugin: $(STAMP)  ## Build the TensorRT plugin (x86-64, and Jetson where the cross compiler is).
+	$(BIN)/python -m pip $(HASHED) plugins/requirements.txt
+	$(BIN)/ep-export plugin build --preset ci --out build/plugin/ci
+	@if command -v aarch64-linux-gnu-g++ >/dev/null; then $(MAKE) --no-print-directory plugin-jetson; \
+	else echo "no aarch64-linux-gnu-g++: the Jetson build is left out"; fi
+
+plugin-jetson: $(STAMP)
+	$(BIN)/python -m pip $(HASHED) plugins/requirements-aarch64.txt --target $(AARCH64) --upgrade \
+	  --platform manylinux2014_aarch64 --only-binary=:all:
+	CUDART_STATIC=$(CURDIR)/$(AARCH64)/nvidia/cu13/lib/libcudart_static.a \
+	  $(BIN)/ep-export plugin build --preset jetson --out build/plugin/jetson
+
+test-plugin: plugin  ## Test the plugin without a GPU.
+	$(BIN)/python -m pip $(HASHED) plugins/requirements-test.txt
+	$(BIN)/python -m pytest -q tests/plugins
+
 format: $(STAMP)  ## Format the code.
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
 
 bench-accuracy: $(STAMP)  ## Shipped model, held-out questions: full, recommended policy, paper's policy.
 	PYTHONPATH=tests/fixtures $(BIN)/python tests/bench/bench_accuracy.py
 
 bench-score: $(STAMP)  ## Entropy scores: primal and dual eigenvalues against the ONNX body.
-	$(BIN)/python tests/bench/bench_score.py
+	env -u OMP_NUM_THREADS $(BIN)/python tests/bench/bench_score.py
 
 bench-prefill: $(STAMP)  ## Measured prefill speed-up against the FLOPs model.
-	$(BIN)/python tests/bench/bench_prefill.py
+	env -u OMP_NUM_THREADS $(BIN)/python tests/bench/bench_prefill.py
 
 bench-export: $(STAMP)  ## Build a 7B-shape checkpoint: DIR=build/bench LAYERS=28 (or 4).
-	$(BIN)/python tests/bench/bench_export.py $(DIR) --layers $(LAYERS) --check $(CHECK)
+	env -u OMP_NUM_THREADS $(BIN)/python tests/bench/bench_export.py $(DIR) --layers $(LAYERS) --check $(CHECK)
 
 fixture: $(STAMP)  ## Train the shipped model again (over an hour on two cores).
 	$(BIN)/python tests/fixtures/train_digit_reader.py --out $(MODEL)
