@@ -38,6 +38,8 @@ ALIASES: tuple[Alias, ...] = (
     Alias("qwen2.5-vl-7b", "Qwen/Qwen2.5-VL-7B-Instruct", "qwen2_5_vl"),
     Alias("qwen2.5-vl-32b", "Qwen/Qwen2.5-VL-32B-Instruct", "qwen2_5_vl"),
     Alias("qwen2.5-vl-72b", "Qwen/Qwen2.5-VL-72B-Instruct", "qwen2_5_vl"),
+    Alias("llava-1.5-7b", "llava-hf/llava-1.5-7b-hf", "llava"),
+    Alias("llava-1.5-13b", "llava-hf/llava-1.5-13b-hf", "llava"),
 )
 
 

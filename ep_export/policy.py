@@ -9,7 +9,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-__all__ = ["Budget", "Evidence", "EvidenceKind", "Keep", "Policy", "Scorer", "Select", "Source"]
+__all__ = [
+    "DEFAULT_DEGREE",
+    "Budget",
+    "Evidence",
+    "EvidenceKind",
+    "Keep",
+    "Policy",
+    "Scorer",
+    "Select",
+    "Source",
+]
+
+
+DEFAULT_DEGREE = 32
+"""Degree of the entropy series. Measured on the trained model: 16 swaps up to 0.3 % of the kept tokens against
+exact eigenvalues, 32 at most 0.12 %, for a third more time."""
 
 
 class Scorer(str, Enum):

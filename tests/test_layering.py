@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "ep_export"
 
 # A module may import its own package and whatever stands on a lower line.
 LAYERS = (
-    ("errors", "dims", "policy", "progress"),
+    ("errors", "dims", "policy", "progress", "garbage"),
     ("data", "staging", "bundle", "testcards", "aliases"),
     ("families", "entropy"),
     ("checkpoint", "plan", "plugin"),

@@ -11,7 +11,7 @@ import click
 
 from ep_export.bundle import Dialect, Precision, WeightsMode
 from ep_export.errors import UsageError
-from ep_export.policy import Budget, Keep, Select, Source
+from ep_export.policy import DEFAULT_DEGREE, Budget, Keep, Select, Source
 
 __all__ = [
     "bundle_argument",
@@ -163,7 +163,7 @@ def export_options(function: _F) -> _F:
             click.option(
                 "--degree",
                 type=click.IntRange(4, 64),
-                default=16,
+                default=DEFAULT_DEGREE,
                 show_default=True,
                 help="Degree of the entropy series.",
             ),

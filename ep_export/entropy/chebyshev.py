@@ -46,13 +46,13 @@ def chebyshev_coefficients(degree: int) -> NDArray[np.float64]:
     slope is infinite, which is nearly the same for every token: it moves all scores, hardly their order.
 
     Args:
-        degree: n, even and at least 2.
+        degree: n, at least 2.
 
     Returns:
         [degree + 1] float64.
     """
-    if degree < 2 or degree % 2:
-        raise ValueError(f"degree is {degree}, expected an even number of at least 2")
+    if degree < 2:
+        raise ValueError(f"degree is {degree}, expected at least 2")
     from numpy.polynomial.chebyshev import Chebyshev
 
     def entropy(x: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -71,7 +71,7 @@ def chebyshev_scores(states: torch.Tensor, scorer: Scorer, degree: int) -> torch
     Args:
         states: [tokens, heads, head_dim], any float type.
         scorer: Which score.
-        degree: Degree of the series, even.
+        degree: Degree of the series.
 
     Returns:
         [tokens] float32. 0 for a zero token; not finite where a token holds a non-finite value.
@@ -155,7 +155,7 @@ def _entropy_trace(unit: torch.Tensor, degree: int) -> torch.Tensor:
 
     Args:
         unit: [tokens, heads, heads] symmetric, spectrum in [0, 1].
-        degree: Even.
+        degree: Degree of the series.
 
     Returns:
         [tokens].

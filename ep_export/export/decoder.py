@@ -127,7 +127,8 @@ class _Rotary(torch.nn.Module):
         self.rotary = rotary
 
     def forward(self, hidden: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        cos, sin = self.rotary(hidden, position_ids)
+        axes = position_ids.shape[0]
+        cos, sin = self.rotary(hidden, position_ids if axes > 1 else position_ids[0])
         return cos, sin
 
 

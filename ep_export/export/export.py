@@ -40,8 +40,9 @@ from ep_export.export.shards import Shards
 from ep_export.export.stamp import TORCH_DTYPES, GraphBuilder
 from ep_export.export.trace import trace
 from ep_export.export.vision import VisionPieces, build_vision, name_vision_weights, vision_parts
-from ep_export.meta_model import meta_model
-from ep_export.policy import Evidence, Keep, Policy, Scorer, Source
+from ep_export.garbage import collector_paused
+from ep_export.checkpoint import meta_model
+from ep_export.policy import DEFAULT_DEGREE, Evidence, Keep, Policy, Scorer, Source
 from ep_export.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def export_bundle(
     dialect: Dialect = Dialect.PORTABLE,
     precision: Precision = Precision.FP32,
     weights: WeightsMode = WeightsMode.LINK,
-    degree: int = 16,
+    degree: int = DEFAULT_DEGREE,
     progress: Progress = silent,
 ) -> Bundle:
     """Write a bundle.
@@ -99,7 +100,8 @@ def export_bundle(
     shards = Shards(checkpoint.tensors.values(), out, weights)
     try:
         opset = OPSETS[dialect]
-        traced = _trace(checkpoint, dialect, precision)
+        with collector_paused():
+            traced = _trace(checkpoint, dialect, precision)
         progress(_STAGE, 2, steps)
         components = _build(checkpoint, traced, shards, out, policy, precision, opset, degree)
         progress(_STAGE, 3, steps)

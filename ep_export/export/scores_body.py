@@ -132,7 +132,8 @@ def _series(body: Body, scaled: ir.Value, eye: ir.Value, heads: int, degree: int
     small = _powers(body, first, eye, plan.small)
     big = _powers(body, small[-1], eye, plan.big)
     rows = _rows(body, small, heads)
-    traces = body.op("MatMul", rows, body.number(np.eye(heads).reshape(-1, 1)))  # [N, p, 1]
+    diagonal = body.op("Gather", rows, body.number(np.arange(heads) * (heads + 1), np.int64), axis=2)
+    traces = body.op("ReduceSum", diagonal, body.ints(2), keepdims=1)  # [N, p, 1]
     columns = body.op("Transpose", _rows(body, big, heads), perm=[0, 2, 1])
     inner = body.op("MatMul", rows, columns)  # [N, p, q]
     products = body.op("Mul", inner, body.number(plan.weights[:, 1:]))

@@ -120,8 +120,8 @@ def test_non_finite_token_has_a_non_finite_score_alone(scorer: Scorer, bad: floa
     assert torch.isfinite(chebyshev_scores(states, scorer, 16)).tolist() == [True, False, True, True]
 
 
-@pytest.mark.parametrize("degree", [-2, 0, 1, 15])
-def test_odd_or_tiny_degree_is_refused(degree: int) -> None:
+@pytest.mark.parametrize("degree", [-2, 0, 1])
+def test_a_degree_without_curvature_is_refused(degree: int) -> None:
     with pytest.raises(ValueError, match=f"degree is {degree}"):
         chebyshev_coefficients(degree)
 
@@ -138,7 +138,7 @@ def test_tokens_further_apart_than_the_spread_keep_their_order() -> None:
     assert (approximate[:, None] >= approximate[None, :])[far].all()
 
 
-@pytest.mark.parametrize("degree", [2, 4, 6, 10, 16, 24, 32, 64])
+@pytest.mark.parametrize("degree", [2, 3, 4, 7, 10, 15, 16, 24, 32, 64])
 def test_the_trace_plan_is_the_series_it_stands_for(degree):
     """On eigenvalues: the plan's inner products against NumPy's own evaluation of the series."""
     eigenvalues = np.random.default_rng(degree).uniform(0, 1, size=7)

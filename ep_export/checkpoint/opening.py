@@ -20,12 +20,13 @@ from ep_export.dims import DecoderDims
 from ep_export.errors import UserError, near_matches
 from ep_export.families import family_of
 from ep_export.families.base import Family
-from ep_export.safetensors_index import TensorRef, read_json_object, read_tensors
+from ep_export.garbage import collector_paused
+from ep_export.checkpoint.safetensors_index import TensorRef, read_json_object, read_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["Checkpoint", "ModelConfig", "TensorRef", "open_checkpoint", "open_config"]
+__all__ = ["Checkpoint", "ModelConfig", "open_checkpoint", "open_config"]
 
 _PROCESSOR_FILES = (
     "added_tokens.json",
@@ -115,12 +116,17 @@ def open_checkpoint(model: str, *, revision: str | None = None) -> Checkpoint:
     Raises:
         UserError: See the functions called; each names the file or tensor, what it found and expected.
     """
+    with collector_paused():
+        return _open(model, revision)
+
+
+def _open(model: str, revision: str | None) -> Checkpoint:
     path = _locate(model, revision)
     config = _model_config(model, _commit(path), path / "config.json")
     on_disk = read_tensors(path)
 
-    from ep_export.meta_model import meta_model
-    from ep_export.tensor_names import match_tensors
+    from ep_export.checkpoint.meta_model import meta_model
+    from ep_export.checkpoint.tensor_names import match_tensors
 
     tensors = match_tensors(on_disk, meta_model(config.config))
     return Checkpoint(

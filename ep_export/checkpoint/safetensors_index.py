@@ -1,0 +1,224 @@
+"""What lies where in a checkpoint's safetensors shards, read from their headers alone.
+
+Enters: a directory. Leaves: one `TensorRef` a tensor, every one checked against the size of its file, so
+that later stages may point into the shards without looking again. No tensor data is read. Format:
+https://huggingface.co/docs/safetensors (8-byte little-endian header length, JSON header, raw data).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ep_export.errors import UserError
+
+__all__ = ["DTYPES", "TensorRef", "find_shards", "read_json_object", "read_shard", "read_tensors"]
+
+DTYPES: Mapping[str, tuple[str, int]] = {
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
+    "I16": ("int16", 2),
+    "I8": ("int8", 1),
+    "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+}
+"""dtype of the format -> (our name, bytes per element)."""
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_MAX_HEADER_BYTES = 100_000_000  # the reference implementation's own limit
+_FETCH = "fetch the checkpoint again"
+
+
+@dataclass(frozen=True)
+class TensorRef:
+    """One tensor inside one shard.
+
+    Attributes:
+        name: Its name in the shard's header.
+        file: The shard.
+        offset: First byte, from the start of the file.
+        length: Bytes.
+        dtype: "bfloat16", "float32", ...
+        shape: Its shape.
+    """
+
+    name: str
+    file: Path
+    offset: int
+    length: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def find_shards(directory: Path) -> tuple[Path, ...]:
+    """The .safetensors files that make up the checkpoint, in the order Hugging Face looks for them.
+
+    Raises:
+        UserError: None there, weights in another format, or an index that is broken, incomplete or names
+            files outside the directory.
+    """
+    if (directory / _SINGLE).is_file():
+        return (directory / _SINGLE,)
+    if not (directory / _INDEX).is_file():
+        raise UserError(f"{directory} holds no {_SINGLE} and no {_INDEX}", hint=_other_format(directory))
+    shards = []
+    for name in sorted(set(_weight_map(directory).values())):
+        _refuse_escape(directory, name)
+        file = directory / name
+        if not file.is_file():
+            raise UserError(f"shard {name} named by {_INDEX} is missing in {directory}", hint=_FETCH)
+        shards.append(file)
+    return tuple(shards)
+
+
+def read_tensors(directory: Path) -> dict[str, TensorRef]:
+    """Every tensor of the checkpoint by its name on disk.
+
+    Raises:
+        UserError: As `find_shards` and `read_shard`; also a tensor that is in two shards, or is listed in the
+            index and absent from its shard.
+    """
+    tensors: dict[str, TensorRef] = {}
+    for file in find_shards(directory):
+        for ref in read_shard(file):
+            if ref.name in tensors:
+                first = tensors[ref.name].file.name
+                raise UserError(f"tensor {ref.name} is in two shards, {first} and {file.name}", hint=_FETCH)
+            tensors[ref.name] = ref
+    if not (directory / _SINGLE).is_file():
+        for name, shard in _weight_map(directory).items():
+            if name not in tensors or tensors[name].file.name != PurePosixPath(shard).name:
+                raise UserError(
+                    f"{_INDEX} puts tensor {name} in {shard}, which does not hold it", hint=_FETCH
+                )
+    if not tensors:
+        raise UserError(f"{directory} holds safetensors files without a single tensor", hint=_FETCH)
+    return tensors
+
+
+def read_shard(file: Path) -> tuple[TensorRef, ...]:
+    """Every tensor of one file, in the order of their data.
+
+    Raises:
+        UserError: Not a whole safetensors file: truncated, a broken header, offsets with gaps or overlaps.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        prefix = stream.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
+            raise UserError(
+                f"{file} is no whole safetensors file: header of {length} bytes in {size}", hint=_FETCH
+            )
+        raw = stream.read(length)
+    try:
+        header = json.loads(raw, object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} has a broken safetensors header: {error}", hint=_FETCH) from error
+    if not isinstance(header, dict):
+        raise UserError(f"{file} has a safetensors header that is no JSON object", hint=_FETCH)
+    start = 8 + length
+    refs = [_entry(file, name, item, start) for name, item in header.items() if name != "__metadata__"]
+    refs.sort(key=lambda ref: (ref.offset, ref.length))
+    _check_layout(file, refs, start, size)
+    return tuple(refs)
+
+
+def read_json_object(file: Path) -> dict[str, Any]:
+    """A JSON file whose top level is an object.
+
+    Raises:
+        UserError: It is not.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise UserError(f"{file} is not readable JSON: {error}", hint=_FETCH) from error
+    if not isinstance(value, dict):
+        raise UserError(f"{file} holds a JSON {type(value).__name__}, expected an object", hint=_FETCH)
+    return value
+
+
+def _weight_map(directory: Path) -> dict[str, str]:
+    file = directory / _INDEX
+    mapping = read_json_object(file).get("weight_map")
+    if not isinstance(mapping, dict) or not mapping or not all(isinstance(v, str) for v in mapping.values()):
+        raise UserError(f"{file} has no weight_map of tensor names to shards", hint=_FETCH)
+    return mapping
+
+
+def _refuse_escape(directory: Path, name: str) -> None:
+    """Shards lie directly in the directory; an index from elsewhere must not reach other files."""
+    if name in ("", ".", "..") or "/" in name or "\\" in name or not name.endswith(".safetensors"):
+        raise UserError(
+            f"{_INDEX} in {directory} names {name!r}, expected the plain name of a .safetensors file",
+            hint="do not use this checkpoint; fetch it again from its publisher",
+        )
+
+
+def _other_format(directory: Path) -> str:
+    if any(directory.glob("pytorch_model*.bin")):
+        return (
+            "pickled weights are never loaded; convert them once where you trust them: "
+            "model.save_pretrained(DIR, safe_serialization=True)"
+        )
+    return "give a directory with the checkpoint's .safetensors files"
+
+
+def _unique_keys(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"key {key!r} appears twice")
+        result[key] = value
+    return result
+
+
+def _entry(file: Path, name: str, item: Any, start: int) -> TensorRef:
+    where = f"tensor {name} in {file}"
+    if not isinstance(item, dict):
+        raise UserError(f"{where} has no description in the header", hint=_FETCH)
+    dtype: Any = item.get("dtype")
+    shape: Any = item.get("shape")
+    span: Any = item.get("data_offsets")
+    if dtype not in DTYPES:
+        raise UserError(f"{where} has dtype {dtype!r}, expected one of {', '.join(DTYPES)}", hint=_FETCH)
+    if not _naturals(shape) or not _naturals(span) or len(span) != 2:
+        raise UserError(f"{where} has shape {shape!r} and data_offsets {span!r}, expected sizes", hint=_FETCH)
+    kind, width = DTYPES[dtype]
+    expected, found = math.prod(shape) * width, span[1] - span[0]
+    if expected != found:
+        raise UserError(
+            f"{where} has {found} bytes, its shape {shape} and {dtype} need {expected}", hint=_FETCH
+        )
+    return TensorRef(name, file, start + span[0], found, kind, tuple(shape))
+
+
+def _naturals(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+
+
+def _check_layout(file: Path, refs: list[TensorRef], start: int, size: int) -> None:
+    """Data fills the file without gaps: a hole or overlap is how a malformed file hides something."""
+    end = start
+    for ref in refs:
+        if ref.offset != end:
+            raise UserError(
+                f"tensor {ref.name} in {file} starts at {ref.offset}, expected {end}", hint=_FETCH
+            )
+        end += ref.length
+    if end != size:
+        state = "truncated" if size < end else "longer than its header says"
+        raise UserError(f"{file} is {state}: {size} bytes, expected {end}", hint=_FETCH)
