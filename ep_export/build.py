@@ -7,6 +7,7 @@ does it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -160,14 +161,18 @@ def _fresh_record(request: BuildRequest, checkpoint: Checkpoint, progress: Progr
     """Calibrate when nothing else can say where to prune and pictures were given."""
     if request.images is None or not needs_calibration(checkpoint, request.policy):
         return None
-    return calibrate(
-        checkpoint,
-        request.images,
-        keep=request.keep,
-        prompts=read_questions(request.prompts) if request.prompts else GENERIC_QUESTIONS,
-        work=_journal(request.out),
-        progress=progress,
-    )
+    try:
+        return calibrate(
+            checkpoint,
+            request.images,
+            keep=request.keep,
+            prompts=read_questions(request.prompts) if request.prompts else GENERIC_QUESTIONS,
+            work=_journal(request.out),
+            progress=progress,
+        )
+    finally:
+        with contextlib.suppress(OSError):
+            _journal(request.out).rmdir()  # only when it is empty: there is nothing to go on from
 
 
 def _journal(out: Path) -> Path:

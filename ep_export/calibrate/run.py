@@ -158,9 +158,10 @@ class _Workplace:
         return self._ours
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        resumable = kind is not None and self._out is not None
-        if self._ours is not None and not resumable:
-            shutil.rmtree(self._ours, ignore_errors=True)
+        if self._ours is None:
+            return
+        if kind is None or self._out is None or not any(self._ours.glob("*")):
+            shutil.rmtree(self._ours, ignore_errors=True)  # done, or nothing in it to go on from
 
 
 def _load(checkpoint: Checkpoint, device: str) -> PreTrainedModel:

@@ -102,7 +102,7 @@ def _draw(path: Path, picture: Image.Image, answer: Generation) -> None:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     first = answer.pictures[0]
-    draw_kept(picture, first.token_grid, first.kept).save(path)
+    draw_kept(picture, first.token_grid, first.kept, view=first.view).save(path)
 
 
 def _footnotes(manifest: Manifest, answer: Generation, show: Path | None) -> None:

@@ -1,7 +1,7 @@
 """Accuracy of the shipped model on held-out questions, full and pruned, as ONNX Runtime answers them.
 
-For each keep: a calibration on pictures of the calibration split recommends a policy; it is compared on the test
-split with the paper's policy at the same layer. Every figure is printed as it is, with its 95% interval.
+For each keep a calibration on pictures of the calibration split recommends a policy, which is compared on the
+test split with the paper's policy at the same layer. Every figure is printed as it is, with its 95% interval.
 """
 
 from __future__ import annotations

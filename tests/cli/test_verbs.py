@@ -114,10 +114,8 @@ def test_calibrate_writes_a_record_and_a_plot_and_build_uses_it(tiny_checkpoint,
     assert {c["layer"] for c in raw["candidates"]} == {1, 2}
     assert record.with_suffix(".png").is_file()
 
-    plan = ep_export(
-        "plan", "--model", str(tiny_checkpoint), "--keep", "0.5", "--calibration", str(record), "--policy", "norm", "--layer", "1",
-        "--json",
-    )  # fmt: skip
+    told = ("--calibration", str(record), "--policy", "norm", "--layer", "1", "--json")
+    plan = ep_export("plan", "--model", str(tiny_checkpoint), "--keep", "0.5", *told)
     assert plan.code == 0, plan.err
     assert json.loads(plan.out)["ecl"] == 1
 
