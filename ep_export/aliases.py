@@ -40,6 +40,8 @@ ALIASES: tuple[Alias, ...] = (
     Alias("qwen2.5-vl-72b", "Qwen/Qwen2.5-VL-72B-Instruct", "qwen2_5_vl"),
     Alias("llava-1.5-7b", "llava-hf/llava-1.5-7b-hf", "llava"),
     Alias("llava-1.5-13b", "llava-hf/llava-1.5-13b-hf", "llava"),
+    Alias("llava-next-vicuna-7b", "llava-hf/llava-v1.6-vicuna-7b-hf", "llava_next"),
+    Alias("llava-next-mistral-7b", "llava-hf/llava-v1.6-mistral-7b-hf", "llava_next"),
 )
 
 

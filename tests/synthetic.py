@@ -14,8 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ep_export.checkpoint import open_config
-from ep_export.checkpoint import meta_model
+from ep_export.checkpoint import meta_model, open_config
 
 __all__ = ["checkpoint_bytes", "config_of", "write_synthetic"]
 

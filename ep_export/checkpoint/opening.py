@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ep_export.aliases import ALIASES, find_alias
+from ep_export.checkpoint.safetensors_index import TensorRef, read_json_object, read_tensors
 from ep_export.dims import DecoderDims
 from ep_export.errors import UserError, near_matches
 from ep_export.families import family_of
 from ep_export.families.base import Family
 from ep_export.garbage import collector_paused
-from ep_export.checkpoint.safetensors_index import TensorRef, read_json_object, read_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

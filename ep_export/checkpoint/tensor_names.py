@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from ep_export.errors import UserError
 from ep_export.checkpoint.safetensors_index import TensorRef
+from ep_export.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -24,7 +24,7 @@ from ep_export.bundle import (
     list_files,
     write_manifest,
 )
-from ep_export.checkpoint import Checkpoint
+from ep_export.checkpoint import Checkpoint, meta_model
 from ep_export.export.checks import refuse_unsupported
 from ep_export.export.decoder import (
     DecoderPieces,
@@ -41,7 +41,6 @@ from ep_export.export.stamp import TORCH_DTYPES, GraphBuilder
 from ep_export.export.trace import trace
 from ep_export.export.vision import VisionPieces, build_vision, name_vision_weights, vision_parts
 from ep_export.garbage import collector_paused
-from ep_export.checkpoint import meta_model
 from ep_export.policy import DEFAULT_DEGREE, Evidence, Keep, Policy, Scorer, Source
 from ep_export.progress import Progress, silent
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from ep_export.errors import UserError
 from ep_export.families.base import Family
+from ep_export.families.llava import Llava
+from ep_export.families.llava_next import LlavaNext
 from ep_export.families.qwen2_5_vl import Qwen2_5_VL
 
 __all__ = ["FAMILIES", "family_named", "family_of"]
 
-FAMILIES: tuple[Family, ...] = (Qwen2_5_VL(),)
+FAMILIES: tuple[Family, ...] = (Qwen2_5_VL(), Llava(), LlavaNext())
 
 
 def family_of(model_type: str) -> Family:

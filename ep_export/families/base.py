@@ -34,14 +34,36 @@ class Picture:
     Attributes:
         pixel_values: What Hugging Face's own image processor returns for this picture alone, float32.
         grid: (time, height, width) in patches, before merging.
-        token_grid: (height, width) in visual tokens, row-major as they stand in the prompt; for drawing.
+        token_grid: (height, width) in cells; every visual token stands for one, row-major as they stand in
+            the prompt, unless `cells` says otherwise.
         size: (width, height) of the original picture in pixels.
+        cells: [N] int64, the cell every visual token stands for, -1 for one that stands for no place of its
+            own (a class token, a newline, the picture seen whole a second time); None where token i is cell
+            i.
+        view: (left, top, right, bottom) of what the grid lies on, in pixels of the original picture, which
+            may be cropped or padded; None where it is all of it.
     """
 
     pixel_values: NDArray[np.float32]
     grid: tuple[int, int, int]
     token_grid: tuple[int, int]
     size: tuple[int, int]
+    cells: NDArray[np.int64] | None = None
+    view: tuple[int, int, int, int] | None = None
+
+    @property
+    def visual_tokens(self) -> int:
+        """N_i, visual tokens of this picture."""
+        height, width = self.token_grid
+        return height * width if self.cells is None else self.cells.shape[0]
+
+    def kept_cells(self, kept: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """[height * width], true for cells whose token was kept; `kept` has a flag for every token."""
+        if self.cells is None:
+            return kept
+        mask = np.zeros(self.token_grid[0] * self.token_grid[1], dtype=np.bool_)
+        mask[self.cells[kept & (self.cells >= 0)]] = True
+        return mask
 
 
 @dataclass(frozen=True)
@@ -96,7 +118,8 @@ class DecoderModules:
         layers: The decoder layers; `layers[i].self_attn.{q,k,v}_proj` exist.
         norm: Final norm.
         lm_head: hidden -> logits.
-        rotary: (hidden, position_ids [A, B, S]) -> (cos, sin) as the layers take them.
+        rotary: (hidden, position_ids) -> (cos, sin) as the layers take them; position_ids are [A, B, S], or
+            [B, S] where A is 1. It is the module that Hugging Face itself calls.
     """
 
     embed_tokens: torch.nn.Module

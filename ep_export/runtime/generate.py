@@ -34,16 +34,18 @@ class KeptPicture:
     """What was kept of one picture.
 
     Attributes:
-        token_grid: (height, width) in visual tokens.
-        kept_tokens: Row-major indices of the tokens that reach layer K.
+        token_grid: (height, width) in cells, one a visual token.
+        kept_tokens: Row-major indices of the cells whose tokens reach layer K.
+        view: What the grid lies on; see `ep_export.families.base.Picture`.
     """
 
     token_grid: tuple[int, int]
     kept_tokens: tuple[int, ...]
+    view: tuple[int, int, int, int] | None = None
 
     @property
     def kept(self) -> NDArray[np.bool_]:
-        """[height * width], true where a token was kept."""
+        """[height * width], true where a cell's token was kept."""
         mask = np.zeros(self.token_grid[0] * self.token_grid[1], dtype=np.bool_)
         mask[list(self.kept_tokens)] = True
         return mask

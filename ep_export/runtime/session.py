@@ -234,8 +234,8 @@ def _kept_pictures(prompt: PromptInputs, kept_index: NDArray[np.int64]) -> tuple
     kept = np.isin(prompt.visual_index, kept_index)
     made, start = [], 0
     for picture in prompt.pictures:
-        count = picture.token_grid[0] * picture.token_grid[1]
-        tokens = np.flatnonzero(kept[start : start + count])
-        made.append(KeptPicture(picture.token_grid, tuple(tokens.tolist())))
-        start += count
+        stop = start + picture.visual_tokens
+        cells = np.flatnonzero(picture.kept_cells(kept[start:stop]))
+        made.append(KeptPicture(picture.token_grid, tuple(cells.tolist()), picture.view))
+        start = stop
     return tuple(made)

@@ -136,7 +136,7 @@ def _case(case: Case, pictures: Sequence[Image.Image]) -> str:
 
 def _figure(shown: KeptPicture, picture: Image.Image) -> str:
     kept = np.array(shown.kept, dtype=np.bool_)
-    drawing = draw_kept(picture, shown.token_grid, kept)
+    drawing = draw_kept(picture, shown.token_grid, kept, view=shown.view)
     buffer = io.BytesIO()
     drawing.save(buffer, "JPEG", quality=_JPEG_QUALITY, optimize=True)
     data = base64.b64encode(buffer.getvalue()).decode("ascii")

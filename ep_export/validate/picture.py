@@ -22,7 +22,12 @@ _EDGE = np.array([255.0, 190.0, 60.0])  # border of a kept region
 
 
 def draw_kept(
-    image: Image.Image, token_grid: tuple[int, int], kept: NDArray[np.bool_], *, caption: str = ""
+    image: Image.Image,
+    token_grid: tuple[int, int],
+    kept: NDArray[np.bool_],
+    *,
+    view: tuple[int, int, int, int] | None = None,
+    caption: str = "",
 ) -> Image.Image:
     """The picture with the patches that reach layer K in colour, the others dim and grey.
 
@@ -30,8 +35,10 @@ def draw_kept(
 
     Args:
         image: The original picture, any mode and size.
-        token_grid: (height, width) in visual tokens.
+        token_grid: (height, width) in cells.
         kept: [height * width] bool, row-major.
+        view: (left, top, right, bottom) of what the grid lies on, in pixels; all of it when None, black where
+            it reaches over the edge.
         caption: A line below the picture; none when empty.
 
     Returns:
@@ -49,7 +56,9 @@ def draw_kept(
     cell = max(8, _LONG_SIDE // max(rows, columns))
     size = (columns * cell, rows * cell)
     # the vision encoder saw the picture stretched to the grid, so it is drawn that way
-    scaled = ImageOps.exif_transpose(image).convert("RGB").resize(size, Images.Resampling.LANCZOS)
+    upright = ImageOps.exif_transpose(image).convert("RGB")
+    seen = upright if view is None else upright.crop(view)
+    scaled = seen.resize(size, Images.Resampling.LANCZOS)
     pixels = np.asarray(scaled, dtype=np.float64)
     mask = kept.reshape(rows, columns)
     inside = np.kron(mask, np.ones((cell, cell), dtype=bool))

@@ -57,13 +57,15 @@ class KeptPicture:
 
     Attributes:
         picture: Number of the picture among those given to `validate`.
-        token_grid: (height, width) in visual tokens.
-        kept: Row-major, one flag a token.
+        token_grid: (height, width) in cells, one a visual token.
+        kept: Row-major, one flag a cell.
+        view: What the grid lies on; see `ep_export.families.base.Picture`.
     """
 
     picture: int
     token_grid: tuple[int, int]
     kept: tuple[bool, ...]
+    view: tuple[int, int, int, int] | None = None
 
 
 @dataclass(frozen=True)

@@ -131,9 +131,10 @@ def _case(seen: Observation) -> Case:
     kept = np.isin(seen.prompt.visual_index, seen.got.kept_index)
     shown, start = [], 0
     for number, picture in zip(seen.question.pictures, seen.prompt.pictures, strict=True):
-        count = picture.token_grid[0] * picture.token_grid[1]
-        shown.append(KeptPicture(number, picture.token_grid, tuple(kept[start : start + count].tolist())))
-        start += count
+        stop = start + picture.visual_tokens
+        cells = tuple(picture.kept_cells(kept[start:stop]).tolist())
+        shown.append(KeptPicture(number, picture.token_grid, cells, picture.view))
+        start = stop
     return Case(
         name=seen.question.name,
         prompt=seen.question.prompt,

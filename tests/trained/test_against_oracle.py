@@ -1,4 +1,4 @@
-"""The shipped model on held-out questions: ONNX Runtime keeps and says what the PyTorch oracle keeps and says.
+"""The shipped model on held-out questions: ONNX Runtime keeps and says what the PyTorch oracle does.
 
 The oracle scores in float64 with eigenvalues, the bundle in float32 with a series. Sets may therefore differ
 among near-ties, and an answer may follow; the limits are shares over 200 questions at each keep.

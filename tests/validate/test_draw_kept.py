@@ -37,6 +37,17 @@ def test_dropped_patches_are_dark_and_nearly_grey():
     assert (shown.max(axis=-1) - shown.min(axis=-1)).max() <= 15
 
 
+def test_only_the_view_is_drawn_and_beyond_the_edge_is_black():
+    picture = tiny_picture(200, 60)
+    cropped = draw_kept(picture, GRID, KEPT, view=(60, 0, 140, 60))
+    assert np.array_equal(
+        np.asarray(cropped), np.asarray(draw_kept(picture.crop((60, 0, 140, 60)), GRID, KEPT))
+    )
+    padded = cells(draw_kept(picture, (3, 3), np.ones(9, dtype=np.bool_), view=(0, -60, 180, 120)), (3, 3))
+    assert padded[[0, 2]].mean() < 1  # the resampling rings over the edge
+    assert padded[1].mean() > 20
+
+
 def test_every_mode_of_picture_is_drawn():
     for mode in ("L", "RGBA", "P", "1", "CMYK"):
         assert draw_kept(tiny_picture(50, 40).convert(mode), GRID, KEPT).mode == "RGB"

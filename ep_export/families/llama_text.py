@@ -1,0 +1,77 @@
+"""Llama and Mistral as the language half of a vision-language model: dimensions and where the parts sit."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ep_export.dims import DecoderDims
+from ep_export.errors import UserError
+from ep_export.families.base import DecoderModules
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+__all__ = ["text_decoder", "text_dims"]
+
+_MODEL_TYPES = ("llama", "mistral")
+
+
+def text_dims(config: PreTrainedConfig) -> DecoderDims:
+    """Dimensions of the decoder in `config.text_config`.
+
+    Raises:
+        UserError: Another language model, sliding-window attention, or sizes that do not divide.
+    """
+    text = config.text_config
+    _refuse_unsupported(text)
+    return DecoderDims(
+        layers=text.num_hidden_layers,
+        hidden_size=text.hidden_size,
+        heads=text.num_attention_heads,
+        kv_heads=text.num_key_value_heads,
+        head_dim=text.head_dim or text.hidden_size // text.num_attention_heads,
+        ffn_size=text.intermediate_size,
+        vocab_size=text.vocab_size,
+        max_positions=text.max_position_embeddings,
+        position_axes=1,
+    )
+
+
+def text_decoder(model: PreTrainedModel) -> DecoderModules:
+    """The decoder's modules; `rotary` has real buffers even when the model is on `meta`."""
+    import torch
+
+    parts: Any = model
+    language = parts.model.language_model
+    rotary = language.rotary_emb
+    if rotary.inv_freq.is_meta:
+        with torch.device("cpu"):
+            rotary = type(rotary)(language.config)
+    return DecoderModules(
+        embed_tokens=language.embed_tokens,
+        layers=tuple(language.layers),
+        norm=language.norm,
+        lm_head=parts.lm_head,
+        rotary=rotary,
+    )
+
+
+def _refuse_unsupported(text: PreTrainedConfig) -> None:
+    """Stop at what would change the mathematics of the decoder."""
+    if text.model_type not in _MODEL_TYPES:
+        raise UserError(
+            f"config has the language model {text.model_type!r}, expected {' or '.join(_MODEL_TYPES)}",
+            hint="other language models are not exported with this family",
+        )
+    if getattr(text, "sliding_window", None) is not None:
+        raise UserError(
+            f"config uses sliding-window attention of {text.sliding_window} tokens, expected full attention",
+            hint="such models are not exported",
+        )
+    heads, kv_heads = text.num_attention_heads, text.num_key_value_heads
+    if heads % kv_heads or (text.head_dim is None and text.hidden_size % heads):
+        raise UserError(
+            f"config has hidden_size {text.hidden_size}, {heads} heads and {kv_heads} kv heads, which do not "
+            "divide",
+            hint="check config.json",
+        )

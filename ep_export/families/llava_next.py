@@ -1,0 +1,114 @@
+"""LLaVA-NeXT: LLaVA-1.5 that sees a picture twice, whole and cut into tiles of its own shape."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ep_export.dims import DecoderDims
+from ep_export.errors import UserError
+from ep_export.families.base import Picture, VisionTrace
+from ep_export.families.chat_prompts import ChatPrompts
+from ep_export.families.clip_features import clip_features
+from ep_export.families.llava import Llava
+from ep_export.families.llava_next_prompt import LlavaNextPrompts
+from ep_export.families.tiles import pack_index, tile_grid
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+__all__ = ["LlavaNext"]
+
+# A photograph of 640 x 480, the size of most benchmark pictures: 576 + 36 x (48 + 1) = 2340 visual tokens.
+_TYPICAL_PICTURE = (640, 480)
+
+
+class LlavaNext(Llava):
+    """Checkpoints whose `model_type` is `llava_next`, with a CLIP tower and a Llama or Mistral decoder."""
+
+    name = "llava_next"
+    model_types = ("llava_next",)
+    verified = (
+        "random tiny weights in every key layout against Hugging Face, full and pruned; 4 layers of the 7B "
+        "shape exported; published weights: not available here"
+    )
+
+    def dims(self, config: PreTrainedConfig) -> DecoderDims:
+        """Dimensions of the decoder; see `Family.dims`."""
+        tile = clip_features(config).image_size
+        if config.vision_feature_select_strategy != "default":
+            raise UserError(
+                f"config has vision_feature_select_strategy {config.vision_feature_select_strategy!r}, "
+                "expected 'default'",
+                hint="class tokens fit into no grid of patches: Hugging Face cannot run such a model either",
+            )
+        uneven = [list(each) for each in config.image_grid_pinpoints if each[0] % tile or each[1] % tile]
+        if uneven:
+            raise UserError(
+                f"config fits pictures into {uneven[0]}, which is no multiple of its tiles of {tile} pixels",
+                hint="check config.json",
+            )
+        return super().dims(config)
+
+    def default_visual_tokens(self, config: PreTrainedConfig) -> int:
+        """Visual tokens of a 640 x 480 photograph."""
+        return int(_pack(_TYPICAL_PICTURE, config).shape[0])
+
+    def prompt_builder(self, processor: Path, config: PreTrainedConfig) -> ChatPrompts:
+        """Prompt builder from a directory with tokenizer and image processor files."""
+        return LlavaNextPrompts(processor, config)
+
+    def vision_feeds(self, picture: Picture, config: PreTrainedConfig) -> dict[str, NDArray[Any]]:
+        """Inputs of `vision_encoder.onnx` for one picture, in the stem's order.
+
+        Returns:
+            `pixel_values` [tiles, 3, image_size, image_size] float32; `pack_index` [N] int64, see
+            `ep_export.families.tiles.pack_index`.
+        """
+        return {"pixel_values": picture.pixel_values, "pack_index": _pack(picture.size, config)}
+
+    def _reference_pictures(
+        self,
+        pictures: Sequence[Picture],
+        config: PreTrainedConfig,  # noqa: ARG002
+    ) -> dict[str, NDArray[Any]]:
+        """All pictures together: those of fewer tiles are filled up, the model drops the filling again."""
+        first = pictures[0].pixel_values
+        most = max(picture.pixel_values.shape[0] for picture in pictures)
+        pixels = np.zeros((len(pictures), most, *first.shape[1:]), dtype=first.dtype)
+        for i, picture in enumerate(pictures):
+            pixels[i, : picture.pixel_values.shape[0]] = picture.pixel_values
+        sizes = np.array([(height, width) for width, height in (p.size for p in pictures)], dtype=np.int64)
+        return {"pixel_values": pixels, "image_sizes": sizes}
+
+    def vision(self, model: PreTrainedModel) -> VisionTrace:
+        """The vision encoder, cut for tracing, sharing the model's own parameters."""
+        from ep_export.families.llava_next_vision import TilePacker, TileStem
+
+        parts: Any = model.model
+        plain = super().vision(model)
+        tile = clip_features(model.config).image_size
+        size = (2 * tile, tile)
+        tiles = 1 + int(np.prod(tile_grid(size, model.config.image_grid_pinpoints, tile)))
+        return VisionTrace(
+            stem=TileStem(plain.stem),
+            blocks=plain.blocks,
+            kinds=plain.kinds,
+            merger=TilePacker(plain.merger, parts.image_newline),
+            carry_names=("pack_index",),
+            example_feeds={
+                "pixel_values": np.zeros((tiles, 3, tile, tile), dtype=np.float32),
+                "pack_index": _pack(size, model.config),
+            },
+            dynamic_axes={"pixel_values": {0: "tiles"}, "pack_index": {0: "N"}},
+        )
+
+
+def _pack(size: tuple[int, int], config: PreTrainedConfig) -> NDArray[np.int64]:
+    features = clip_features(config)
+    tiles = tile_grid(size, config.image_grid_pinpoints, features.image_size)
+    return pack_index(size, tiles, features.side)

@@ -1,0 +1,130 @@
+"""A family's bundle beside the Hugging Face model it was made from: what every family has to show."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from bundles import export_tiny
+from PIL import Image
+
+from ep_export.checkpoint import open_checkpoint
+from ep_export.entropy import KeptDifference, approximation_spread, chebyshev_scores, kept_difference
+from ep_export.families.base import PromptInputs
+from ep_export.policy import Keep
+from ep_export.reference import PruneSpec, PruneTrace, load_model, prune
+from ep_export.runtime import Session
+
+__all__ = ["FamilyPair"]
+
+QUESTION = "which digits are in the picture?"
+TOKENS = 6
+EXACT_TOLERANCE = 2e-6  # float32 scores of the same formula, in the same unit
+LOGIT_TOLERANCE = 1e-3  # float32 through two runtimes that sum in different orders
+FEATURE_TOLERANCE = 1e-4
+_WITHOUT_TORCH = Path(__file__).parent / "runtime" / "without_torch.py"
+
+
+class FamilyPair:
+    """An exported checkpoint and its Hugging Face model."""
+
+    def __init__(self, checkpoint: Path, out: Path, **policy: Any) -> None:
+        opened = open_checkpoint(str(checkpoint))
+        self.family = opened.family
+        self.bundle = export_tiny(checkpoint, out, **policy)
+        self.session = Session.open(self.bundle, threads=1)
+        self.model = load_model(opened)
+        self.policy = self.bundle.manifest.policy
+
+    def prompt(self, pictures: list[Image.Image]) -> PromptInputs:
+        return self.session.prompts.build(pictures, QUESTION)
+
+    def logits(self, prompt: PromptInputs) -> np.ndarray:
+        with torch.inference_mode():
+            output = self.model(**self.family.reference_inputs(prompt, self.model.config))
+        return output.logits[0, -1].numpy()
+
+    def tokens(self, prompt: PromptInputs) -> list[int]:
+        """`generate` with the checkpoint's own generation settings."""
+        inputs = self.family.reference_inputs(prompt, self.model.config)
+        with torch.inference_mode():
+            ids = self.model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)
+        return ids[0, prompt.input_ids.shape[1] :].tolist()
+
+    def check_everything_kept(self, pictures: list[Image.Image]) -> None:
+        """Keep 1.0 answers as Hugging Face, token for token."""
+        prompt = self.prompt(pictures)
+        made = self.session.prefill(prompt, Keep(ratio=1.0))
+        assert np.abs(made.logits - self.logits(prompt)).max() < LOGIT_TOLERANCE
+        assert np.array_equal(made.kept_index, np.arange(prompt.input_ids.shape[1]))
+        answer = self.session.generate(pictures, QUESTION, max_new_tokens=TOKENS, keep=Keep(ratio=1.0))
+        assert list(answer.token_ids) == self.tokens(prompt)
+
+    def check_pruned(self, pictures: list[Image.Image], share: float) -> None:
+        """`share` of what layers 0..K-1 leave to choose: kept set, logits and answer as the oracle's."""
+        layers = self.bundle.manifest.dims.layers
+        keep = Keep(ratio=(self.policy.layer + share * (layers - self.policy.layer)) / layers)
+        prompt = self.prompt(pictures)
+        made = self.session.prefill(prompt, keep)
+        kept = made.kept_index[np.isin(made.kept_index, prompt.visual_index)]
+        with prune(self.model, PruneSpec(self.policy, keep)) as trace:
+            self.logits(prompt)
+        assert np.array_equal(trace.visual_index, prompt.visual_index)
+        assert kept.shape[0] == int(share * prompt.visual_index.shape[0])
+        assert self._difference(trace, kept) is not KeptDifference.DIFFERENT
+        ours = torch.from_numpy(kept)
+        with prune(self.model, PruneSpec(self.policy, keep), select=lambda *_: ours):
+            expected, tokens = self.logits(prompt), self.tokens(prompt)
+        assert np.abs(made.logits - expected).max() < LOGIT_TOLERANCE
+        answer = self.session.generate(pictures, QUESTION, max_new_tokens=TOKENS, keep=keep)
+        assert list(answer.token_ids) == tokens
+        assert answer.kept_index == tuple(made.kept_index.tolist())
+
+    def check_vision(self, pictures: list[Image.Image]) -> None:
+        """What stands at the visual tokens is what Hugging Face puts there, for every picture alone."""
+        for picture in pictures:
+            prompt = self.prompt([picture])
+            feeds = self.family.vision_feeds(prompt.pictures[0], self.model.config)
+            made = self.session.run("vision_encoder", feeds)["visual_embeds"]
+            expected = self._visual_embeds(prompt)
+            assert made.shape == expected.shape
+            assert np.abs(made - expected).max() < FEATURE_TOLERANCE
+
+    def check_without_torch(self, picture: Path) -> None:
+        """The bundle answers the same on a machine that has no torch."""
+        command = [sys.executable, str(_WITHOUT_TORCH), str(self.bundle.path), str(picture)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        made = json.loads(done.stdout)
+        expected = self.session.generate([Image.open(picture)], "which digits?", max_new_tokens=5)
+        assert made == {"token_ids": list(expected.token_ids), "loaded": []}
+
+    def _visual_embeds(self, prompt: PromptInputs) -> np.ndarray:
+        seen: list[torch.Tensor] = []
+        layer = self.family.decoder(self.model).layers[0]
+        hook = layer.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+        try:
+            self.logits(prompt)
+        finally:
+            hook.remove()
+        return seen[0][0, torch.from_numpy(prompt.visual_index)].numpy()
+
+    def _difference(self, trace: PruneTrace, kept: np.ndarray) -> KeptDifference:
+        """How the kept set differs from the exact scores' choice."""
+        index, theirs = trace.visual_index.numpy(), trace.kept_index.numpy()
+        ours = chebyshev_scores(trace.states, self.policy.scorer, self.bundle.manifest.degree)
+        return kept_difference(
+            trace.scores,
+            theirs[np.isin(theirs, index)],
+            kept,
+            kept.shape[0],
+            visual_index=index,
+            select=self.policy.select,
+            budget=self.policy.budget,
+            tolerance=approximation_spread(trace.scores, ours) + EXACT_TOLERANCE,
+        )
