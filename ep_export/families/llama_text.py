@@ -1,17 +1,16 @@
-"""Llama and Mistral as the language half of a vision-language model: dimensions and where the parts sit."""
+"""Llama and Mistral as the language half of a vision-language model: dimensions, and what is refused."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ep_export.dims import DecoderDims
 from ep_export.errors import UserError
-from ep_export.families.base import DecoderModules
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig
 
-__all__ = ["text_decoder", "text_dims"]
+__all__ = ["text_dims"]
 
 _MODEL_TYPES = ("llama", "mistral")
 
@@ -34,25 +33,6 @@ def text_dims(config: PreTrainedConfig) -> DecoderDims:
         vocab_size=text.vocab_size,
         max_positions=text.max_position_embeddings,
         position_axes=1,
-    )
-
-
-def text_decoder(model: PreTrainedModel) -> DecoderModules:
-    """The decoder's modules; `rotary` has real buffers even when the model is on `meta`."""
-    import torch
-
-    parts: Any = model
-    language = parts.model.language_model
-    rotary = language.rotary_emb
-    if rotary.inv_freq.is_meta:
-        with torch.device("cpu"):
-            rotary = type(rotary)(language.config)
-    return DecoderModules(
-        embed_tokens=language.embed_tokens,
-        layers=tuple(language.layers),
-        norm=language.norm,
-        lm_head=parts.lm_head,
-        rotary=rotary,
     )
 
 

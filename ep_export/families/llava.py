@@ -13,7 +13,8 @@ from ep_export.dims import DecoderDims
 from ep_export.families.base import DecoderModules, Family, Picture, PromptInputs, VisionTrace
 from ep_export.families.chat_prompts import ChatPrompts
 from ep_export.families.clip_features import clip_features
-from ep_export.families.llama_text import text_decoder, text_dims
+from ep_export.families.language_model import decoder_modules
+from ep_export.families.llama_text import text_dims
 from ep_export.families.llava_prompt import LlavaPrompts
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class Llava(Family):
 
     def decoder(self, model: PreTrainedModel) -> DecoderModules:
         """The decoder's modules; see `Family.decoder`."""
-        return text_decoder(model)
+        return decoder_modules(model)
 
     def vision(self, model: PreTrainedModel) -> VisionTrace:
         """The vision encoder, cut for tracing, sharing the model's own parameters."""

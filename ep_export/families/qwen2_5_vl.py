@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from ep_export.dims import DecoderDims
 from ep_export.errors import UserError
 from ep_export.families.base import DecoderModules, Family, Picture, PromptInputs, VisionTrace
+from ep_export.families.language_model import decoder_modules
 from ep_export.families.qwen2_5_vl_prompt import Qwen2_5_VLPrompts
 from ep_export.families.windows import patch_positions, window_layout
 
@@ -94,20 +95,7 @@ class Qwen2_5_VL(Family):  # noqa: N801 - the model's name
 
     def decoder(self, model: PreTrainedModel) -> DecoderModules:
         """The decoder's modules; `rotary` has real buffers even when the model is on `meta`."""
-        import torch
-
-        language: Any = model.model.language_model
-        rotary = language.rotary_emb
-        if rotary.inv_freq.is_meta:
-            with torch.device("cpu"):
-                rotary = type(rotary)(language.config)
-        return DecoderModules(
-            embed_tokens=language.embed_tokens,
-            layers=tuple(language.layers),
-            norm=language.norm,
-            lm_head=model.lm_head,
-            rotary=rotary,
-        )
+        return decoder_modules(model)
 
     def vision(self, model: PreTrainedModel) -> VisionTrace:
         """The vision encoder, cut for tracing, sharing the model's own parameters."""
