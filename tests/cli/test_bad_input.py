@@ -1,5 +1,6 @@
 """A user's mistake gets one line, a hint and exit 1 or 2, and leaves nothing half-written."""
 
+import functools
 import json
 import shutil
 import signal
@@ -255,7 +256,9 @@ class TestBundle:
 
 def test_ctrl_c_leaves_nothing_behind(tiny, tmp_path):
     command = [sys.executable, "-m", "ep_export", *build(tiny, tmp_path)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # A test run started in the background ignores Ctrl-C, and so would its children.
+    listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=listen)  # noqa: PLW1509 - no threads here
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob(".out.*.part")):  # the staging directory: the export has begun
         assert process.poll() is None, process.stderr.read()
