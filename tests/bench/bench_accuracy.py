@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from digit_scenes import Question, Scene, held_out, make_scene, questions
+from digit_scenes import READING, Question, Scene, held_out, make_scene, questions
 
 from ep_export.bundle import Dialect, Precision, WeightsMode
 from ep_export.calibrate import Record, calibrate
@@ -57,7 +57,7 @@ def write_pictures(directory: Path, count: int) -> dict[str, list[str]]:
     for index in range(count):
         scene = make_scene("calibration", index=index)
         scene.picture.save(directory / f"{index:04d}.png")
-        fitting = questions(scene)
+        fitting = [question for question in questions(scene) if question.kind in READING]
         prompts[f"{index:04d}.png"] = [fitting[index % len(fitting)].text]
     return prompts
 
