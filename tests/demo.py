@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
-FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURES = Path(os.path.relpath(Path(__file__).parent / "fixtures"))
 CALIBRATION_PICTURES = 24
 TEST_PICTURES = 4
 

@@ -88,7 +88,7 @@ def show_plan(prepared: Prepared) -> None:
         title, ("for one typical picture", "full", "pruned", "saved"), plan_rows(plan, "fp16"), err=True
     )
     note(f"policy:   {prepared.policy}")
-    note(f"evidence: {prepared.evidence.kind.value}: {prepared.evidence.summary}")
+    note(f"evidence: {prepared.evidence.summary} [{prepared.evidence.kind.value}]")
 
 
 def print_bundle(prepared: Prepared, result: BuildResult, *, check: bool, as_json: bool) -> int:

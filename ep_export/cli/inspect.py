@@ -41,7 +41,7 @@ def _facts(manifest: Manifest, *, verified_files: bool) -> list[tuple[str, str]]
         ("decoder", f"{dims.layers} layers, {heads}, hidden {dims.hidden_size}"),
         ("split", f"head: layers 0..{layer - 1}, tail: layers {layer}..{dims.layers - 1}"),
         ("policy", str(manifest.policy)),
-        ("evidence", f"{manifest.evidence.kind.value}: {manifest.evidence.summary}"),
+        ("evidence", f"{manifest.evidence.summary} [{manifest.evidence.kind.value}]"),
         ("keep", f"{manifest.keep} (average over layers; `run --keep` overrides it)"),
         ("graphs", f"{manifest.dialect.value}, opset {manifest.opset}, {manifest.precision.value}"),
         ("weights", manifest.weights.value),
