@@ -11,20 +11,20 @@ from typing import Any
 import numpy as np
 import torch
 from bundles import export_tiny
+from kept_sets import difference_from_exact
 from PIL import Image
 
 from ep_export.checkpoint import open_checkpoint
-from ep_export.entropy import KeptDifference, approximation_spread, chebyshev_scores, kept_difference
+from ep_export.entropy import KeptDifference
 from ep_export.families.base import PromptInputs
 from ep_export.policy import Keep
-from ep_export.reference import PruneSpec, PruneTrace, load_model, prune
+from ep_export.reference import PruneSpec, load_model, prune
 from ep_export.runtime import Session
 
 __all__ = ["FamilyPair"]
 
 QUESTION = "which digits are in the picture?"
 TOKENS = 6
-EXACT_TOLERANCE = 2e-6  # float32 scores of the same formula, in the same unit
 LOGIT_TOLERANCE = 1e-3  # float32 through two runtimes that sum in different orders
 FEATURE_TOLERANCE = 1e-4
 _WITHOUT_TORCH = Path(__file__).parent / "runtime" / "without_torch.py"
@@ -76,7 +76,7 @@ class FamilyPair:
             self.logits(prompt)
         assert np.array_equal(trace.visual_index, prompt.visual_index)
         assert kept.shape[0] == int(share * prompt.visual_index.shape[0])
-        assert self._difference(trace, kept) is not KeptDifference.DIFFERENT
+        assert difference_from_exact(trace, kept, self.bundle.manifest) is not KeptDifference.DIFFERENT
         ours = torch.from_numpy(kept)
         with prune(self.model, PruneSpec(self.policy, keep), select=lambda *_: ours):
             expected, tokens = self.logits(prompt), self.tokens(prompt)
@@ -113,18 +113,3 @@ class FamilyPair:
         finally:
             hook.remove()
         return seen[0][0, torch.from_numpy(prompt.visual_index)].numpy()
-
-    def _difference(self, trace: PruneTrace, kept: np.ndarray) -> KeptDifference:
-        """How the kept set differs from the exact scores' choice."""
-        index, theirs = trace.visual_index.numpy(), trace.kept_index.numpy()
-        ours = chebyshev_scores(trace.states, self.policy.scorer, self.bundle.manifest.degree)
-        return kept_difference(
-            trace.scores,
-            theirs[np.isin(theirs, index)],
-            kept,
-            kept.shape[0],
-            visual_index=index,
-            select=self.policy.select,
-            budget=self.policy.budget,
-            tolerance=approximation_spread(trace.scores, ours) + EXACT_TOLERANCE,
-        )

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from bundles import export_tiny
+from kept_sets import difference_from_exact
 from tiny import make_tiny, tiny_picture
 
 from ep_export.checkpoint import open_checkpoint
-from ep_export.entropy import KeptDifference, approximation_spread, chebyshev_scores, kept_difference
+from ep_export.entropy import KeptDifference
 from ep_export.families import family_of
 from ep_export.policy import Budget, Keep, Scorer, Select, Source
 from ep_export.reference import PruneSpec, load_model, prune
@@ -18,7 +19,6 @@ from ep_export.runtime import Sampling, Session
 FAMILY = family_of("qwen2_5_vl")
 QUESTION = "which digits are in the picture?"
 TOKENS = 8
-EXACT_TOLERANCE = 2e-6  # float32 scores of the same formula, in the same unit
 LOGIT_TOLERANCE = 1e-3  # float32 through two runtimes that sum in different orders
 PICTURES = {"none": [], "wide": [(300, 90)], "two": [(130, 200), (90, 60)]}
 
@@ -107,7 +107,7 @@ def test_pruned_answers_as_the_oracle(pair, pictures, share):
     with prune(pair.model, PruneSpec(pair.policy, keep)) as trace:
         pair.logits(prompt)
     assert kept.shape[0] == int(share * prompt.visual_index.shape[0])
-    assert agree(trace, kept, pair) is not KeptDifference.DIFFERENT
+    assert difference_from_exact(trace, kept, pair.bundle.manifest) is not KeptDifference.DIFFERENT
     ours = torch.from_numpy(kept)
     with prune(pair.model, PruneSpec(pair.policy, keep), select=lambda *_: ours):
         expected, tokens = pair.logits(prompt), pair.tokens(prompt)
@@ -115,23 +115,6 @@ def test_pruned_answers_as_the_oracle(pair, pictures, share):
     answer = pair.session.generate(pictures, QUESTION, max_new_tokens=TOKENS, keep=keep)
     assert list(answer.token_ids) == tokens
     assert answer.kept_index == tuple(made.kept_index.tolist())
-
-
-def agree(trace, kept, pair):
-    """How the kept set differs from the exact scores' choice."""
-    index = trace.visual_index.numpy()
-    theirs = trace.kept_index.numpy()
-    ours = chebyshev_scores(trace.states, pair.policy.scorer, pair.bundle.manifest.degree)
-    return kept_difference(
-        trace.scores,
-        theirs[np.isin(theirs, index)],
-        kept,
-        kept.shape[0],
-        visual_index=index,
-        select=pair.policy.select,
-        budget=pair.policy.budget,
-        tolerance=approximation_spread(trace.scores, ours) + EXACT_TOLERANCE,
-    )
 
 
 def test_a_prompt_leaves_nothing_behind_for_the_next(pair):
