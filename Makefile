@@ -17,7 +17,7 @@ CPP := $(wildcard plugins/entropy_prune/*.h plugins/entropy_prune/*.c* plugins/e
 # Tiny models are slower on many threads than on one.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test lint format types unit plugin plugin-jetson test-plugin bench-accuracy bench-score \
+.PHONY: help setup demo test lint format types unit plugin plugin-jetson test-plugin test-harness bench-accuracy bench-score \
   bench-prefill bench-export fixture clean
 
 help:  ## What there is.
@@ -67,6 +67,13 @@ plugin-jetson: $(STAMP)
 test-plugin: plugin  ## Test the plugin without a GPU.
 	$(BIN)/python -m pip $(HASHED) plugins/requirements-test.txt
 	$(BIN)/python -m pytest -q tests/plugins
+
+# lmms-eval wants torchvision and the judges of every task; these are what its core imports, installed aside.
+HARNESS := build/lmms-eval
+test-harness: $(STAMP)  ## Test the lmms-eval bridge with lmms-eval itself.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(HARNESS) \
+	  -r tests/harness/requirements.txt
+	PYTHONPATH=$(HARNESS) $(BIN)/python -m pytest -q tests/harness
 
 format: $(STAMP)  ## Format the code.
 	$(BIN)/ruff check --fix-only .

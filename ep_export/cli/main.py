@@ -9,6 +9,7 @@ import sys
 import click
 
 import ep_export
+from ep_export.cli.bench import bench
 from ep_export.cli.build import build
 from ep_export.cli.calibrate import calibrate
 from ep_export.cli.export import export
@@ -42,7 +43,7 @@ def cli() -> None:
     """Export vision-language models with entropy pruning inside the decoder."""
 
 
-for verb in (models, plan, calibrate, build, export, validate, run, inspect, plugin):
+for verb in (models, plan, calibrate, build, export, validate, run, bench, inspect, plugin):
     cli.add_command(verb)
 
 

@@ -8,8 +8,10 @@ Weights stay in the checkpoint's shards, which are linked below the bundle.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,6 +48,7 @@ from ep_export.progress import Progress, silent
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
     from ep_export.families.base import VisionTrace
 
@@ -57,9 +60,10 @@ _STAGE = "export"
 
 @dataclass(frozen=True)
 class _Traced:
+    """The traced decoder, and by component name the encoders: how they are cut, and their pieces."""
+
     decoder: DecoderPieces
-    vision: VisionPieces
-    vision_trace: VisionTrace
+    encoders: Mapping[str, tuple[VisionTrace, VisionPieces]]
 
 
 def export_bundle(
@@ -137,16 +141,25 @@ def _trace(checkpoint: Checkpoint, dialect: Dialect, precision: Precision) -> _T
     dtype, opset = TORCH_DTYPES[precision], OPSETS[dialect]
     model = meta_model(checkpoint.config).to(dtype)
     names = _parameter_names(model, checkpoint)
-    modules, vision = checkpoint.family.decoder(model), checkpoint.family.vision(model)
+    modules, encoders = checkpoint.family.decoder(model), _encoders(model, checkpoint)
     decoder = decoder_parts(modules, checkpoint.dims, dtype=dtype, opset=opset)
+    cut = {name: vision_parts(encoder) for name, encoder in encoders.items()}
     with tracing(dialect, model):
-        pieces = trace([*decoder, *vision_parts(vision)], opset=opset)
-    count = len(decoder)
+        pieces = iter(trace([*decoder, *(part for parts in cut.values() for part in parts)], opset=opset))
     return _Traced(
-        name_weights(modules, pieces[:count], names),
-        name_vision_weights(vision, pieces[count:], names),
-        vision,
+        name_weights(modules, list(islice(pieces, len(decoder))), names),
+        {
+            name: (encoder, name_vision_weights(encoder, list(islice(pieces, len(cut[name]))), names))
+            for name, encoder in encoders.items()
+        },
     )
+
+
+def _encoders(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, VisionTrace]:
+    """By component name: what encodes pictures, and what encodes videos where that is another tower."""
+    video = checkpoint.family.video(model)
+    encoders = {"vision_encoder": checkpoint.family.vision(model)}
+    return encoders if video is None else {**encoders, "video_encoder": video}
 
 
 def _parameter_names(model: torch.nn.Module, checkpoint: Checkpoint) -> Names:
@@ -175,14 +188,14 @@ def _build(
             name, precision=precision, opset=opset, tensors=checkpoint.tensors, place=shards.place
         )
 
-    vision, embed, head, tail = map(
-        builder, ("vision_encoder", "embed_tokens", "decoder_head", "decoder_tail")
-    )
-    build_vision(vision, traced.vision, traced.vision_trace, dims)
+    encoders = {name: builder(name) for name in traced.encoders}
+    for name, (encoder, pieces) in traced.encoders.items():
+        build_vision(encoders[name], pieces, encoder, dims)
+    embed, head, tail = map(builder, ("embed_tokens", "decoder_head", "decoder_tail"))
     build_embed_tokens(embed, traced.decoder, dims)
     build_head(head, traced.decoder, dims, policy, degree)
     build_tail(tail, traced.decoder, dims, policy)
-    return tuple(component.save(out) for component in (vision, embed, head, tail))
+    return tuple(component.save(out) for component in (*encoders.values(), embed, head, tail))
 
 
 def _copy_processor(checkpoint: Checkpoint, out: Path) -> None:

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,12 +24,38 @@ if TYPE_CHECKING:
     from PIL import Image
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["DecoderModules", "Family", "Picture", "PromptBuilder", "PromptInputs", "VisionTrace"]
+__all__ = [
+    "DecoderModules",
+    "Family",
+    "Picture",
+    "PromptBuilder",
+    "PromptInputs",
+    "Video",
+    "VisionTrace",
+    "Visual",
+]
+
+
+@dataclass(frozen=True)
+class Video:
+    """Frames of a video as they are shown to the model: sampled already.
+
+    Attributes:
+        frames: In order, all of one size.
+        fps: Frames a second of these frames, not of the file they were sampled from.
+    """
+
+    frames: tuple[Image.Image, ...]
+    fps: float
+
+
+Visual: TypeAlias = "Image.Image | Video"
+"""What a prompt may hold besides text."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture after the family's image processor, ready for one call of the vision encoder.
+    """One picture, or one frame group of a video, after the family's processor: one vision encoder call.
 
     Attributes:
         pixel_values: What Hugging Face's own image processor returns for this picture alone, float32.
@@ -42,6 +68,10 @@ class Picture:
             i.
         view: (left, top, right, bottom) of what the grid lies on, in pixels of the original picture, which
             may be cropped or padded; None where it is all of it.
+        video: Which video of the prompt this is a part of, counted from 0; None for a picture. The parts of
+            a video follow each other in `PromptInputs.pictures`.
+        seconds: Of the video, from this part to the next one; 0 for a picture.
+        encoder: The component that encodes it; families with a tower of its own for videos name that.
     """
 
     pixel_values: NDArray[np.float32]
@@ -50,6 +80,9 @@ class Picture:
     size: tuple[int, int]
     cells: NDArray[np.int64] | None = None
     view: tuple[int, int, int, int] | None = None
+    video: int | None = None
+    seconds: float = 0.0
+    encoder: str = "vision_encoder"
 
     @property
     def visual_tokens(self) -> int:
@@ -75,7 +108,7 @@ class PromptInputs:
         position_ids: [A, 1, S] int64, computed in NumPy (the oracle lets Hugging Face compute its own).
         visual_index: [N] int64, ascending positions of the visual tokens; empty without a picture.
         next_position: Position id of the first generated token, equal on every axis.
-        pictures: The pictures in prompt order.
+        pictures: One for every call of a vision encoder, in prompt order: pictures, and the parts of videos.
     """
 
     input_ids: NDArray[np.int64]
@@ -96,11 +129,11 @@ class PromptBuilder(Protocol):
     eos_token_ids: tuple[int, ...]
     repetition_penalty: float
 
-    def build(self, pictures: Sequence[Image.Image], prompt: str) -> PromptInputs:
-        """Apply the chat template with the pictures before the question, as Hugging Face would.
+    def build(self, visuals: Sequence[Visual], prompt: str) -> PromptInputs:
+        """Apply the chat template with pictures and videos before the question, as Hugging Face would.
 
         Raises:
-            UserError: The prompt is longer than the model's context.
+            UserError: The prompt is longer than the model's context, or the family takes no videos.
         """
         ...
 
@@ -182,11 +215,14 @@ class Family(ABC):
 
     @abstractmethod
     def vision_feeds(self, picture: Picture, config: PreTrainedConfig) -> dict[str, NDArray[Any]]:
-        """Inputs of `vision_encoder.onnx` for one picture, by name, in the stem's order."""
+        """Inputs of the component `picture.encoder` for one picture, by name, in the stem's order."""
 
     @abstractmethod
     def reference_inputs(self, prompt: PromptInputs, config: PreTrainedConfig) -> dict[str, torch.Tensor]:
-        """Keyword arguments for the Hugging Face model's `forward`/`generate`, positions left to it."""
+        """Keyword arguments for the Hugging Face model's `forward`/`generate`, positions left to it.
+
+        The parts of a video (`Picture.video`) are given to it as the one video they were.
+        """
 
     @abstractmethod
     def decoder(self, model: PreTrainedModel) -> DecoderModules:
@@ -195,3 +231,7 @@ class Family(ABC):
     @abstractmethod
     def vision(self, model: PreTrainedModel) -> VisionTrace:
         """The vision encoder, cut for tracing, sharing the model's own parameters."""
+
+    def video(self, model: PreTrainedModel) -> VisionTrace | None:  # noqa: ARG002 - few families have one
+        """The encoder of a tower for videos alone (`Picture.encoder` is then "video_encoder"), or None."""
+        return None

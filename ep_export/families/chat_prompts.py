@@ -1,29 +1,34 @@
-"""Pictures and a question as arrays, for families with one run of placeholders where a picture stands.
+"""Pictures, videos and a question as arrays; what the prompt builders of all families share.
 
-What differs between families is left to two methods: a picture after the image processor, and positions.
-No torch: this runs on a Jetson.
+What differs between families is left to hooks, the methods with one underscore: a picture and a video after
+the processor (`_process`, `_process_video`), what stands in the text for them (`_write`, `_expansion`), and
+positions (`_positions`). No torch: this runs on a Jetson.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ep_export.errors import UserError
 from ep_export.families import processor_files as files
-from ep_export.families.base import Picture, PromptInputs
+from ep_export.families.base import Picture, PromptInputs, Video, Visual
 from ep_export.families.picture_modes import to_rgb
 
 if TYPE_CHECKING:
     from PIL import Image
     from transformers import PreTrainedConfig
 
-__all__ = ["ChatPrompts"]
+__all__ = ["ChatPrompts", "Parts"]
+
+Parts: TypeAlias = "tuple[Picture, ...]"
+"""What one placeholder of the chat template stands for: a picture alone, or all parts of one video."""
 
 # Beyond this ratio of sides a picture is a line: Qwen's image processor refuses it, and CLIP's would blow its
 # short side up to hundreds of megabytes.
@@ -57,6 +62,7 @@ class ChatPrompts(ABC):
         self._image_id: int = config.image_token_id
         self._video_id: int | None = getattr(config, "video_token_id", None)
         self._max_positions: int = config.text_config.max_position_embeddings
+        self._family: str = config.model_type
         self._special = files.special_tokens(self._tokenizer)
         generation = files.generation_config(processor)
         self.eos_token_ids = files.eos_token_ids(generation, config, self._tokenizer)
@@ -70,6 +76,38 @@ class ChatPrompts(ABC):
             pixels: [height, width, 3] RGB.
         """
 
+    def _process_video(self, video: Video) -> Parts:  # noqa: ARG002 - for families that take videos
+        """One video through the video processor: its parts in order, one a call of a vision encoder.
+
+        `Picture.video` is filled in by the caller.
+
+        Args:
+            video: Frames of one size, at least one; `_frames` gives them as arrays.
+
+        Raises:
+            UserError: The family takes no videos.
+        """
+        raise UserError(
+            f"family {self._family} takes no videos", hint="give single frames of it as pictures instead"
+        )
+
+    def _write(self, text: str, groups: Sequence[Parts]) -> str:  # noqa: ARG002 - few families write text
+        """The rendered template as it is tokenized.
+
+        For families that put words around or between visual tokens. What is left of placeholders goes
+        through `_expand` afterwards.
+
+        Args:
+            text: What the chat template rendered.
+            groups: What its placeholders stand for, in prompt order.
+        """
+        return text
+
+    def _expansion(self, parts: Parts) -> NDArray[np.int64]:
+        """Token ids that stand in the prompt for one placeholder: it, repeated once a visual token."""
+        token = self._image_id if parts[0].video is None else self._video_id
+        return np.full(sum(part.visual_tokens for part in parts), token, dtype=np.int64)
+
     def _positions(
         self,
         input_ids: NDArray[np.int64],
@@ -79,34 +117,41 @@ class ChatPrompts(ABC):
         length = input_ids.shape[0]
         return np.arange(length, dtype=np.int64)[None], length
 
-    def build(self, pictures: Sequence[Image.Image], prompt: str) -> PromptInputs:
-        """Apply the chat template with the pictures before the question, as Hugging Face would.
+    def build(self, visuals: Sequence[Visual], prompt: str) -> PromptInputs:
+        """Apply the chat template with pictures and videos before the question, as Hugging Face would.
 
         Args:
-            pictures: In the order they stand in the prompt; any PIL mode.
+            visuals: In the order they stand in the prompt; pictures and frames of any PIL mode.
             prompt: The question.
 
         Raises:
-            UserError: The question holds one of the model's special tokens, a picture is too narrow, or the
-                prompt is longer than the model's context.
+            UserError: The question holds one of the model's special tokens, a picture is too narrow, the
+                family takes no videos, or the prompt is longer than the model's context.
         """
         self._refuse_special(prompt)
-        ready = tuple(self._picture(picture) for picture in pictures)
-        input_ids = self._expand(self._tokenize(len(ready), prompt), ready)
-        if input_ids.shape[0] > self._max_positions:
-            visual = sum(picture.visual_tokens for picture in ready)
+        groups = self._groups(visuals)
+        pictures = tuple(part for parts in groups for part in parts)
+        input_ids = self._expand(self._tokenize(groups, prompt), groups)
+        visual = np.isin(input_ids, self._placeholders)
+        expected = sum(picture.visual_tokens for picture in pictures)
+        if int(visual.sum()) != expected:
             raise UserError(
-                f"prompt has {input_ids.shape[0]} tokens ({visual} of pictures), the model's context holds "
-                f"{self._max_positions}",
-                hint="use fewer or smaller pictures, or a shorter question",
+                f"the prompt holds {int(visual.sum())} visual tokens, {expected} were made of what was given",
+                hint="use the model's published chat template and tokenizer",
             )
-        positions, following = self._positions(input_ids, ready)
+        if input_ids.shape[0] > self._max_positions:
+            raise UserError(
+                f"prompt has {input_ids.shape[0]} tokens ({expected} of pictures), the model's context holds "
+                f"{self._max_positions}",
+                hint="use fewer or smaller pictures, fewer frames, or a shorter question",
+            )
+        positions, following = self._positions(input_ids, pictures)
         return PromptInputs(
             input_ids=input_ids[None],
             position_ids=positions[:, None],
-            visual_index=np.flatnonzero(input_ids == self._image_id).astype(np.int64),
+            visual_index=np.flatnonzero(visual).astype(np.int64),
             next_position=following,
-            pictures=ready,
+            pictures=pictures,
         )
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -125,24 +170,44 @@ class ChatPrompts(ABC):
                     hint="write it another way; give pictures as pictures",
                 )
 
-    def _picture(self, picture: Image.Image) -> Picture:
-        width, height = picture.size
-        if min(width, height) < 1:
-            raise UserError(
-                f"picture has size {width} x {height}", hint="give a picture with at least one pixel"
-            )
-        if max(width, height) > _MAX_ASPECT * min(width, height):
-            raise UserError(
-                f"picture of {width} x {height} pixels is over {_MAX_ASPECT} times as long as it is narrow",
-                hint="crop it",
-            )
-        return self._process(np.asarray(to_rgb(picture)))
+    @property
+    def _placeholders(self) -> list[int]:
+        """Ids of the tokens that visual embeddings replace."""
+        return [token for token in (self._image_id, self._video_id) if token is not None]
 
-    def _tokenize(self, pictures: int, prompt: str) -> NDArray[np.int64]:
-        """Token ids of the rendered template, one placeholder a picture."""
+    def _groups(self, visuals: Sequence[Visual]) -> tuple[Parts, ...]:
+        """Everything through the processors, videos numbered."""
+        made: list[Parts] = []
+        videos = 0
+        for visual in visuals:
+            if isinstance(visual, Video):
+                made.append(tuple(replace(part, video=videos) for part in self._process_video(visual)))
+                videos += 1
+            else:
+                made.append((self._process(_pixels(visual, "picture")),))
+        return tuple(made)
+
+    def _frames(self, video: Video) -> NDArray[np.uint8]:
+        """Frames as [frames, height, width, 3] RGB.
+
+        Raises:
+            UserError: There is none, they differ in size, or they are too narrow.
+        """
+        frames = [_pixels(frame, "video frame") for frame in video.frames]
+        sizes = sorted({frame.shape[1::-1] for frame in frames})
+        if len(sizes) != 1:
+            found = " and ".join(f"{width} x {height}" for width, height in sizes) or "none"
+            raise UserError(
+                f"video has frames of {found}, expected one size", hint="give frames of one video"
+            )
+        return np.stack(frames)
+
+    def _tokenize(self, groups: Sequence[Parts], prompt: str) -> NDArray[np.int64]:
+        """Token ids of the rendered template."""
         import jinja2
 
-        content = [*({"type": "image"} for _ in range(pictures)), {"type": "text", "text": prompt}]
+        kinds = ["image" if parts[0].video is None else "video" for parts in groups]
+        content = [*({"type": kind} for kind in kinds), {"type": "text", "text": prompt}]
         try:
             # Rendered by transformers in a sandbox: the template comes with the checkpoint.
             text = self._tokenizer.apply_chat_template(
@@ -155,20 +220,47 @@ class ChatPrompts(ABC):
             raise UserError(
                 f"the checkpoint's chat template fails: {error}", hint="use the model's published template"
             ) from error
+        text = self._write(text, groups)
         # As Hugging Face's processors: a template that begins the sequence itself is not begun twice.
         begun = self._tokenizer.bos_token is not None and text.startswith(self._tokenizer.bos_token)
-        ids = np.asarray(self._tokenizer(text, add_special_tokens=not begun)["input_ids"], dtype=np.int64)
-        found = int((ids == self._image_id).sum())
-        videos = 0 if self._video_id is None else int((ids == self._video_id).sum())
-        if (found, videos) != (pictures, 0):
+        return np.asarray(self._tokenizer(text, add_special_tokens=not begun)["input_ids"], dtype=np.int64)
+
+    def _expand(self, ids: NDArray[np.int64], groups: Sequence[Parts]) -> NDArray[np.int64]:
+        """Put the expansion of every picture and video where its placeholder stands.
+
+        Raises:
+            UserError: The template placed something else than what was given.
+        """
+        found = np.flatnonzero(np.isin(ids, self._placeholders))
+        given = [self._image_id if parts[0].video is None else self._video_id for parts in groups]
+        if ids[found].tolist() != given:
+            pictures = int((ids[found] == self._image_id).sum())
+            videos = sum(parts[0].video is not None for parts in groups)
             raise UserError(
-                f"the rendered prompt places {found} pictures and {videos} videos, {pictures} were given",
+                f"the rendered prompt places {pictures} pictures and {len(found) - pictures} videos, "
+                f"{len(groups) - videos} and {videos} were given",
                 hint="use the model's published chat template and tokenizer",
             )
-        return ids
+        pieces: list[NDArray[np.int64]] = []
+        start = 0
+        for stop, parts in zip(found.tolist(), groups, strict=True):
+            pieces += [ids[start:stop], self._expansion(parts)]
+            start = stop + 1
+        return np.concatenate([*pieces, ids[start:]])
 
-    def _expand(self, ids: NDArray[np.int64], pictures: Sequence[Picture]) -> NDArray[np.int64]:
-        """Repeat every picture's placeholder once a visual token."""
-        repeats = np.ones(ids.shape[0], dtype=np.int64)
-        repeats[ids == self._image_id] = [picture.visual_tokens for picture in pictures]
-        return np.repeat(ids, repeats)
+
+def _pixels(picture: Image.Image, what: str) -> NDArray[np.uint8]:
+    """[height, width, 3] RGB.
+
+    Raises:
+        UserError: It is empty or a line.
+    """
+    width, height = picture.size
+    if min(width, height) < 1:
+        raise UserError(f"{what} has size {width} x {height}", hint="give a picture with at least one pixel")
+    if max(width, height) > _MAX_ASPECT * min(width, height):
+        raise UserError(
+            f"{what} of {width} x {height} pixels is over {_MAX_ASPECT} times as long as it is narrow",
+            hint="crop it",
+        )
+    return np.asarray(to_rgb(picture))

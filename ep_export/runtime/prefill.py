@@ -79,18 +79,21 @@ def run_prefill(
     kept: int,
     timer: Timer,
 ) -> Prefill:
-    """Run the four components once over the whole prompt.
+    """Run the vision encoders once a picture, then the others once over the whole prompt.
 
     Args:
         components: The opened bundle.
         prompt: The prompt's arrays.
-        vision_feeds: Inputs of the vision encoder, one a picture.
+        vision_feeds: Inputs of the vision encoder each picture names, one a picture.
         kept: k, visual tokens that reach layer K; not read without a picture.
         timer: Gets vision, embed, head_prefill and tail_prefill.
     """
-    vision, embed = components.runners["vision_encoder"], components.runners["embed_tokens"]
+    embed = components.runners["embed_tokens"]
     with timer.stage("vision"):
-        visual = tuple(vision.run(feeds)["visual_embeds"].numpy() for feeds in vision_feeds)
+        visual = tuple(
+            components.runners[picture.encoder].run(feeds)["visual_embeds"].numpy()
+            for picture, feeds in zip(prompt.pictures, vision_feeds, strict=True)
+        )
     with timer.stage("embed"):
         embeds = embed.run({"input_ids": prompt.input_ids})["inputs_embeds"].numpy()
         if visual:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ep_export.bundle import Bundle
 from ep_export.errors import UsageError, UserError
 from ep_export.families import family_named
-from ep_export.families.base import PromptBuilder, PromptInputs
+from ep_export.families.base import PromptBuilder, PromptInputs, Visual
 from ep_export.plan import kept_tokens
 from ep_export.policy import Keep
 from ep_export.runtime.base import Feed, RunnerFactory
@@ -24,7 +24,6 @@ from ep_export.runtime.prefill import Components, Prefill, Timer, run_prefill
 from ep_export.runtime.sampling import Sampling, TokenChooser
 
 if TYPE_CHECKING:
-    from PIL import Image
     from transformers import PreTrainedConfig
 
 __all__ = ["Session"]
@@ -121,26 +120,28 @@ class Session:
 
     def generate(
         self,
-        pictures: Sequence[Image.Image],
+        visuals: Sequence[Visual],
         prompt: str,
         *,
         max_new_tokens: int,
         keep: Keep | None = None,
         sampling: Sampling | None = None,
         on_token: Callable[[int], None] | None = None,
+        ignore_eos: bool = False,
     ) -> Generation:
-        """Answer a question about pictures, or about none.
+        """Answer a question about pictures and videos, or about none.
 
         The repetition penalty of the checkpoint's generation_config.json is applied, also when greedy, as
         Hugging Face's `generate` does.
 
         Args:
-            pictures: In prompt order; they share one budget unless the bundle's policy says per picture.
+            visuals: In prompt order; they share one budget unless the bundle's policy says per picture.
             prompt: The question.
             max_new_tokens: Longest answer in tokens.
             keep: Amount kept; the bundle's when None.
             sampling: How to draw tokens; greedy when None.
             on_token: Called with every generated id as soon as it is known.
+            ignore_eos: Go on to `max_new_tokens` whatever the model says, for measurements.
 
         Raises:
             UserError: See `PromptBuilder.build` and `prefill`.
@@ -150,14 +151,14 @@ class Session:
         start, timer = time.perf_counter(), Timer()
         keep = keep or self.bundle.manifest.keep
         with timer.stage("prepare"):
-            ready = self.prompts.build(pictures, prompt)
+            ready = self.prompts.build(visuals, prompt)
         prefill = self._prefill(ready, keep, timer)
         length = ready.input_ids.shape[1]
         room = self.bundle.manifest.dims.max_positions - length + 1  # the last token is never fed back
         decoding = Decoding(
             next_position=ready.next_position,
             limit=min(max_new_tokens, room),
-            eos_token_ids=self.prompts.eos_token_ids,
+            eos_token_ids=() if ignore_eos else self.prompts.eos_token_ids,
             chooser=TokenChooser(
                 ready.input_ids[0].tolist(),
                 repetition_penalty=self.prompts.repetition_penalty,

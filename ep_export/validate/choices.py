@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ep_export.bundle import Manifest
 from ep_export.entropy import (
     EXACT_TOLERANCE,
     KeptDifference,
@@ -26,7 +27,7 @@ from ep_export.validate.report import Verdict
 from ep_export.validate.setting import Setting, to_numpy
 from ep_export.validate.tolerance import EXACT, Tolerance, float32_tolerance, score_bound
 
-__all__ = ["find_kept", "find_node", "find_scores"]
+__all__ = ["choice_tolerance", "find_kept", "find_node", "find_scores"]
 
 _VERDICTS = {
     KeptDifference.EQUAL: Verdict.PASS,
@@ -58,7 +59,8 @@ def find_node(setting: Setting, case: Observation) -> Finding:
     length = case.prompt.input_ids.shape[1]
     kept = setting.node.kept_index(states, case.prompt.visual_index, length, case.k)
     visual = kept[np.isin(kept, case.prompt.visual_index)]
-    return Finding("node", (_choice(setting, case, visual, _spread(setting, states)),), reason)
+    spread = _spread(setting.manifest, states)
+    return Finding("node", (_choice(setting, case, visual, spread),), reason)
 
 
 def find_kept(setting: Setting, case: Observation) -> Finding:
@@ -71,7 +73,9 @@ def find_kept(setting: Setting, case: Observation) -> Finding:
         everything = np.arange(case.prompt.input_ids.shape[1])
         return Finding("kept", (compare(case.question.name, case.got.kept_index, everything, EXACT),), reason)
     states = to_numpy(case.free.states)
-    tolerance = _spread(setting, states) + 2 * _sensitivity(setting, case, states)
+    half = to_numpy(case.half.states) if case.half is not None else None
+    layers = setting.vision_layers + setting.manifest.policy.layer
+    tolerance = choice_tolerance(setting.manifest, states, layers=layers, half_states=half)
     if case.forced:
         found = _choice(setting, case, case.kept_visual, tolerance)
     else:
@@ -121,23 +125,42 @@ def _edges(
     return edges
 
 
-def _spread(setting: Setting, states: NDArray[np.float32]) -> float:
+def choice_tolerance(
+    manifest: Manifest,
+    states: NDArray[np.float32],
+    *,
+    layers: int,
+    half_states: NDArray[np.float32] | None = None,
+) -> float:
+    """How far apart two exact scores may be and still change places in a graph: a near-tie.
+
+    Args:
+        manifest: The bundle's.
+        states: [N, heads, head_dim] of the oracle.
+        layers: Layers these states went through.
+        half_states: The same by the oracle in the graphs' half type, if they have one.
+    """
+    return _spread(manifest, states) + 2 * _sensitivity(manifest, states, layers, half_states)
+
+
+def _spread(manifest: Manifest, states: NDArray[np.float32]) -> float:
     """How far the exported scoring can move two of these tokens against each other."""
-    policy, degree = setting.manifest.policy, setting.manifest.degree
+    policy, degree = manifest.policy, manifest.degree
     exact = token_scores(torch.from_numpy(states), policy.scorer)
     exported = torch.from_numpy(run_scores(states, policy.scorer, degree))
     return approximation_spread(exact, exported) + EXACT_TOLERANCE
 
 
-def _sensitivity(setting: Setting, case: Observation, states: NDArray[np.float32]) -> float:
+def _sensitivity(
+    manifest: Manifest, states: NDArray[np.float32], layers: int, half_states: NDArray[np.float32] | None
+) -> float:
     """How far rounding on the way to layer K-1 moves a score: measured, by rounding differently."""
-    scorer = setting.manifest.policy.scorer
+    scorer = manifest.policy.scorer
     exact = token_scores(torch.from_numpy(states), scorer)
-    if case.half is not None:
-        moved = [token_scores(torch.from_numpy(to_numpy(case.half.states)), scorer)]
+    if half_states is not None:
+        moved = [token_scores(torch.from_numpy(half_states), scorer)]
     else:
-        layers = setting.vision_layers + setting.manifest.policy.layer
-        relative = _TYPICAL * float32_tolerance(setting.manifest.dims, layers).relative
+        relative = _TYPICAL * float32_tolerance(manifest.dims, layers).relative
         generator = np.random.default_rng(0)
         size = relative * float(np.abs(states).mean())
         moved = [
