@@ -1,0 +1,179 @@
+"""The report of a sweep: sentences that follow from the numbers, and a page that needs nothing else."""
+
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ep_export.bundle import hash_file
+from ep_export.dims import DecoderDims
+from ep_export.errors import UserError
+from ep_export.sweep.findings import findings, standing
+from ep_export.sweep.record import (
+    Asked,
+    Dataset,
+    Difference,
+    Entropies,
+    Estimate,
+    GalleryAnswer,
+    GalleryEntry,
+    GalleryPart,
+    MethodInfo,
+    Row,
+    Skipped,
+    SweepRecord,
+    Unpruned,
+)
+from ep_export.sweep.report import write_report
+
+QUESTION = 'Is <b>1</b> & "2" there?'
+
+
+def estimate(value: float, spread: float = 0.1) -> Estimate:
+    return Estimate(value, value - spread, value + spread, "wilson")
+
+
+def row(method: str, layer: int, keep: float, accuracy: float, versus: float | None = None) -> Row:
+    """`versus`: the paired difference to random, its interval 0.1 wide on both sides."""
+    differences = (
+        () if versus is None else (Difference("random", estimate(versus), Estimate(0, -1, 1, "bootstrap")),)
+    )
+    return Row(
+        method=method,
+        layer=layer,
+        keep=keep,
+        published=None,
+        seeds=1,
+        accuracy=estimate(accuracy),
+        agreement=estimate(0.9),
+        kl=estimate(0.5),
+        kept_tokens=4,
+        flops=50.0,
+        kv_bytes=10.0,
+        prefill=None,
+        right=("10",),
+        versus=differences,
+        found_by="layer 2, norm, lowest" if method == "recommended" else "",
+    )
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> SweepRecord:
+    Image.new("RGB", (64, 32), (200, 30, 30)).save(tmp_path / "seen.png")
+    titles = ("paper-highest", "Paper, highest"), ("recommended", "Recommended"), ("random", "Random")
+    entry = GalleryEntry(
+        picture="seen.png",
+        sha256=hash_file(tmp_path / "seen.png"),
+        size=(64, 32),
+        question=QUESTION,
+        answer="yes",
+        full_answer="yes",
+        full_right=True,
+        parts=(GalleryPart((2, 4), None),),
+        answers=(GalleryAnswer("recommended", 2, 0.5, "<script>no", False, ((0, 5),)),),
+    )
+    return SweepRecord(
+        model="some/where/tiny",
+        fingerprint="f" * 64,
+        family="qwen2_5_vl",
+        layers=4,
+        dims=DecoderDims(4, 64, 4, 2, 16, 128, 100, 512, 3),
+        tools={"torch": "2"},
+        date="2026-01-01",
+        machine="a machine",
+        seed=0,
+        dataset=Dataset("pictures", 2, 1, True, (Skipped("broken.png", "damaged"),), "0" * 64),
+        keeps=(0.5,),
+        swept_layers=(1, 2),
+        methods=tuple(MethodInfo(key, title, "a paper", "an idea", True) for key, title in titles),
+        unpruned=Unpruned(estimate(0.95), "11", 8, 6, 100.0, 20.0, None),
+        entropies=Entropies((1, 2, 3, 4), (1, 1, 1, 1), (0.1,) * 4, (0.1,) * 4, 5, None, 0.5, "none found"),
+        recommended=(),
+        rows=(
+            row("paper-highest", 1, 0.5, 0.8, versus=0.3),
+            row("paper-highest", 2, 0.5, 0.2, versus=-0.3),
+            row("recommended", 2, 0.5, 0.7, versus=0.05),
+            row("random", 1, 0.5, 0.5),
+            row("random", 2, 0.5, 0.5),
+        ),
+        questions=(Asked("seen.png", QUESTION, "yes", "yes"),) * 2,
+        gallery=(entry,),
+        seconds=60,
+    )
+
+
+def test_a_row_stands_above_or_below_only_where_the_interval_leaves_out_zero(record):
+    better, worse, equal = (
+        record.row(*key, 0.5) for key in (("paper-highest", 1), ("paper-highest", 2), ("recommended", 2))
+    )
+    assert [standing(each, "random") for each in (better, worse, equal)] == [1, -1, 0]
+    assert standing(better, "fastv") is None
+
+
+def test_without_answers_a_smaller_kl_stands_above(record):
+    closer = replace(record.rows[0], versus=(Difference("random", None, Estimate(-2, -3, -1, "bootstrap")),))
+    assert standing(closer, "random") == 1
+
+
+def test_the_findings_follow_from_the_numbers(record):
+    said = " ".join(findings(record))
+    assert "best in hindsight is Paper, highest at layer 1, 80.0% [70.0%, 90.0%]" in said
+    assert "(layer 2, norm, lowest), chosen beforehand, 70.0%" in said
+    assert "for 50% fewer FLOPs; there Paper, highest 20.0% and Random 50.0%" in said
+    assert "better at 1 (layer 1 keep 0.5) and worse at 1 (layer 2 keep 0.5)" in said
+    assert "Collapse: none found." in said
+    assert "broken.png" in said
+
+
+class Page(HTMLParser):
+    """Ids, tags and what would be fetched."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.ids: list[str] = []
+        self.tags: set[str] = set()
+        self.fetched: list[str] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(value)
+            if name in {"src", "href", "xlink:href"} and not value.startswith(("data:", "#")):
+                self.fetched.append(value)
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_page_needs_nothing_else_and_takes_no_markup_from_data(record, tmp_path):
+    file = write_report(tmp_path, record)
+    text = file.read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.fetched == []
+    assert "script" not in page.tags
+    assert len(page.ids) == len(set(page.ids))
+    assert QUESTION in page.text
+    assert "<script>no" in page.text  # as text
+    assert not re.search(r"@import|url\((?!#)", text)
+    assert np.asarray(Image.open(tmp_path / "sweep.png")).std() > 10  # something is drawn
+
+
+def test_every_number_of_the_tables_is_on_the_page(record, tmp_path):
+    text = Page(write_report(tmp_path, record).read_text(encoding="utf-8")).text
+    for each in record.rows:
+        assert f"{each.accuracy.value:.1%}" in text
+    assert "FLOPs -50%, KV -50%" in text
+
+
+def test_a_changed_gallery_picture_is_refused(record, tmp_path):
+    Image.new("RGB", (64, 32)).save(tmp_path / "seen.png")
+    with pytest.raises(UserError, match=r"seen\.png is missing or was changed"):
+        write_report(tmp_path, record)
+    assert not (tmp_path / "report.html").exists()
