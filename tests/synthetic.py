@@ -1,6 +1,7 @@
 """Checkpoints of published shapes with made-up weights, written by streaming: full size without a download.
 
-Tensor names are the published ones (`model.layers.*`, `visual.*`), so that opening one renames them.
+Tensor names are the old ones that transformers itself would save (`language_model.model.layers.*`,
+`visual.*`), so that opening one renames them.
 """
 
 from __future__ import annotations
@@ -23,13 +24,19 @@ _BLOCK = 1 << 25  # elements of the random block every tensor is cut from
 
 
 def config_of(alias: str, layers: int) -> dict[str, object]:
-    """The shipped config of a published model with another number of layers, as JSON."""
+    """The shipped config of a published model with another number of decoder layers, as JSON."""
     from ep_export.aliases import find_alias
 
     found = find_alias(alias)
     assert found is not None
     config = json.loads(found.config_file.read_text())
-    return {**config, "num_hidden_layers": layers, "max_window_layers": layers}
+    text = config.get("text_config", config)  # Qwen's configs are flat
+    text["num_hidden_layers"] = layers
+    if "max_window_layers" in text:
+        text["max_window_layers"] = layers
+    if text.get("layer_types"):
+        text["layer_types"] = text["layer_types"][:layers]
+    return config
 
 
 def checkpoint_bytes(config: dict[str, object], path: Path) -> int:
@@ -72,13 +79,12 @@ def free_bytes(path: Path) -> int:
 def _shapes(config: dict[str, object], path: Path) -> dict[str, tuple[int, ...]]:
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text(json.dumps(config, indent=2))
+    from transformers.core_model_loading import revert_weight_conversion
+
     model = meta_model(open_config(str(path)).config)
-    names = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    return {_published_name(name): shape for name, shape in names.items()}
-
-
-def _published_name(name: str) -> str:
-    return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
+    tied = set(model.all_tied_weights_keys)
+    state = {name: value for name, value in model.state_dict().items() if name not in tied}
+    return {name: tuple(value.shape) for name, value in revert_weight_conversion(model, state).items()}
 
 
 def _sharded(shapes: dict[str, tuple[int, ...]]) -> Iterator[dict[str, tuple[int, ...]]]:

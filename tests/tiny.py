@@ -1,4 +1,4 @@
-"""Random Qwen2.5-VL checkpoints of any odd shape, complete enough that Hugging Face loads them.
+"""Random Qwen2.5-VL and Qwen2-VL checkpoints of odd shapes, complete enough that Hugging Face loads them.
 
 No model is instantiated: names and shapes come from one on `meta`, values from a seeded generator scaled
 so that every layer changes the hidden state, attention is not flat and answers are not one repeated token.
@@ -16,13 +16,27 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
+
+from ep_export.families.base import Video
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-__all__ = ["CHAT_TEMPLATE", "SPECIAL_TOKENS", "make_tiny", "mrope_section", "tiny_picture"]
+__all__ = ["CHAT_TEMPLATE", "SPECIAL_TOKENS", "make_tiny", "mrope_section", "tiny_picture", "tiny_video"]
+
+MODELS = {
+    "qwen2_5_vl": (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration),
+    "qwen2_vl": (Qwen2VLConfig, Qwen2VLForConditionalGeneration),
+}
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -67,6 +81,7 @@ _VOCAB_ROWS = 304  # more rows than tokens, as in the published checkpoints
 def make_tiny(
     path: Path,
     *,
+    model_type: str = "qwen2_5_vl",
     layers: int = 4,
     heads: int = 4,
     kv_heads: int = 2,
@@ -92,6 +107,7 @@ def make_tiny(
 
     Args:
         path: Directory to create.
+        model_type: "qwen2_5_vl" or "qwen2_vl".
         layers: Decoder layers.
         heads: Query heads; the hidden size is `heads * head_dim`.
         kv_heads: Key/value heads.
@@ -100,8 +116,8 @@ def make_tiny(
         vision_depth: Vision blocks.
         vision_heads: Vision heads.
         vision_head_dim: Width of a vision head, a multiple of 4.
-        vision_full_blocks: Vision blocks with full attention.
-        window_size: Side of a vision window in pixels.
+        vision_full_blocks: Vision blocks with full attention; Qwen2-VL has no others.
+        window_size: Side of a vision window in pixels, of Qwen2.5-VL.
         min_pixels: Smallest picture after resizing.
         max_pixels: Largest picture after resizing (784 pixels make one visual token).
         max_positions: Context length.
@@ -119,7 +135,8 @@ def make_tiny(
     path.mkdir(parents=True, exist_ok=True)
     tokenizer = _tokenizer(max_positions)
     tokenizer.save_pretrained(path)
-    config = Qwen2_5_VLConfig(
+    kind, model = MODELS[model_type]
+    config = kind(
         text_config={
             "hidden_size": heads * head_dim,
             "intermediate_size": ffn_size or 2 * heads * head_dim,
@@ -139,21 +156,21 @@ def make_tiny(
             "eos_token_id": tokenizer.convert_tokens_to_ids("<|im_end|>"),
             "tie_word_embeddings": tie_embeddings,
         },
-        vision_config={
-            "hidden_size": vision_heads * vision_head_dim,
-            "depth": vision_depth,
-            "num_heads": vision_heads,
-            "intermediate_size": 3 * vision_heads * vision_head_dim,
-            "out_hidden_size": heads * head_dim,
-            "window_size": window_size,
-            "fullatt_block_indexes": list(vision_full_blocks),
-        },
+        vision_config=_vision_config(
+            model_type,
+            vision_heads,
+            vision_heads * vision_head_dim,
+            vision_depth,
+            heads * head_dim,
+            window_size,
+            vision_full_blocks,
+        ),
         image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
         video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
         vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
         vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"),
         tie_word_embeddings=tie_embeddings,
-        architectures=["Qwen2_5_VLForConditionalGeneration"],
+        architectures=[model.__name__],
         dtype=dtype,
     )
     config.save_pretrained(path)
@@ -174,6 +191,12 @@ def mrope_section(head_dim: int) -> list[int]:
     return [time, height, half - time - height]
 
 
+def tiny_video(width: int, height: int, frames: int, *, fps: float = 2.0, seed: int = 0) -> Video:
+    """Frames that differ, each like `tiny_picture`."""
+    shown = tuple(tiny_picture(width, height, seed=1000 * (seed + 1) + i) for i in range(frames))
+    return Video(shown, fps)
+
+
 def tiny_picture(width: int, height: int, seed: int = 0) -> Image.Image:
     """A smooth RGB picture with some noise and rectangles, different for each seed."""
     rng = np.random.default_rng(seed)
@@ -184,6 +207,29 @@ def tiny_picture(width: int, height: int, seed: int = 0) -> Image.Image:
         top, left = rng.integers(0, height), rng.integers(0, width)
         smooth[top : top + max(1, height // 4), left : left + max(1, width // 4)] = rng.integers(0, 256, 3)
     return Image.fromarray(np.clip(smooth + noise, 0, 255).astype(np.uint8))
+
+
+def _vision_config(
+    model_type: str,
+    heads: int,
+    width: int,
+    depth: int,
+    out: int,
+    window_size: int,
+    full_blocks: Sequence[int],
+) -> dict[str, object]:
+    """The two families have other names for the same, and `hidden_size` for two things."""
+    shared = {"depth": depth, "num_heads": heads}
+    if model_type == "qwen2_vl":
+        return {**shared, "embed_dim": width, "hidden_size": out, "mlp_ratio": 3}
+    return {
+        **shared,
+        "hidden_size": width,
+        "intermediate_size": 3 * width,
+        "out_hidden_size": out,
+        "window_size": window_size,
+        "fullatt_block_indexes": list(full_blocks),
+    }
 
 
 def _tokenizer(max_positions: int) -> PreTrainedTokenizerFast:
@@ -241,10 +287,10 @@ def _write_generation_config(
 
 
 def _weights(
-    config: Qwen2_5_VLConfig, seed: int, dtype: torch.dtype, max_shard_size: int | None
+    config: PreTrainedConfig, seed: int, dtype: torch.dtype, max_shard_size: int | None
 ) -> list[dict[str, torch.Tensor]]:
     with torch.device("meta"):
-        model = Qwen2_5_VLForConditionalGeneration(config)
+        model = MODELS[config.model_type][1](config)
     generator = torch.Generator().manual_seed(seed)
     shards: list[dict[str, torch.Tensor]] = [{}]
     used = 0

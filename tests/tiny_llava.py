@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import string
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from transformers import (
     MistralConfig,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
+    Qwen2Config,
 )
 
 __all__ = [
@@ -162,7 +165,7 @@ def vision_config(**changes: Any) -> CLIPVisionConfig:
 
 
 def text_config(model_type: str = "llama", **changes: Any) -> PreTrainedConfig:
-    """A Llama or Mistral of 4 layers."""
+    """A Llama, Mistral or Qwen2 of 4 layers."""
     shape = {
         "hidden_size": 64,
         "intermediate_size": 96,
@@ -175,15 +178,23 @@ def text_config(model_type: str = "llama", **changes: Any) -> PreTrainedConfig:
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    kind = {"llama": LlamaConfig, "mistral": MistralConfig}[model_type]
-    if model_type == "mistral":
+    kind = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}[model_type]
+    if model_type != "llama":
         shape = {**shape, "num_key_value_heads": 2, "sliding_window": None}
     return kind(**{**shape, **changes})
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Words and letters; like Llama's it begins every sequence with `<s>`."""
-    special = ["<unk>", "<s>", "</s>", "<image>", "<pad>"]
+def tiny_tokenizer(
+    markup: Sequence[str] = ("<image>",), *, begin: str | None = "<s>", end: str = "</s>"
+) -> PreTrainedTokenizerFast:
+    """Words and letters.
+
+    Args:
+        markup: Special tokens that stand for pictures or turns.
+        begin: What begins every sequence, as with Llama's; None for none, as with Qwen's.
+        end: What ends an answer.
+    """
+    special = ["<unk>", *([begin] if begin else []), end, *markup, "<pad>"]
     characters = string.ascii_letters + string.digits + "?.,!:;'\"()-+/<>|_[]\n"
     words = list(dict.fromkeys([*special, *characters, *_WORDS.split()]))
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))  # noqa: S106 - not a password
@@ -194,14 +205,17 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         ]
     )
     tokenizer.decoder = decoders.Fuse()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    if begin:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{begin} $A", special_tokens=[(begin, words.index(begin))]
+        )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token="<unk>",  # noqa: S106
-        bos_token="<s>",  # noqa: S106
-        eos_token="</s>",  # noqa: S106
+        bos_token=begin,
+        eos_token=end,
         pad_token="<pad>",  # noqa: S106
-        additional_special_tokens=["<image>"],
+        additional_special_tokens=list(markup),
         clean_up_tokenization_spaces=False,
     )
 
@@ -233,23 +247,27 @@ def save_tiny(
 
 
 def _as_published(path: Path) -> None:
-    """The vision tower one level deeper, and a buffer that transformers once saved along."""
+    """Vision towers one level deeper, and a buffer of CLIP's that transformers once saved along."""
     for file in path.glob("model*.safetensors"):
         tensors = {_published_name(name): tensor for name, tensor in load_file(file).items()}
-        if any("patch_embedding" in name for name in tensors):
-            tensors["vision_tower.vision_model.embeddings.position_ids"] = torch.arange(17)[None]
+        for name in [name for name in tensors if name.endswith("class_embedding")]:
+            tensors[_position_ids(name)] = torch.arange(17)[None]
         save_file(tensors, file, metadata={"format": "pt"})
     index = path / "model.safetensors.index.json"
     if index.is_file():
         raw = json.loads(index.read_text())
         names = {_published_name(name): file for name, file in raw["weight_map"].items()}
-        stem = names["vision_tower.vision_model.embeddings.patch_embedding.weight"]
-        names["vision_tower.vision_model.embeddings.position_ids"] = stem
+        for name in [name for name in names if name.endswith("class_embedding")]:
+            names[_position_ids(name)] = names[name]
         index.write_text(json.dumps({**raw, "weight_map": names}))
 
 
 def _published_name(name: str) -> str:
-    return name.replace("vision_tower.", "vision_tower.vision_model.")
+    return re.sub(r"\b(vision|image|video)_tower\.", r"\1_tower.vision_model.", name)
+
+
+def _position_ids(class_embedding: str) -> str:
+    return class_embedding.replace("class_embedding", "position_ids")
 
 
 def _fill(model: torch.nn.Module, seed: int) -> None:

@@ -6,7 +6,7 @@ Old checkpoints use other names (`model.layers.*`, `visual.*`). The renaming is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ep_export.checkpoint.safetensors_index import TensorRef
@@ -40,8 +40,7 @@ def match_tensors(tensors: Mapping[str, TensorRef], model: PreTrainedModel) -> d
         raise UserError(f"checkpoint holds tensor {extra[0]}{more}, unknown to its own config", hint=_HINT)
     missing = sorted(set(expected) - set(renamed) - _tied(model, renamed))
     if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UserError(f"checkpoint lacks tensor {missing[0]}{more}", hint=_HINT)
+        raise _lacks(missing, expected)
     matched = {name: ref for name, ref in renamed.items() if name in expected}
     for name, ref in matched.items():
         if ref.shape != expected[name]:
@@ -54,6 +53,19 @@ def match_tensors(tensors: Mapping[str, TensorRef], model: PreTrainedModel) -> d
                 hint="quantized checkpoints are not exported; give the unquantized one",
             )
     return matched
+
+
+def _lacks(missing: Sequence[str], expected: Iterable[str]) -> UserError:
+    """Names the first missing tensor, or the part of the model (its vision tower, say) that is not there."""
+    part = ".".join(missing[0].split(".")[:2]) + "."
+    whole = [name for name in expected if name.startswith(part)]
+    if len(whole) > 1 and set(whole) <= set(missing):
+        return UserError(
+            f"checkpoint holds none of the {len(whole)} tensors of {part[:-1]}",
+            hint="this is one half of the model only; give the whole checkpoint",
+        )
+    more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+    return UserError(f"checkpoint lacks tensor {missing[0]}{more}", hint=_HINT)
 
 
 def _rename(tensors: Mapping[str, TensorRef], model: PreTrainedModel) -> dict[str, TensorRef]:

@@ -1,4 +1,4 @@
-"""`ep-export run`: ask a bundle about pictures, with ONNX Runtime and no torch."""
+"""`ep-export run`: ask a bundle about pictures and videos, with ONNX Runtime and no torch."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from ep_export.cli.options import bundle_argument, json_option, keep_options, op
 from ep_export.errors import UsageError
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from ep_export.bundle import Manifest
+    from ep_export.families.base import Visual
     from ep_export.runtime import Generation
 
 __all__ = ["run"]
@@ -30,6 +29,23 @@ __all__ = ["run"]
     type=click.Path(path_type=Path),
     multiple=True,
     help="A picture; may repeat, in prompt order.",
+)
+@click.option(
+    "--video",
+    "videos",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="A video file, an animated GIF or WebP, or a folder of frames; may repeat. Pictures come first.",
+)
+@click.option(
+    "--frames",
+    type=click.IntRange(1),
+    help="Frames of each video to show at most, evenly sampled [8, or as many as --fps gives].",
+)
+@click.option(
+    "--fps",
+    type=click.FloatRange(0, min_open=True),
+    help="Frames a second to show; of a folder: that its frames were taken at [1].",
 )
 @click.option("--prompt", required=True, help="The question.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=128, show_default=True)
@@ -48,7 +64,23 @@ __all__ = ["run"]
     "--show",
     type=click.Path(path_type=Path),
     metavar="PNG",
-    help="Draw which patches of the first picture were kept.",
+    help="Draw which patches of the first picture, or video, were kept.",
+)
+@click.option(
+    "--runtime",
+    type=click.Choice(["onnxruntime", "tensorrt"]),
+    default="onnxruntime",
+    show_default=True,
+    help="tensorrt: engines made by `ep-export compile`, of TensorRT or TensorRT-RTX.",
+)
+@click.option("--target", metavar="T", help="With --runtime tensorrt: whose engines [the only ones].")
+@click.option(
+    "--provider",
+    "providers",
+    multiple=True,
+    metavar="P",
+    help="Execution provider of ONNX Runtime: cpu, cuda, tensorrt, tensorrt-rtx, ...; may repeat, the best "
+    "first. Nodes go to the CPU only where cpu is given [cpu].",
 )
 @click.option("--threads", type=click.IntRange(1), help="CPU threads [all].")
 @click.option(
@@ -58,6 +90,9 @@ __all__ = ["run"]
 def run(
     bundle: Path,
     images: Sequence[Path],
+    videos: Sequence[Path],
+    frames: int | None,
+    fps: float | None,
     prompt: str,
     max_new_tokens: int,
     keep: float | None,
@@ -67,29 +102,41 @@ def run(
     top_k: int | None,
     seed: int,
     show: Path | None,
+    runtime: str,
+    target: str | None,
+    providers: Sequence[str],
     threads: int | None,
     verify: bool,
     as_json: bool,
 ) -> None:
-    """Answer a question about pictures from a bundle."""
-    from ep_export.runtime import Sampling, Session, open_picture
+    """Answer a question about pictures and videos from a bundle."""
+    from ep_export.runtime import Sampling, Session, open_picture, open_video
+    from ep_export.runtime.backends import OnnxRuntimeBackend, Runtime, choose_backend
 
-    if show and not images:
+    if show and not (images or videos):
         raise UsageError(
             "--show draws the kept patches of a picture, and there is none", hint="add --image FILE"
         )
+    if (frames is not None or fps is not None) and not videos:
+        raise UsageError("--frames and --fps are about videos, and there is none", hint="add --video PATH")
     wanted = optional_keep(keep, keep_tokens)
-    pictures = [open_picture(path) for path in images]
+    visuals: list[Visual] = [open_picture(path) for path in images]
+    visuals += [open_video(path, frames=frames, fps=fps) for path in videos]
     sampling = None
     if temperature is not None or top_p is not None or top_k is not None:
         sampling = Sampling(temperature=temperature or 1.0, top_p=top_p or 1.0, top_k=top_k or 0, seed=seed)
     opened = Bundle.open(bundle, verify=verify)
-    with Session.open(opened, threads=threads) as session:
+    backend = choose_backend(
+        opened, Runtime(runtime), target=target, providers=providers, threads=threads, verify=verify
+    )
+    with Session.open(opened, runner=backend) as session:
         answer = session.generate(
-            pictures, prompt, max_new_tokens=max_new_tokens, keep=wanted, sampling=sampling
+            visuals, prompt, max_new_tokens=max_new_tokens, keep=wanted, sampling=sampling
         )
     if show:
-        _draw(show, pictures[0], answer)
+        _draw(show, visuals[0], answer)
+    if isinstance(backend, OnnxRuntimeBackend) and backend.sentence:
+        note(backend.sentence)
     if as_json:
         print_json(answer)
         return
@@ -97,12 +144,18 @@ def run(
     _footnotes(opened.manifest, answer, show)
 
 
-def _draw(path: Path, picture: Image.Image, answer: Generation) -> None:
+def _draw(path: Path, visual: Visual, answer: Generation) -> None:
+    from ep_export.families.base import Video
     from ep_export.validate.picture import draw_kept
+    from ep_export.validate.video_sheet import draw_kept_video
 
     path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(visual, Video):
+        parts = [picture for picture in answer.pictures if picture.video == 0]
+        draw_kept_video(visual, parts).save(path)
+        return
     first = answer.pictures[0]
-    draw_kept(picture, first.token_grid, first.kept, view=first.view).save(path)
+    draw_kept(visual, first.token_grid, first.kept, view=first.view).save(path)
 
 
 def _footnotes(manifest: Manifest, answer: Generation, show: Path | None) -> None:

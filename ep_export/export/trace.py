@@ -106,7 +106,7 @@ def trace(parts: Sequence[Part], *, opset: int) -> list[Piece]:
     with quiet():
         onnxscript.optimizer.optimize_ir(exported.model)
     constant_reshapes(graph)
-    return list(_split(graph, inputs, weights, buffers, together.counts, counts))
+    return list(_split(graph, inputs, weights, buffers, _shared(together), together.counts, counts))
 
 
 def run_on_meta(module: torch.nn.Module, examples: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -126,6 +126,7 @@ def _split(
     inputs: Sequence[ir.Value],
     weights: Mapping[str, ir.Value],
     buffers: Mapping[str, torch.Tensor],
+    shared: Mapping[str, Sequence[str]],
     input_counts: Sequence[int],
     output_counts: Sequence[int],
 ) -> Iterator[Piece]:
@@ -138,9 +139,9 @@ def _split(
         read = dict.fromkeys(value for node in nodes for value in node.inputs if value is not None)
         prefix = f"parts.{number}."
         own = {
-            name.removeprefix(prefix): v
+            here[0].removeprefix(prefix): v
             for name, v in weights.items()
-            if name.startswith(prefix) and v in read
+            if v in read and (here := [each for each in shared.get(name, [name]) if each.startswith(prefix)])
         }
         yield Piece(
             nodes=nodes,
@@ -151,6 +152,14 @@ def _split(
             constants=tuple(value for value in read if value.is_initializer()),
         )
         first_in, first_out = first_in + count_in, first_out + count_out
+
+
+def _shared(together: _SideBySide) -> dict[str, list[str]]:
+    """All names of a parameter by each of them: one that two parts share is one input of the graph."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in together.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {name: group for group in names.values() for name in group}
 
 
 def _live_nodes(outputs: Sequence[ir.Value]) -> set[ir.Node]:

@@ -6,24 +6,36 @@ from ep_export.errors import UserError
 from ep_export.families.base import Family
 from ep_export.families.llava import Llava
 from ep_export.families.llava_next import LlavaNext
+from ep_export.families.llava_onevision import LlavaOnevision
 from ep_export.families.qwen2_5_vl import Qwen2_5_VL
+from ep_export.families.qwen2_vl import Qwen2VL
+from ep_export.families.smolvlm import SmolVLM
+from ep_export.families.unsupported import refusal
+from ep_export.families.video_llava import VideoLlava
 
 __all__ = ["FAMILIES", "family_named", "family_of"]
 
-FAMILIES: tuple[Family, ...] = (Qwen2_5_VL(), Llava(), LlavaNext())
+FAMILIES: tuple[Family, ...] = (
+    Qwen2_5_VL(),
+    Qwen2VL(),
+    Llava(),
+    LlavaNext(),
+    LlavaOnevision(),
+    VideoLlava(),
+    SmolVLM(),
+)
 
 
 def family_of(model_type: str) -> Family:
     """The family of a checkpoint's `model_type`.
 
     Raises:
-        UserError: No family has it; names the supported ones.
+        UserError: No family has it; says why where that is known, and names the supported ones.
     """
     for family in FAMILIES:
         if model_type in family.model_types:
             return family
-    supported = ", ".join(kind for family in FAMILIES for kind in family.model_types)
-    raise UserError(f"model_type {model_type!r} is not a supported family", hint=f"supported: {supported}")
+    raise refusal(model_type, [kind for family in FAMILIES for kind in family.model_types])
 
 
 def family_named(name: str) -> Family:

@@ -1,7 +1,7 @@
 """Pictures, videos and a question as arrays; what the prompt builders of all families share.
 
 What differs between families is left to hooks, the methods with one underscore: a picture and a video after
-the processor (`_process`, `_process_video`), what stands in the text for them (`_write`, `_expansion`), and
+the processor (`_process`, `_process_video`), what stands in the prompt for them (`_write`, `_expand`), and
 positions (`_positions`). No torch: this runs on a Jetson.
 """
 
@@ -103,11 +103,6 @@ class ChatPrompts(ABC):
         """
         return text
 
-    def _expansion(self, parts: Parts) -> NDArray[np.int64]:
-        """Token ids that stand in the prompt for one placeholder: it, repeated once a visual token."""
-        token = self._image_id if parts[0].video is None else self._video_id
-        return np.full(sum(part.visual_tokens for part in parts), token, dtype=np.int64)
-
     def _positions(
         self,
         input_ids: NDArray[np.int64],
@@ -191,8 +186,12 @@ class ChatPrompts(ABC):
         """Frames as [frames, height, width, 3] RGB.
 
         Raises:
-            UserError: There is none, they differ in size, or they are too narrow.
+            UserError: There is none, they differ in size, are too narrow, or know no speed.
         """
+        if not 0 < video.fps < float("inf"):
+            raise UserError(
+                f"video shows {video.fps:g} frames a second", hint="give a number of frames above 0"
+            )
         frames = [_pixels(frame, "video frame") for frame in video.frames]
         sizes = sorted({frame.shape[1::-1] for frame in frames})
         if len(sizes) != 1:
@@ -226,7 +225,7 @@ class ChatPrompts(ABC):
         return np.asarray(self._tokenizer(text, add_special_tokens=not begun)["input_ids"], dtype=np.int64)
 
     def _expand(self, ids: NDArray[np.int64], groups: Sequence[Parts]) -> NDArray[np.int64]:
-        """Put the expansion of every picture and video where its placeholder stands.
+        """Repeat every picture's or video's placeholder once a visual token.
 
         Raises:
             UserError: The template placed something else than what was given.
@@ -241,12 +240,9 @@ class ChatPrompts(ABC):
                 f"{len(groups) - videos} and {videos} were given",
                 hint="use the model's published chat template and tokenizer",
             )
-        pieces: list[NDArray[np.int64]] = []
-        start = 0
-        for stop, parts in zip(found.tolist(), groups, strict=True):
-            pieces += [ids[start:stop], self._expansion(parts)]
-            start = stop + 1
-        return np.concatenate([*pieces, ids[start:]])
+        repeats = np.ones(ids.shape[0], dtype=np.int64)
+        repeats[found] = [sum(part.visual_tokens for part in parts) for parts in groups]
+        return np.repeat(ids, repeats)
 
 
 def _pixels(picture: Image.Image, what: str) -> NDArray[np.uint8]:

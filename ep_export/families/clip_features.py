@@ -1,4 +1,4 @@
-"""What a config says about features read from a CLIP tower. No torch."""
+"""What a config says about features read from a CLIP or SigLIP tower. No torch."""
 
 from __future__ import annotations
 
@@ -10,23 +10,25 @@ from ep_export.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["ClipFeatures", "clip_features"]
+__all__ = ["TowerFeatures", "clip_features", "siglip_features"]
 
 
 @dataclass(frozen=True)
-class ClipFeatures:
-    """Which features of a CLIP tower become visual tokens.
+class TowerFeatures:
+    """Which features of a vision tower become visual tokens.
 
     Attributes:
         image_size: Side of a picture or tile in pixels.
         patch_size: Side of a patch in pixels.
         blocks: Transformer blocks in front of the features; the ones behind are not run.
-        with_class: Whether the class token is a visual token too.
+        class_tokens: Tokens the tower puts in front of the patches: 1 for CLIP, 0 for SigLIP.
+        with_class: Whether they are visual tokens too.
     """
 
     image_size: int
     patch_size: int
     blocks: int
+    class_tokens: int
     with_class: bool
 
     @property
@@ -34,19 +36,69 @@ class ClipFeatures:
         """Patches along a side."""
         return self.image_size // self.patch_size
 
+    @property
+    def tokens(self) -> int:
+        """Visual tokens of one picture or tile."""
+        return self.side**2 + self.class_tokens * self.with_class
 
-def clip_features(config: PreTrainedConfig) -> ClipFeatures:
-    """Read a LLaVA-like config.
+
+def clip_features(config: PreTrainedConfig) -> TowerFeatures:
+    """Read a LLaVA-like config with a CLIP tower.
 
     Raises:
         UserError: Another vision tower, features of several layers, or of a layer that is not there.
     """
+    _refuse_other_tower(config, "clip_vision_model")
     vision = config.vision_config
-    if vision.model_type != "clip_vision_model":
+    return TowerFeatures(
+        image_size=vision.image_size,
+        patch_size=vision.patch_size,
+        blocks=_blocks(config),
+        class_tokens=1,
+        with_class=config.vision_feature_select_strategy == "full",
+    )
+
+
+def siglip_features(config: PreTrainedConfig) -> TowerFeatures:
+    """Read a LLaVA-like config with a SigLIP tower.
+
+    Raises:
+        UserError: As `clip_features`; also sides that differ, or a class token to be dropped, which SigLIP
+            does not have.
+    """
+    _refuse_other_tower(config, "siglip_vision_model")
+    vision = config.vision_config
+    if not isinstance(vision.image_size, int) or not isinstance(vision.patch_size, int):
         raise UserError(
-            f"config has the vision tower {vision.model_type!r}, expected 'clip_vision_model'",
+            f"config has pictures of {vision.image_size} in patches of {vision.patch_size}, expected squares",
+            hint="such models are not exported",
+        )
+    if config.vision_feature_select_strategy != "full":
+        raise UserError(
+            f"config has vision_feature_select_strategy {config.vision_feature_select_strategy!r}, "
+            "expected 'full'",
+            hint="SigLIP has no class token to drop: Hugging Face cannot run such a model either",
+        )
+    return TowerFeatures(
+        image_size=vision.image_size,
+        patch_size=vision.patch_size,
+        blocks=_blocks(config),
+        class_tokens=0,
+        with_class=False,
+    )
+
+
+def _refuse_other_tower(config: PreTrainedConfig, expected: str) -> None:
+    found = config.vision_config.model_type
+    if found != expected:
+        raise UserError(
+            f"config has the vision tower {found!r}, expected {expected!r}",
             hint="other vision towers are not exported with this family",
         )
+
+
+def _blocks(config: PreTrainedConfig) -> int:
+    """Blocks in front of the layer whose features are read."""
     layer = config.vision_feature_layer
     if not isinstance(layer, int):
         if len(layer) != 1:
@@ -55,15 +107,10 @@ def clip_features(config: PreTrainedConfig) -> ClipFeatures:
                 hint="such models are not exported",
             )
         layer = layer[0]
-    depth = vision.num_hidden_layers
-    blocks = layer if layer >= 0 else depth + 1 + layer  # hidden states count from the stem's output
+    depth: int = config.vision_config.num_hidden_layers
+    blocks: int = layer if layer >= 0 else depth + 1 + layer  # hidden states count from the stem's output
     if not 1 <= blocks <= depth:
         raise UserError(
             f"config reads features of vision layer {layer} in a tower of {depth}", hint="check config.json"
         )
-    return ClipFeatures(
-        image_size=vision.image_size,
-        patch_size=vision.patch_size,
-        blocks=blocks,
-        with_class=config.vision_feature_select_strategy == "full",
-    )
+    return blocks

@@ -1,4 +1,4 @@
-"""CLIP's vision transformer, cut for tracing, and the projector that LLaVA puts behind it.
+"""CLIP's and SigLIP's vision transformers, cut for tracing, and the projector that LLaVA puts behind them.
 
 Every picture, or tile of one, is a square of one size: positions are learned, nothing is interpolated. The
 modules and parameters are the Hugging Face model's own; blocks behind the layer whose features are read are
@@ -9,29 +9,35 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from ep_export.families.attention import attention
+from ep_export.families.base import VisionTrace
+from ep_export.families.clip_features import TowerFeatures
 
-__all__ = ["ClipBlock", "ClipStem", "FeatureProjector"]
+__all__ = ["ClipBlock", "ClipStem", "FeatureProjector", "SiglipStem", "tower_trace"]
 
 
-class ClipStem(nn.Module):
-    """Patch, class and position embeddings, and the norm before the first block."""
+class SiglipStem(nn.Module):
+    """Patch and position embeddings: all that SigLIP has in front of its first block."""
 
     def __init__(self, tower: Any) -> None:
         super().__init__()
         embeddings = tower.embeddings
         self.patch_embedding = embeddings.patch_embedding
         self.position_embedding = embeddings.position_embedding
-        self.class_embedding = embeddings.class_embedding
-        self.norm = tower.pre_layrnorm
         self.patch: int = embeddings.patch_size
         self.side: int = embeddings.image_size // embeddings.patch_size
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """[tiles, 3, height, width] float32 -> [tiles, 1 + patches, C]."""
+        """[tiles, 3, height, width] float32 -> [tiles, patches, C]."""
+        placed: torch.Tensor = self.patches(pixel_values) + self.position_embedding.weight
+        return placed
+
+    def patches(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Patch embeddings without positions."""
         weight = self.patch_embedding.weight
         side, patch, channels = self.side, self.patch, weight.shape[1]
         if pixel_values.shape[3] > side * patch:  # a convolution drops what is left over
@@ -40,7 +46,20 @@ class ClipStem(nn.Module):
         rows = cut.reshape(-1, channels * patch * patch).to(weight.dtype)
         # A convolution whose stride is its kernel is a matrix product.
         patches = nn.functional.linear(rows, weight.flatten(1), self.patch_embedding.bias)
-        patches = patches.reshape(-1, side * side, weight.shape[0])
+        return patches.reshape(-1, side * side, weight.shape[0])
+
+
+class ClipStem(SiglipStem):
+    """The same with a class token in front, and a norm behind."""
+
+    def __init__(self, tower: Any) -> None:
+        super().__init__(tower)
+        self.class_embedding = tower.embeddings.class_embedding
+        self.norm = tower.pre_layrnorm
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """[tiles, 3, height, width] float32 -> [tiles, 1 + patches, C]."""
+        patches = self.patches(pixel_values)
         first = self.class_embedding.expand(patches.shape[0], 1, -1)
         hidden = torch.cat([first, patches], dim=1) + self.position_embedding.weight
         normed: torch.Tensor = self.norm(hidden)
@@ -48,7 +67,7 @@ class ClipStem(nn.Module):
 
 
 class ClipBlock(nn.Module):
-    """One layer of the transformer; attention stays within a tile."""
+    """One layer of either transformer; attention stays within a tile."""
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
@@ -78,13 +97,27 @@ class ClipBlock(nn.Module):
 class FeatureProjector(nn.Module):
     """The chosen features as rows of the decoder's width."""
 
-    def __init__(self, projector: Any, *, with_class: bool) -> None:
+    def __init__(self, projector: Any, features: TowerFeatures) -> None:
         super().__init__()
         self.linear_1, self.act, self.linear_2 = projector.linear_1, projector.act, projector.linear_2
-        self.first = 0 if with_class else 1
+        self.first = 0 if features.with_class else features.class_tokens
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[tiles, T, C] -> [tiles * features, d]."""
         rows = hidden[:, self.first :].reshape(-1, hidden.shape[2])
         projected: torch.Tensor = self.linear_2(self.act(self.linear_1(rows)))
         return projected
+
+
+def tower_trace(stem: nn.Module, tower: Any, projector: Any, features: TowerFeatures) -> VisionTrace:
+    """Stem, blocks and projector of one square picture, sharing the tower's own parameters."""
+    size = features.image_size
+    return VisionTrace(
+        stem=stem,
+        blocks=[ClipBlock(layer) for layer in tower.encoder.layers[: features.blocks]],
+        kinds=["full"] * features.blocks,
+        merger=FeatureProjector(projector, features),
+        carry_names=(),
+        example_feeds={"pixel_values": np.zeros((1, 3, size, size), dtype=np.float32)},
+        dynamic_axes={},
+    )

@@ -12,20 +12,25 @@ if TYPE_CHECKING:
 __all__ = ["decoder_modules"]
 
 
-def decoder_modules(model: PreTrainedModel) -> DecoderModules:
-    """The decoder's modules; `rotary` has real buffers even when the model is on `meta`."""
+def decoder_modules(model: PreTrainedModel, *, language: str = "language_model") -> DecoderModules:
+    """The decoder's modules; `rotary` has real buffers even when the model is on `meta`.
+
+    Args:
+        model: The Hugging Face model.
+        language: What it calls its language half.
+    """
     import torch
 
     parts: Any = model
-    language = parts.model.language_model
-    rotary = language.rotary_emb
+    text = getattr(parts.model, language)
+    rotary = text.rotary_emb
     if rotary.inv_freq.is_meta:
         with torch.device("cpu"):
-            rotary = type(rotary)(language.config)
+            rotary = type(rotary)(text.config)
     return DecoderModules(
-        embed_tokens=language.embed_tokens,
-        layers=tuple(language.layers),
-        norm=language.norm,
+        embed_tokens=text.embed_tokens,
+        layers=tuple(text.layers),
+        norm=text.norm,
         lm_head=parts.lm_head,
         rotary=rotary,
     )

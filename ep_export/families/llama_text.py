@@ -1,7 +1,8 @@
-"""Llama and Mistral as the language half of a vision-language model: dimensions, and what is refused."""
+"""Llama, Mistral and Qwen2 as the language half of a vision-language model: dimensions, what is refused."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ep_export.dims import DecoderDims
@@ -12,23 +13,25 @@ if TYPE_CHECKING:
 
 __all__ = ["text_dims"]
 
-_MODEL_TYPES = ("llama", "mistral")
 
-
-def text_dims(config: PreTrainedConfig) -> DecoderDims:
+def text_dims(config: PreTrainedConfig, *, model_types: Sequence[str] = ("llama", "mistral")) -> DecoderDims:
     """Dimensions of the decoder in `config.text_config`.
+
+    Args:
+        config: The whole model's config.
+        model_types: The language models that the family is exported with.
 
     Raises:
         UserError: Another language model, sliding-window attention, or sizes that do not divide.
     """
     text = config.text_config
-    _refuse_unsupported(text)
+    _refuse_unsupported(text, model_types)
     return DecoderDims(
         layers=text.num_hidden_layers,
         hidden_size=text.hidden_size,
         heads=text.num_attention_heads,
         kv_heads=text.num_key_value_heads,
-        head_dim=text.head_dim or text.hidden_size // text.num_attention_heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
         ffn_size=text.intermediate_size,
         vocab_size=text.vocab_size,
         max_positions=text.max_position_embeddings,
@@ -36,11 +39,11 @@ def text_dims(config: PreTrainedConfig) -> DecoderDims:
     )
 
 
-def _refuse_unsupported(text: PreTrainedConfig) -> None:
+def _refuse_unsupported(text: PreTrainedConfig, model_types: Sequence[str]) -> None:
     """Stop at what would change the mathematics of the decoder."""
-    if text.model_type not in _MODEL_TYPES:
+    if text.model_type not in model_types:
         raise UserError(
-            f"config has the language model {text.model_type!r}, expected {' or '.join(_MODEL_TYPES)}",
+            f"config has the language model {text.model_type!r}, expected {' or '.join(model_types)}",
             hint="other language models are not exported with this family",
         )
     if getattr(text, "sliding_window", None) is not None:
@@ -49,7 +52,7 @@ def _refuse_unsupported(text: PreTrainedConfig) -> None:
             hint="such models are not exported",
         )
     heads, kv_heads = text.num_attention_heads, text.num_key_value_heads
-    if heads % kv_heads or (text.head_dim is None and text.hidden_size % heads):
+    if heads % kv_heads or (getattr(text, "head_dim", None) is None and text.hidden_size % heads):
         raise UserError(
             f"config has hidden_size {text.hidden_size}, {heads} heads and {kv_heads} kv heads, which do not "
             "divide",

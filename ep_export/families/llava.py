@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ep_export.dims import DecoderDims
+from ep_export.errors import UserError
 from ep_export.families.base import DecoderModules, Family, Picture, PromptInputs, VisionTrace
 from ep_export.families.chat_prompts import ChatPrompts
 from ep_export.families.clip_features import clip_features
@@ -41,8 +43,7 @@ class Llava(Family):
 
     def default_visual_tokens(self, config: PreTrainedConfig) -> int:
         """Visual tokens of any picture."""
-        features = clip_features(config)
-        return features.side**2 + features.with_class
+        return clip_features(config).tokens
 
     def prompt_builder(self, processor: Path, config: PreTrainedConfig) -> ChatPrompts:
         """Prompt builder from a directory with tokenizer and image processor files."""
@@ -62,10 +63,13 @@ class Llava(Family):
 
         ids = torch.from_numpy(prompt.input_ids)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if prompt.pictures:
-            arrays = self._reference_pictures(prompt.pictures, config)
-            inputs.update({name: torch.from_numpy(array) for name, array in arrays.items()})
-        return inputs
+        pictures = [picture for picture in prompt.pictures if picture.video is None]
+        frames = [picture for picture in prompt.pictures if picture.video is not None]
+        arrays = {
+            **(self._reference_pictures(pictures, config) if pictures else {}),
+            **(_reference_videos(frames) if frames else {}),
+        }
+        return {**inputs, **{name: torch.from_numpy(array) for name, array in arrays.items()}}
 
     def _reference_pictures(
         self,
@@ -81,17 +85,23 @@ class Llava(Family):
 
     def vision(self, model: PreTrainedModel) -> VisionTrace:
         """The vision encoder, cut for tracing, sharing the model's own parameters."""
-        from ep_export.families.clip_tower import ClipBlock, ClipStem, FeatureProjector
+        from ep_export.families.clip_tower import ClipStem, tower_trace
 
         parts: Any = model.model
-        features = clip_features(model.config)
-        size = features.image_size
-        return VisionTrace(
-            stem=ClipStem(parts.vision_tower),
-            blocks=[ClipBlock(layer) for layer in parts.vision_tower.encoder.layers[: features.blocks]],
-            kinds=["full"] * features.blocks,
-            merger=FeatureProjector(parts.multi_modal_projector, with_class=features.with_class),
-            carry_names=(),
-            example_feeds={"pixel_values": np.zeros((1, 3, size, size), dtype=np.float32)},
-            dynamic_axes={},
+        tower, features = parts.vision_tower, clip_features(model.config)
+        return tower_trace(ClipStem(tower), tower, parts.multi_modal_projector, features)
+
+
+def _reference_videos(frames: Sequence[Picture]) -> dict[str, NDArray[Any]]:
+    """What the video processor makes of all videos together: [videos, frames, 3, height, width]."""
+    videos = [
+        np.concatenate([frame.pixel_values for frame in group])
+        for _, group in groupby(frames, key=lambda frame: frame.video)
+    ]
+    lengths = [video.shape[0] for video in videos]
+    if len(set(lengths)) > 1:
+        raise UserError(
+            f"Hugging Face takes videos of equal length only, got {', '.join(map(str, lengths))} frames",
+            hint="sample as many frames of each",
         )
+    return {"pixel_values_videos": np.stack(videos)}

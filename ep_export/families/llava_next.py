@@ -21,7 +21,7 @@ from ep_export.families.tiles import pack_index, tile_grid
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["LlavaNext"]
+__all__ = ["LlavaNext", "refuse_uneven_tiles"]
 
 # A photograph of 640 x 480, the size of most benchmark pictures: 576 + 36 x (48 + 1) = 2340 visual tokens.
 _TYPICAL_PICTURE = (640, 480)
@@ -46,12 +46,7 @@ class LlavaNext(Llava):
                 "expected 'default'",
                 hint="class tokens fit into no grid of patches: Hugging Face cannot run such a model either",
             )
-        uneven = [list(each) for each in config.image_grid_pinpoints if each[0] % tile or each[1] % tile]
-        if uneven:
-            raise UserError(
-                f"config fits pictures into {uneven[0]}, which is no multiple of its tiles of {tile} pixels",
-                hint="check config.json",
-            )
+        refuse_uneven_tiles(config, tile)
         return super().dims(config)
 
     def default_visual_tokens(self, config: PreTrainedConfig) -> int:
@@ -112,3 +107,17 @@ def _pack(size: tuple[int, int], config: PreTrainedConfig) -> NDArray[np.int64]:
     features = clip_features(config)
     tiles = tile_grid(size, config.image_grid_pinpoints, features.image_size)
     return pack_index(size, tiles, features.side)
+
+
+def refuse_uneven_tiles(config: PreTrainedConfig, tile: int) -> None:
+    """Stop where pictures cannot be cut into tiles of `tile` pixels.
+
+    Raises:
+        UserError: Names the resolution.
+    """
+    uneven = [list(each) for each in config.image_grid_pinpoints if each[0] % tile or each[1] % tile]
+    if uneven:
+        raise UserError(
+            f"config fits pictures into {uneven[0]}, which is no multiple of its tiles of {tile} pixels",
+            hint="check config.json",
+        )

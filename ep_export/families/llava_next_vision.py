@@ -15,11 +15,9 @@ class TileStem(nn.Module):
         super().__init__()
         self.stem = stem
 
-    def forward(
-        self, pixel_values: torch.Tensor, pack_index: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[tiles, 3, height, width] float32 and [N] int64 -> [tiles, T, C] and [N]."""
-        return self.stem(pixel_values), pack_index
+    def forward(self, pixel_values: torch.Tensor, *layout: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """[tiles, 3, height, width] float32 and the layout -> [tiles, T, C] and the layout."""
+        return self.stem(pixel_values), *layout
 
 
 class TilePacker(nn.Module):

@@ -33,6 +33,10 @@ class LlavaPrompts(ChatPrompts):
         self._features = clip_features(config)
 
     def _process(self, pixels: NDArray[np.uint8]) -> Picture:
+        return self._square(pixels, with_class=self._features.with_class)
+
+    def _square(self, pixels: NDArray[np.uint8], *, with_class: bool) -> Picture:
+        """A picture as the one square that the tower takes, its class token a visual token or not."""
         # The channel axis is named: a picture three pixels high must not be taken for channels first.
         made = self._images(images=[pixels], input_data_format="channels_last")
         values = np.ascontiguousarray(made["pixel_values"], dtype=np.float32)
@@ -49,7 +53,7 @@ class LlavaPrompts(ChatPrompts):
             grid=(1, side, side),
             token_grid=(side, side),
             size=(pixels.shape[1], pixels.shape[0]),
-            cells=np.concatenate([[-1], patches]) if self._features.with_class else None,
+            cells=np.concatenate([[-1], patches]) if with_class else None,
             view=self._view(pixels.shape[1], pixels.shape[0]),
         )
 
@@ -68,11 +72,18 @@ class LlavaPrompts(ChatPrompts):
 
 
 def _image_processor(processor: Path) -> Any:
-    """The class that the checkpoint's files name: CLIP's crops to a square, LLaVA's own may pad to one."""
+    """The class that the checkpoint's files name: CLIP's crops to a square, LLaVA's own may pad to one.
+
+    Video-LLaVA's does what CLIP's does, under a name of its own.
+    """
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-    known = {"CLIPImageProcessor": CLIPImageProcessorPil, "LlavaImageProcessor": LlavaImageProcessorPil}
+    known = {
+        "CLIPImageProcessor": CLIPImageProcessorPil,
+        "LlavaImageProcessor": LlavaImageProcessorPil,
+        "VideoLlavaImageProcessor": CLIPImageProcessorPil,
+    }
     name = _processor_type(processor)
     plain = name.removesuffix("Fast").removesuffix("Pil").replace("FeatureExtractor", "ImageProcessor")
     if plain not in known:

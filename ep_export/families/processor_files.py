@@ -24,6 +24,7 @@ __all__ = [
     "read_json",
     "repetition_penalty",
     "special_tokens",
+    "video_settings",
 ]
 
 
@@ -138,6 +139,24 @@ def repetition_penalty(generation: dict[str, Any]) -> float:
             hint="copy the file from the checkpoint again",
         )
     return float(found)
+
+
+def video_settings(processor: Path) -> dict[str, Any]:
+    """Settings of the video processor, from the file where Hugging Face looks; empty when there is none.
+
+    A part of processor_config.json, else a file of its own, else the image processor's.
+
+    Raises:
+        UserError: The file is broken.
+    """
+    whole = processor / "processor_config.json"
+    nested = read_json(whole).get("video_processor") if whole.is_file() else None
+    if isinstance(nested, dict):
+        return nested
+    for name in ("video_preprocessor_config.json", "preprocessor_config.json"):
+        if (processor / name).is_file():
+            return read_json(processor / name)
+    return {}
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["pack_index", "tile_grid", "token_cells"]
+__all__ = ["feature_grid", "grid_cells", "pack_index", "tile_grid", "token_cells"]
 
 
 def tile_grid(size: tuple[int, int], resolutions: Sequence[Sequence[int]], tile: int) -> tuple[int, int]:
@@ -31,8 +31,8 @@ def tile_grid(size: tuple[int, int], resolutions: Sequence[Sequence[int]], tile:
     return rows // tile, columns // tile
 
 
-def pack_index(size: tuple[int, int], tiles: tuple[int, int], side: int) -> NDArray[np.int64]:
-    """Which row of the feature table every visual token is.
+def feature_grid(size: tuple[int, int], tiles: tuple[int, int], side: int) -> NDArray[np.int64]:
+    """The features of all tiles as one grid over the picture, without what only saw padding.
 
     Args:
         size: (width, height) of the picture in pixels.
@@ -40,15 +40,24 @@ def pack_index(size: tuple[int, int], tiles: tuple[int, int], side: int) -> NDAr
         side: Patches along a tile's side.
 
     Returns:
-        [N] int64: side * side rows a tile, the whole picture's first; one past the last is the newline.
+        [height, width] int64, rows of the feature table: side * side rows a tile, the whole picture's first.
     """
     rows, columns = tiles
     per_tile = side * side
-    whole = np.arange(per_tile)
     grid = per_tile + np.arange(rows * columns * per_tile).reshape(rows, columns, side, side)
-    grid = _unpad(grid.transpose(0, 2, 1, 3).reshape(rows * side, columns * side), size)
-    newline = np.full((grid.shape[0], 1), per_tile * (1 + rows * columns))
-    return np.concatenate([whole, np.hstack([grid, newline]).ravel()]).astype(np.int64)
+    return _unpad(grid.transpose(0, 2, 1, 3).reshape(rows * side, columns * side), size)
+
+
+def pack_index(size: tuple[int, int], tiles: tuple[int, int], side: int) -> NDArray[np.int64]:
+    """Which row of the feature table every visual token is; arguments as `feature_grid`.
+
+    Returns:
+        [N] int64: the whole picture's rows, then those of the tiles' grid, a newline behind each of its rows;
+        one past the last row of the table is the newline.
+    """
+    grid = feature_grid(size, tiles, side)
+    newline = np.full((grid.shape[0], 1), side * side * (1 + tiles[0] * tiles[1]))
+    return np.concatenate([np.arange(side * side), np.hstack([grid, newline]).ravel()]).astype(np.int64)
 
 
 def token_cells(index: NDArray[np.int64], side: int) -> tuple[tuple[int, int], NDArray[np.int64]]:
@@ -67,11 +76,23 @@ def token_cells(index: NDArray[np.int64], side: int) -> tuple[tuple[int, int], N
     tiled = index[whole:]
     newlines = tiled == tiled.max(initial=0)  # every row ends in one, the last included
     height, patches = int(newlines.sum()), int((~newlines).sum())
-    if not patches:
-        cells = np.concatenate([np.arange(whole), np.full(height, -1)])
-        return (side, side), cells.astype(np.int64)
-    cells = np.concatenate([np.full(whole, -1), np.where(newlines, -1, np.cumsum(~newlines) - 1)])
-    return (height, patches // height), cells.astype(np.int64)
+    return grid_cells(height, patches // max(1, height), side)
+
+
+def grid_cells(height: int, width: int, side: int) -> tuple[tuple[int, int], NDArray[np.int64]]:
+    """As `token_cells`, from the size of the tiles' grid.
+
+    Args:
+        height: Rows of the grid, each of which ends in a newline.
+        width: Features in a row.
+        side: Patches along a tile's side.
+    """
+    whole = side * side
+    if not height * width:
+        return (side, side), np.concatenate([np.arange(whole), np.full(height, -1)]).astype(np.int64)
+    grid = np.arange(height * width).reshape(height, width)
+    rows = np.hstack([grid, np.full((height, 1), -1)])
+    return (height, width), np.concatenate([np.full(whole, -1), rows.ravel()]).astype(np.int64)
 
 
 def _unpad(grid: NDArray[np.int64], size: tuple[int, int]) -> NDArray[np.int64]:

@@ -164,8 +164,9 @@ class PrunedModel(lmms):  # type: ignore[misc] # lmms-eval ships no types
 
     def _inputs(self, prompt: PromptInputs) -> dict[str, torch.Tensor]:
         inputs = self._family.reference_inputs(prompt, self.model.config)
+        # Pixels in the model's type; other floats (seconds between video frames) keep their precision.
         return {
-            name: value.to(self._device, self.model.dtype if value.is_floating_point() else None)
+            name: value.to(self._device, self.model.dtype if name.startswith("pixel_values") else None)
             for name, value in inputs.items()
         }
 

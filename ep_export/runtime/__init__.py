@@ -9,6 +9,7 @@ from ep_export.runtime.pictures import open_picture
 from ep_export.runtime.prefill import Prefill
 from ep_export.runtime.sampling import Sampling
 from ep_export.runtime.session import Session
+from ep_export.runtime.videos import open_video
 
 __all__ = [
     "Feed",
@@ -24,4 +25,5 @@ __all__ = [
     "Session",
     "Value",
     "open_picture",
+    "open_video",
 ]

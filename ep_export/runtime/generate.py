@@ -37,11 +37,13 @@ class KeptPicture:
         token_grid: (height, width) in cells, one a visual token.
         kept_tokens: Row-major indices of the cells whose tokens reach layer K.
         view: What the grid lies on; see `ep_export.families.base.Picture`.
+        video: Which video of the prompt this is a part of, counted from 0; None for a picture.
     """
 
     token_grid: tuple[int, int]
     kept_tokens: tuple[int, ...]
     view: tuple[int, int, int, int] | None = None
+    video: int | None = None
 
     @property
     def kept(self) -> NDArray[np.bool_]:

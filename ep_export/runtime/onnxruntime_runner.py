@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ep_export.errors import UserError
 from ep_export.runtime.base import Feed, Runner, Value
 from ep_export.runtime.bfloat16 import narrow, widen
+from ep_export.runtime.providers import CPU, node_counts, prepare_providers
 
 __all__ = ["OnnxRuntimeOptions", "OnnxRuntimeRunner"]
 
@@ -26,7 +27,8 @@ class OnnxRuntimeOptions:
     """How sessions are made.
 
     Attributes:
-        providers: Execution providers, in order of preference.
+        providers: Execution providers in order of preference, by the names of `runtime.providers` or by ONNX
+            Runtime's own. Only where the CPU is among them may nodes go to it.
         threads: Threads of one operator; ONNX Runtime's own choice when None.
         prepack: Let ONNX Runtime copy weights into the layout its kernels like best. Without it float32
             weights stay memory-mapped from the shards. Measured on 2 cores with 0.72 GB of weights: 0.69 GB
@@ -57,29 +59,41 @@ class _OrtTensor:
 
 
 class OnnxRuntimeRunner(Runner):
-    """A component in ONNX Runtime."""
+    """A component in ONNX Runtime.
+
+    Attributes:
+        nodes: Provider -> nodes of the graph it runs; empty where only the CPU was asked for.
+    """
 
     def __init__(self, file: Path, options: OnnxRuntimeOptions | None = None) -> None:
         """Open a component; weights are found by their paths beside it.
 
         Raises:
-            UserError: ONNX Runtime cannot load or run it.
+            UsageError: There is no such provider.
+            UserError: ONNX Runtime cannot load or run it, or a provider is missing here.
         """
         import onnxruntime
 
         options = options or OnnxRuntimeOptions()
-        unknown = set(options.providers) - set(onnxruntime.get_available_providers())
-        if unknown:
-            raise UserError(
-                f"ONNX Runtime here has no {', '.join(sorted(unknown))}",
-                hint=f"available: {', '.join(onnxruntime.get_available_providers())}",
-            )
+        session_options = _session_options(options)
+        providers = prepare_providers(options.providers, session_options)
         try:
             self._session: Any = onnxruntime.InferenceSession(
-                str(file), _session_options(options), providers=list(options.providers)
+                str(file),
+                session_options,
+                providers=providers or None,
+                enable_fallback=0,  # else it prints to stdout and goes on with the CPU
             )
         except _errors() as error:
             raise _cannot_load(file, error) from error
+        started = self._session.get_providers()
+        failed = [name for name in providers if name not in started]
+        if failed:  # its libraries do not load: ONNX Runtime only warns
+            raise UserError(
+                f"ONNX Runtime could not start {failed[0]} for {file.name}",
+                hint="check its driver and libraries, or give --provider cpu",
+            )
+        self.nodes = node_counts(self._session) if providers != [CPU] else {}
         self._file = file
         self._types = {i.name: i.type for i in self._session.get_inputs()}
         self._to_ort = _converter(onnxruntime)
@@ -152,6 +166,11 @@ def _errors() -> tuple[type[Exception], ...]:
 
 def _cannot_load(file: Path, error: Exception) -> UserError:
     text = _first_line(error)
+    if "fallback to CPU EP has been explicitly disabled" in text:
+        return UserError(
+            f"the chosen provider cannot run all of {file.name}",
+            hint="add --provider cpu after it: what it cannot run then goes to the CPU, and is counted",
+        )
     if "NOT_IMPLEMENTED" in text:
         return UserError(
             f"ONNX Runtime has no kernel for {file.name} on this provider: {text}",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -10,7 +12,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from ep_export.errors import UserError
 from ep_export.families.picture_modes import to_rgb
 
-__all__ = ["open_picture"]
+__all__ = ["open_picture", "reading"]
 
 
 def open_picture(path: Path) -> Image.Image:
@@ -30,12 +32,22 @@ def open_picture(path: Path) -> Image.Image:
         raise UserError(f"picture {path} is not a file", hint="give the path of a picture")
     if path.stat().st_size == 0:
         raise UserError(f"picture {path} is empty", hint="give a picture with content")
+    with reading(path), Image.open(path) as opened:
+        return to_rgb(ImageOps.exif_transpose(opened))
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Whatever Pillow raises on the content of a file, said in one sentence.
+
+    Raises:
+        UserError: Not a picture, truncated, or too large.
+    """
     try:
         with warnings.catch_warnings():
             # Above half of what it refuses Pillow only warns; either is a bomb here.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as opened:
-                return to_rgb(ImageOps.exif_transpose(opened))
+            yield
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UserError(f"picture {path} is too large: {error}", hint="scale it down first") from error
     except UnidentifiedImageError as error:

@@ -237,6 +237,6 @@ def _kept_pictures(prompt: PromptInputs, kept_index: NDArray[np.int64]) -> tuple
     for picture in prompt.pictures:
         stop = start + picture.visual_tokens
         cells = np.flatnonzero(picture.kept_cells(kept[start:stop]))
-        made.append(KeptPicture(picture.token_grid, tuple(cells.tolist()), picture.view))
+        made.append(KeptPicture(picture.token_grid, tuple(cells.tolist()), picture.view, picture.video))
         start = stop
     return tuple(made)

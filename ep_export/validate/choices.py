@@ -13,7 +13,7 @@ from ep_export.entropy import (
     EXACT_TOLERANCE,
     KeptDifference,
     approximation_spread,
-    chebyshev_coefficients,
+    entropy_series,
     kept_difference,
     select_tokens,
     token_scores,
@@ -44,7 +44,7 @@ def find_scores(setting: Setting, case: Observation) -> Finding:
     policy, degree = setting.manifest.policy, setting.manifest.degree
     states = to_numpy(case.free.states)
     exact = token_scores(torch.from_numpy(states), policy.scorer).numpy()
-    bound, reason = score_bound(policy.scorer, states, chebyshev_coefficients(degree))
+    bound, reason = score_bound(policy.scorer, states, entropy_series(degree))
     scores = run_scores(states, policy.scorer, degree)
     found = compare(case.question.name, scores, exact, Tolerance(0.0, bound, reason))
     return Finding("scores", (found,), reason)

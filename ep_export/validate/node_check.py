@@ -74,7 +74,7 @@ def run_scores(states: NDArray[np.float32], scorer: Scorer, degree: int) -> NDAr
     Args:
         states: [N, heads, head_dim].
         scorer: The score.
-        degree: Degree of the Chebyshev series.
+        degree: Degree of the entropy series.
 
     Returns:
         [N] float32.

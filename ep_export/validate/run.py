@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from ep_export.checkpoint import Checkpoint
 
-__all__ = ["validate"]
+__all__ = ["validate", "vision_layers"]
 
 _DTYPES = {Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}
 _DEPTHS = ("depth", "num_hidden_layers")
@@ -73,7 +73,7 @@ def validate(
     questions = _questions(len(pictures), prompts)
     plan = PruneSpec(manifest.policy, manifest.keep)
     node = NodeRunner(bundle.file(manifest.component("decoder_head").file))
-    setting = Setting(manifest, node, _vision_layers(checkpoint.config))
+    setting = Setting(manifest, node, vision_layers(checkpoint.config))
     findings: list[tuple[Finding, ...]] = []
     cases: list[Case] = []
     with Session.open(bundle) as session:
@@ -105,7 +105,8 @@ def _questions(pictures: int, prompts: Sequence[str]) -> list[Question]:
     return asked
 
 
-def _vision_layers(config: Any) -> int:
+def vision_layers(config: Any) -> int:
+    """Depth of a config's vision encoder."""
     vision = config.vision_config
     return int(next(getattr(vision, name) for name in _DEPTHS if hasattr(vision, name)))
 
@@ -118,7 +119,7 @@ def _settings(bundle: Bundle) -> dict[str, str]:
         "keep": f"{manifest.keep} on average over {manifest.dims.layers} layers",
         "precision": manifest.precision.value,
         "dialect": f"{manifest.dialect.value}, opset {manifest.opset}",
-        "scores": f"Chebyshev series of degree {manifest.degree}",
+        "scores": f"entropy series of degree {manifest.degree}",
         "kept set": "hidden states, logits, caches and answers are compared given the bundle's own",
         "bundle run by": "ONNX Runtime, CPU",
         "oracle": "Hugging Face transformers, float32, exact float64 scores",

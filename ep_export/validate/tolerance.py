@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ep_export.bundle import Precision
 from ep_export.dims import DecoderDims
+from ep_export.entropy import EntropySeries
 from ep_export.policy import Scorer
 
 __all__ = ["EXACT", "Tolerance", "float32_tolerance", "half_tolerance", "score_bound"]
@@ -85,9 +86,7 @@ def half_tolerance(float32: Tolerance, noise: float, precision: Precision) -> To
     return Tolerance(float32.relative + _UNIT[precision], _HALF_MARGIN * noise, reason)
 
 
-def score_bound(
-    scorer: Scorer, states: NDArray[np.float32], coefficients: NDArray[np.float64]
-) -> tuple[float, str]:
+def score_bound(scorer: Scorer, states: NDArray[np.float32], series: EntropySeries) -> tuple[float, str]:
     """How far the graph's score of any of these tokens may be from the exact one.
 
     For the entropies: with s = ||A||_F the polynomial stands in for -x ln x at each of the H eigenvalues of
@@ -97,7 +96,7 @@ def score_bound(
     Args:
         scorer: The score.
         states: [visual_tokens, heads, head_dim].
-        coefficients: [degree + 1] Chebyshev coefficients of -x ln x on [0, 1], as in the graph.
+        series: What the graph takes for -x ln x on [0, 1].
 
     Returns:
         The bound in the score's unit, and the reason.
@@ -112,13 +111,12 @@ def score_bound(
         return rounding * heads, "the logarithm of a float32 sum of squares, no polynomial"
     frobenius = _largest_gram_norm(exact, normalise=scorer is Scorer.PAPER)
     scale = 1.0 / math.log(heads) if scorer is Scorer.RELEASED and heads > 1 else 1.0
-    polynomial = _largest_polynomial_error(coefficients)
+    polynomial = _largest_polynomial_error(series)
     # -l ln l of eigenvalues far from 1, which only the released score has, rounds in proportion to ln l
     rounding *= 1.0 + abs(math.log(max(frobenius, 1e-30)))
     bound = scale * heads * frobenius * (polynomial + rounding)
-    degree = len(coefficients) - 1
     return bound, (
-        f"degree {degree} polynomial for -x ln x, off by at most {polynomial:.1e} at each of {heads} "
+        f"degree {series.degree} polynomial for -x ln x, off by at most {polynomial:.1e} at each of {heads} "
         f"eigenvalues, times the Gram matrix's norm {frobenius:.2g}; plus float32 rounding"
     )
 
@@ -132,8 +130,8 @@ def _largest_gram_norm(states: NDArray[np.float64], *, normalise: bool) -> float
     return float(np.sqrt((gram**2).sum(axis=(1, 2))).max())
 
 
-def _largest_polynomial_error(coefficients: NDArray[np.float64]) -> float:
+def _largest_polynomial_error(series: EntropySeries) -> float:
     """On a grid that is dense at 0, where -x ln x is hardest."""
     x = np.concatenate([[0.0], np.geomspace(1e-9, 1.0, 20001)])
     exact = np.where(x > 0, -x * np.log(np.where(x > 0, x, 1.0)), 0.0)
-    return float(np.abs(np.polynomial.chebyshev.chebval(2 * x - 1, coefficients) - exact).max())
+    return float(np.abs(series(x) - exact).max())

@@ -2,11 +2,12 @@
 
 import json
 import shutil
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
-from family_pair import FamilyPair
+from family_pair import FamilyPair, FamilyTests
 from tiny import tiny_picture
 from tiny_llava import (
     LLAVA_TEMPLATE,
@@ -62,19 +63,13 @@ def pair(request, tmp_path_factory):
     return FamilyPair(make_tiny_llava_next(root / "checkpoint", **model), root / "bundle", **policy)
 
 
-@pytest.mark.parametrize("sizes", [[], [(300, 90)], [(60, 60), (40, 133)]], ids=["text", "one", "two"])
-def test_everything_kept_answers_as_huggingface(pair, sizes):
-    pair.check_everything_kept([tiny_picture(*size, seed=i) for i, size in enumerate(sizes)])
-
-
-@pytest.mark.parametrize("share", [0.5, 0.25])
-@pytest.mark.parametrize("sizes", [[(300, 90)], [(60, 60), (40, 133)]], ids=["one", "two"])
-def test_pruned_answers_as_the_oracle(pair, sizes, share):
-    pair.check_pruned([tiny_picture(*size, seed=i) for i, size in enumerate(sizes)], share)
-
-
-def test_vision_features_equal_huggingface(pair):
-    pair.check_vision([tiny_picture(*size) for size in SIZES.values()])
+class TestAnswers(FamilyTests):
+    prompts: ClassVar = {
+        "text": [],
+        "one": [tiny_picture(300, 90)],
+        "two": [tiny_picture(60, 60), tiny_picture(40, 133, seed=1)],
+    }
+    shapes: ClassVar = [tiny_picture(*size) for size in SIZES.values()]
 
 
 @pytest.mark.parametrize("pair", list(MODELS)[-1:], indirect=True)

@@ -81,8 +81,8 @@ def test_the_trace_holds_the_models_own_parameters(model):
 def test_buffers_are_real_when_the_model_is_on_meta(model):
     with torch.device("meta"):
         empty = Qwen2_5_VLForConditionalGeneration(model.config)
-    stem = FAMILY.vision(empty).stem
-    assert torch.equal(stem.inv_freq, model.model.visual.rotary_pos_emb.inv_freq)
+    (inv_freq,) = FAMILY.vision(empty).stem.buffers()
+    assert torch.equal(inv_freq, model.model.visual.rotary_pos_emb.inv_freq)
     rotary = FAMILY.decoder(empty).rotary
     assert torch.equal(rotary.inv_freq, model.model.language_model.rotary_emb.inv_freq)
 

@@ -1,26 +1,14 @@
 """Whole answers of exported bundles against Hugging Face, full and pruned, on models of odd shape."""
 
 import dataclasses
+from typing import ClassVar
 
-import numpy as np
 import pytest
-import torch
-from bundles import export_tiny
-from kept_sets import difference_from_exact
+from family_pair import QUESTION, FamilyPair, FamilyTests
 from tiny import make_tiny, tiny_picture
 
-from ep_export.checkpoint import open_checkpoint
-from ep_export.entropy import KeptDifference
-from ep_export.families import family_of
-from ep_export.policy import Budget, Keep, Scorer, Select, Source
-from ep_export.reference import PruneSpec, load_model, prune
-from ep_export.runtime import Sampling, Session
-
-FAMILY = family_of("qwen2_5_vl")
-QUESTION = "which digits are in the picture?"
-TOKENS = 8
-LOGIT_TOLERANCE = 1e-3  # float32 through two runtimes that sum in different orders
-PICTURES = {"none": [], "wide": [(300, 90)], "two": [(130, 200), (90, 60)]}
+from ep_export.policy import Budget, Scorer, Select, Source
+from ep_export.runtime import Sampling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,69 +40,19 @@ SHAPES = {
 }
 
 
-class Pair:
-    """A bundle's session beside the Hugging Face model it was made from."""
-
-    def __init__(self, root, shape):
-        checkpoint = make_tiny(root / "checkpoint", seed=3, **shape.model)
-        self.bundle = export_tiny(checkpoint, root / "bundle", **shape.policy)
-        self.session = Session.open(self.bundle, threads=1)
-        self.model = load_model(open_checkpoint(str(checkpoint)))
-        self.policy = self.bundle.manifest.policy
-
-    def inputs(self, prompt):
-        return FAMILY.reference_inputs(prompt, self.model.config)
-
-    def logits(self, prompt):
-        with torch.inference_mode():
-            return self.model(**self.inputs(prompt)).logits[0, -1].numpy()
-
-    def tokens(self, prompt):
-        """`generate` with the checkpoint's own generation settings."""
-        with torch.inference_mode():
-            ids = self.model.generate(**self.inputs(prompt), max_new_tokens=TOKENS, do_sample=False)
-        return ids[0, prompt.input_ids.shape[1] :].tolist()
-
-
 @pytest.fixture(scope="module", params=SHAPES)
 def pair(request, tmp_path_factory):
-    return Pair(tmp_path_factory.mktemp("pair"), SHAPES[request.param])
+    root, shape = tmp_path_factory.mktemp("pair"), SHAPES[request.param]
+    return FamilyPair(make_tiny(root / "checkpoint", seed=3, **shape.model), root / "bundle", **shape.policy)
 
 
-@pytest.fixture(params=PICTURES)
-def pictures(request):
-    return [tiny_picture(*size, seed=i) for i, size in enumerate(PICTURES[request.param])]
-
-
-def test_everything_kept_answers_as_huggingface(pair, pictures):
-    prompt = pair.session.prompts.build(pictures, QUESTION)
-    made = pair.session.prefill(prompt, Keep(ratio=1.0))
-    assert np.abs(made.logits - pair.logits(prompt)).max() < LOGIT_TOLERANCE
-    assert np.array_equal(made.kept_index, np.arange(prompt.input_ids.shape[1]))
-    answer = pair.session.generate(pictures, QUESTION, max_new_tokens=TOKENS, keep=Keep(ratio=1.0))
-    assert list(answer.token_ids) == pair.tokens(prompt)
-
-
-@pytest.mark.parametrize("share", [0.5, 0.25])
-@pytest.mark.parametrize("pictures", ["wide", "two"], indirect=True)
-def test_pruned_answers_as_the_oracle(pair, pictures, share):
-    """`share` of what layers 0..K-1 leave to choose: K of L layers see everything whatever is asked for."""
-    layers = pair.bundle.manifest.dims.layers
-    keep = Keep(ratio=(pair.policy.layer + share * (layers - pair.policy.layer)) / layers)
-    prompt = pair.session.prompts.build(pictures, QUESTION)
-    made = pair.session.prefill(prompt, keep)
-    kept = made.kept_index[np.isin(made.kept_index, prompt.visual_index)]
-    with prune(pair.model, PruneSpec(pair.policy, keep)) as trace:
-        pair.logits(prompt)
-    assert kept.shape[0] == int(share * prompt.visual_index.shape[0])
-    assert difference_from_exact(trace, kept, pair.bundle.manifest) is not KeptDifference.DIFFERENT
-    ours = torch.from_numpy(kept)
-    with prune(pair.model, PruneSpec(pair.policy, keep), select=lambda *_: ours):
-        expected, tokens = pair.logits(prompt), pair.tokens(prompt)
-    assert np.abs(made.logits - expected).max() < LOGIT_TOLERANCE
-    answer = pair.session.generate(pictures, QUESTION, max_new_tokens=TOKENS, keep=keep)
-    assert list(answer.token_ids) == tokens
-    assert answer.kept_index == tuple(made.kept_index.tolist())
+class TestAnswers(FamilyTests):
+    prompts: ClassVar = {
+        "none": [],
+        "wide": [tiny_picture(300, 90)],
+        "two": [tiny_picture(130, 200), tiny_picture(90, 60, seed=1)],
+    }
+    shapes: ClassVar = prompts["two"]
 
 
 def test_a_prompt_leaves_nothing_behind_for_the_next(pair):

@@ -1,4 +1,4 @@
-"""Run a program as on a machine where torch was never installed. usage: without_torch.py BUNDLE PICTURE"""
+"""Run as on a machine where torch was never installed. usage: without_torch.py BUNDLE PICTURE|FOLDER"""
 
 import importlib.machinery
 import json
@@ -16,12 +16,14 @@ def _find(name, path=None, target=None):
 importlib.machinery.PathFinder.find_spec = staticmethod(_find)
 
 
-def main(bundle, picture):
+def main(bundle, shown):
     from ep_export.bundle import Bundle
-    from ep_export.runtime import Session, open_picture
+    from ep_export.runtime import Session, open_picture, open_video
 
+    path = Path(shown)
+    visual = open_video(path) if path.is_dir() else open_picture(path)
     with Session.open(Bundle.open(Path(bundle)), threads=1) as session:
-        answer = session.generate([open_picture(Path(picture))], "which digits?", max_new_tokens=5)
+        answer = session.generate([visual], "which digits?", max_new_tokens=5)
     print(json.dumps({"token_ids": answer.token_ids, "loaded": sorted(_ABSENT & set(sys.modules))}))
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ep_export.entropy import chebyshev_coefficients, chebyshev_scores, select_tokens, token_scores
+from ep_export.entropy import entropy_series, select_tokens, series_scores, token_scores
 from ep_export.errors import UserError
 from ep_export.export import strip_body
 from ep_export.policy import Scorer, Select
@@ -50,8 +50,8 @@ def test_a_file_without_the_node_is_refused(tiny_bundle):
 def test_scores_stay_within_the_bound_and_near_it(scorer, heads, width, degree):
     states = tokens(64, heads, width, seed=degree)
     exact = token_scores(torch.from_numpy(states), scorer)
-    bound, reason = score_bound(scorer, states, chebyshev_coefficients(degree))
-    error = float((chebyshev_scores(torch.from_numpy(states), scorer, degree).double() - exact).abs().max())
+    bound, reason = score_bound(scorer, states, entropy_series(degree))
+    error = float((series_scores(torch.from_numpy(states), scorer, degree).double() - exact).abs().max())
     assert error < bound
     if scorer in {Scorer.PAPER, Scorer.RELEASED}:
         assert error > bound / 100  # a bound nothing comes near to would catch nothing
@@ -62,12 +62,12 @@ def test_scores_stay_within_the_bound_and_near_it(scorer, heads, width, degree):
 def test_the_exported_scores_stay_within_the_bound(scorer):
     states = tokens(32, 6, 16)
     exact = token_scores(torch.from_numpy(states), scorer).numpy()
-    bound, _ = score_bound(scorer, states, chebyshev_coefficients(16))
+    bound, _ = score_bound(scorer, states, entropy_series(16))
     assert np.abs(run_scores(states, scorer, 16) - exact).max() < bound
 
 
 def test_a_wrong_scorer_breaks_the_bound():
     states = tokens(32, 6, 16)
     exact = token_scores(torch.from_numpy(states), Scorer.PAPER).numpy()
-    bound, _ = score_bound(Scorer.PAPER, states, chebyshev_coefficients(16))
+    bound, _ = score_bound(Scorer.PAPER, states, entropy_series(16))
     assert np.abs(run_scores(states, Scorer.ORDER2, 16) - exact).max() > bound

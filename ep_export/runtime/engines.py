@@ -1,0 +1,156 @@
+"""The engines of a bundle as a backend: found, checked against bundle, software and GPU, then opened."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ep_export.bundle import Bundle
+from ep_export.engine_record import (
+    EngineRecord,
+    check_engine,
+    check_engine_files,
+    compiled_targets,
+    engine_directory,
+    read_record,
+)
+from ep_export.errors import UserError, near_matches
+from ep_export.plugin.build import LIBRARY
+from ep_export.runtime.device import CudaDevice, Device, DeviceMemory
+from ep_export.runtime.tensorrt_runner import Scratch, TensorRtRunner, open_engine
+from ep_export.targets import Flavour
+
+__all__ = ["EngineBackend"]
+
+_MODULES = {Flavour.TENSORRT: "tensorrt", Flavour.TENSORRT_RTX: "tensorrt_rtx"}
+_SOURCES = {
+    Flavour.TENSORRT: "install NVIDIA's tensorrt package (a Jetson has it from JetPack)",
+    Flavour.TENSORRT_RTX: "pip install 'ep-export[rtx]'",
+}
+_INSTEAD = "the bundle runs without TensorRT too: leave out --runtime, or give --runtime onnxruntime"
+
+
+class EngineBackend:
+    """Opens components as engines; a `RunnerFactory`.
+
+    The GPU's memory is given back with the last runner, and asked for again by the next.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        target: str | None = None,
+        *,
+        verify: bool = True,
+        module: Callable[[Flavour], Any] | None = None,
+        device: Callable[[], Device] = CudaDevice,
+    ) -> None:
+        """Find the engines and refuse what is not for this bundle, this software or this GPU.
+
+        Args:
+            bundle: The bundle.
+            target: Whose engines; may be left out where there is one.
+            verify: Also compute the engines' checksums (sizes are always checked).
+            module: Imports a flavour's Python package.
+            device: Opens the GPU.
+
+        Raises:
+            UserError: No engines, several and no target, TensorRT or a GPU is missing, the engines are for
+                something else or were changed, or their plugin is missing.
+        """
+        self._bundle = bundle
+        self._directory = engine_directory(bundle.path, _one(bundle, target))
+        self._record = read_record(self._directory)
+        self._module = (module or _module)(self._record.flavour)
+        version = str(self._module.__version__)
+        # first what needs no GPU to be told, then the GPU
+        check_engine(self._record, bundle, flavour=self._record.flavour, version=version, sm=None)
+        self._device = device
+        opened = device()
+        check_engine(self._record, bundle, flavour=self._record.flavour, version=version, sm=opened.sm)
+        check_engine_files(self._directory, self._record, verify=verify)
+        self._memory = DeviceMemory(opened)
+        self._scratch = Scratch(self._memory)
+        self._runners, self._gone = 0, False
+        if self._record.plugin:
+            _load_plugin(self._module, self._record, self._directory)
+
+    def __call__(self, file: Path) -> TensorRtRunner:
+        """Open the engine of a component's file.
+
+        Raises:
+            UserError: No such component, or TensorRT refuses the engine.
+        """
+        if self._gone and not self._runners:
+            self._memory = DeviceMemory(self._device())
+            self._scratch = Scratch(self._memory)
+            self._gone = False
+        name = next(c.name for c in self._bundle.manifest.components if c.file == file.name)
+        engine = self._record.components[name]
+        opened = open_engine(
+            self._module,
+            self._directory / engine.file,
+            name=name,
+            profiles=engine.profiles,
+            limits=self._record.limits,
+        )
+        runner = TensorRtRunner(opened, self._memory, self._scratch, self._closed)
+        self._runners += 1
+        return runner
+
+    def _closed(self) -> None:
+        self._runners -= 1
+        if not self._runners:
+            self._scratch.close()
+            self._memory.close()
+            self._gone = True
+
+
+def _one(bundle: Bundle, target: str | None) -> str:
+    found = compiled_targets(bundle.path)
+    compile_hint = f"compile some: ep-export compile {bundle.path} --target T; {_INSTEAD}"
+    if not found:
+        raise UserError(f"bundle {bundle.path} has no engines", hint=compile_hint)
+    if target is None and len(found) > 1:
+        raise UserError(
+            f"bundle {bundle.path} has engines for {len(found)} targets",
+            hint=f"add --target {'|'.join(found)}",
+        )
+    name = target or found[0]
+    if name not in found:
+        raise UserError(
+            f"bundle {bundle.path} has no engines for {name!r}",
+            hint=f"{near_matches(name, found)} Or: ep-export compile {bundle.path} --target {name}",
+        )
+    return name
+
+
+def _module(flavour: Flavour) -> Any:
+    name = _MODULES.get(flavour)
+    if name is None:
+        raise UserError(f"engines of {flavour.value} are no engines", hint="give --runtime onnxruntime")
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(
+            f"these engines need {flavour.value}, which is not installed: {error}",
+            hint=f"{_SOURCES[flavour]}; {_INSTEAD}",
+        ) from error
+
+
+def _load_plugin(module: Any, record: EngineRecord, directory: Path) -> None:
+    """Register the plugin before an engine that holds it is opened; TensorRT-RTX would abort the process."""
+    if record.flavour is not Flavour.TENSORRT:
+        raise UserError(
+            f"engines for {record.target} say they hold a plugin, which {record.flavour.value} has none of",
+            hint="compile again with `ep-export compile`",
+        )
+    library = directory / LIBRARY
+    if not library.is_file():
+        raise UserError(
+            f"engines for {record.target} hold the EntropyPrune plugin, and {library} is missing",
+            hint="build it with `ep-export plugin build` on this machine and put it there",
+        )
+    module.get_plugin_registry().load_library(str(library))

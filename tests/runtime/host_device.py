@@ -1,0 +1,220 @@
+"""Stand-ins for a GPU and for TensorRT, so that everything but their own calls is tested without them.
+
+`HostDevice` is the device contract in this machine's memory. `fake_tensorrt` is a module with the part of
+TensorRT's interface that the runner uses, whose "engines" are ONNX files: a context reads inputs from their
+addresses, runs ONNX Runtime and writes to the outputs' addresses. No CUDA and no TensorRT is exercised by it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from enum import Enum
+from types import SimpleNamespace
+
+import numpy as np
+import onnx_ir as ir
+
+from ep_export.runtime import OnnxRuntimeRunner
+from ep_export.runtime.bfloat16 import narrow, widen
+
+__all__ = ["HostDevice", "fake_tensorrt", "write_fake_engine"]
+
+_KINDS = {"FLOAT": "FLOAT", "FLOAT16": "HALF", "BFLOAT16": "BF16", "INT64": "INT64"}
+_NUMPY = {"FLOAT": np.float32, "HALF": np.float16, "BF16": np.uint16, "INT64": np.int64}
+
+
+class HostDevice:
+    """The device contract in host memory; counts what it is asked for."""
+
+    def __init__(self, sm="8.9", capacity=1 << 40):
+        self.sm, self.stream, self.capacity = sm, 7, capacity
+        self.held, self.copies_in, self.copies_out, self.closed = {}, 0, 0, False
+
+    def allocate(self, size):
+        if sum(map(len, self.held.values())) + size > self.capacity:
+            raise MemoryError(size)
+        buffer = ctypes.create_string_buffer(size)
+        self.held[ctypes.addressof(buffer)] = buffer
+        return ctypes.addressof(buffer)
+
+    def free(self, address):
+        del self.held[address]
+
+    def copy_in(self, address, values):
+        self.copies_in += 1
+        ctypes.memmove(address, values.ctypes.data, values.nbytes)
+
+    def copy_out(self, values, address):
+        self.copies_out += 1
+        ctypes.memmove(values.ctypes.data, address, values.nbytes)
+
+    def synchronize(self):
+        assert not self.closed
+
+    def close(self):
+        assert not self.closed
+        self.closed = True
+
+
+class _Severity(Enum):
+    INTERNAL_ERROR, ERROR, INFO = range(3)
+
+
+class _Logger:
+    Severity = _Severity
+
+
+class _Mode(Enum):
+    INPUT, OUTPUT = range(2)
+
+
+class _Location(Enum):
+    DEVICE, HOST = range(2)
+
+
+class _Context:
+    def __init__(self, engine):
+        self.engine, self.profile = engine, None
+        self.shapes, self.addresses, self.scratch = {}, {}, None
+
+    def set_optimization_profile_async(self, number, stream):
+        assert stream == 7
+        self.profile = number
+        return True
+
+    def set_input_shape(self, name, shape):
+        self.shapes[name] = tuple(shape)
+        return True
+
+    def set_tensor_address(self, name, address):
+        assert address
+        self.addresses[name] = address
+        return True
+
+    def set_output_allocator(self, name, allocator):
+        self.addresses[name] = allocator
+        return True
+
+    def set_device_memory(self, address, size):
+        assert size >= self.engine.scratch[self.profile]
+        self.scratch = (address, size)
+
+    def infer_shapes(self):
+        return sorted(set(self.engine.inputs) - set(self.shapes))
+
+    def get_tensor_shape(self, name):
+        """As shape inference: from the inputs' shapes by the names of axes; -1 where those do not tell."""
+        symbols = {
+            str(dim): size
+            for input_name, value in self.engine.inputs.items()
+            for dim, size in zip(value.shape, self.shapes[input_name], strict=True)
+        }
+        if "k" in symbols:
+            symbols["M"] = symbols["S"] - symbols["N"] + symbols["k"]
+        return tuple(_size(dim, symbols) for dim in self.engine.outputs[name].shape)
+
+    def execute_async_v3(self, stream):
+        assert stream == 7
+        assert self.scratch is not None
+        if self.engine.fails:
+            self.engine.logger.log(_Severity.ERROR, "the kernel\nwent wrong")
+            return False
+        feeds = {name: self._read(name) for name in self.engine.inputs}
+        for name, value in self.engine.runner.run(feeds).items():
+            self._write(name, value.numpy())
+        return True
+
+    def _read(self, name):
+        kind = self.engine.kind(name)
+        values = np.empty(self.shapes[name], dtype=_NUMPY[kind])
+        ctypes.memmove(values.ctypes.data, self.addresses[name], values.nbytes)
+        return widen(values) if kind == "BF16" else values
+
+    def _write(self, name, array):
+        bits = narrow(array) if self.engine.kind(name) == "BF16" else np.ascontiguousarray(array)
+        address = self.addresses[name]
+        if not isinstance(address, int):
+            address.notify_shape(name, bits.shape)
+            address = address.reallocate_output(name, 0, bits.nbytes, 512)
+        ctypes.memmove(address, bits.ctypes.data, bits.nbytes)
+
+
+def _size(dim, symbols):
+    if isinstance(dim, int):
+        return dim
+    parts = str(dim).split(" + ")
+    return sum(symbols[part] for part in parts) if set(parts) <= set(symbols) else -1
+
+
+class _Engine:
+    def __init__(self, file, settings, logger):
+        graph = ir.load(file).graph
+        self.inputs = {value.name: value for value in graph.inputs}
+        self.outputs = {value.name: value for value in graph.outputs}
+        self.runner = OnnxRuntimeRunner(file)
+        self.logger, self.contexts = logger, []
+        self.num_optimization_profiles = settings["profiles"]
+        self.scratch = [100 + number for number in range(settings["profiles"])]
+        self.fails = settings["fails"]
+        self.num_io_tensors = len(self.inputs) + len(self.outputs)
+
+    def get_tensor_name(self, number):
+        return [*self.inputs, *self.outputs][number]
+
+    def get_tensor_mode(self, name):
+        return _Mode.INPUT if name in self.inputs else _Mode.OUTPUT
+
+    def get_tensor_location(self, _name):
+        return _Location.DEVICE
+
+    def kind(self, name):
+        return _KINDS[(self.inputs | self.outputs)[name].dtype.name]
+
+    def get_tensor_dtype(self, name):
+        return SimpleNamespace(name=self.kind(name))
+
+    def get_device_memory_size_for_profile_v2(self, number):
+        return self.scratch[number]
+
+    def create_execution_context(self, strategy):
+        assert strategy == "user managed"
+        self.contexts.append(_Context(self))
+        return self.contexts[-1]
+
+
+def fake_tensorrt(version="10.9.0.34", **settings):
+    """A module in TensorRT's place; `settings`: profiles, fails, refuses."""
+    chosen = {"profiles": 1, "fails": False, "refuses": "", **settings}
+    made = SimpleNamespace(engines={}, libraries=[])
+
+    class Runtime:
+        def __init__(self, logger):
+            self.logger = logger
+
+        def deserialize_cuda_engine(self, content):
+            if chosen["refuses"]:
+                self.logger.log(_Severity.ERROR, chosen["refuses"])
+                return None
+            file = bytes(content).decode()
+            own = chosen if "decoder" in file else {**chosen, "profiles": 1}
+            made.engines[file.rsplit("/", 1)[-1]] = engine = _Engine(file, own, self.logger)
+            return engine
+
+    registry = SimpleNamespace(load_library=made.libraries.append)
+    return SimpleNamespace(
+        __name__=f"fake_tensorrt_{id(made)}",
+        __version__=version,
+        made=made,
+        ILogger=_Logger,
+        IOutputAllocator=object,
+        Runtime=Runtime,
+        TensorIOMode=_Mode,
+        TensorLocation=_Location,
+        ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="user managed"),
+        get_plugin_registry=lambda: registry,
+    )
+
+
+def write_fake_engine(onnx, engine):
+    """An "engine" the fake module opens: the path of an ONNX file."""
+    engine.write_bytes(str(onnx).encode())

@@ -1,0 +1,173 @@
+"""Execution providers: names, what is missing, and that the CPU never steps in unseen.
+
+CI's ONNX Runtime has the provider "AzureExecutionProvider", which runs no node of ours: a real stand-in for a
+GPU that cannot run a graph. GPUs themselves are not exercised here.
+"""
+
+import sys
+from types import SimpleNamespace
+
+import onnxruntime
+import pytest
+from command_line import ep_export
+from onnx import TensorProto
+from test_onnxruntime_runner import joined
+from tiny import tiny_picture
+
+from ep_export.errors import UsageError, UserError
+from ep_export.runtime import OnnxRuntimeOptions, OnnxRuntimeRunner
+from ep_export.runtime.backends import OnnxRuntimeBackend, Runtime, choose_backend
+from ep_export.runtime.providers import CPU, PROVIDERS, prepare_providers, short_name
+
+IDLE = "AzureExecutionProvider"
+pytestmark = pytest.mark.skipif(
+    IDLE not in onnxruntime.get_available_providers(), reason=f"this ONNX Runtime has no {IDLE}"
+)
+
+
+@pytest.fixture
+def graph(tmp_path):
+    return joined(tmp_path / "joined.onnx", TensorProto.FLOAT)
+
+
+@pytest.mark.parametrize("name", PROVIDERS)
+def test_short_names_are_onnx_runtimes_own_providers(name):
+    assert PROVIDERS[name].name in onnxruntime.get_all_providers()
+    assert short_name(PROVIDERS[name].name) == name
+
+
+def test_the_cpu_is_no_fallback_unless_asked_for(graph):
+    with pytest.raises(UserError, match="cannot run all of joined") as caught:
+        OnnxRuntimeRunner(graph, OnnxRuntimeOptions((IDLE,)))
+    assert "add --provider cpu" in caught.value.hint
+
+
+def test_what_goes_to_the_cpu_is_counted(graph):
+    backend = OnnxRuntimeBackend(OnnxRuntimeOptions((IDLE, "cpu")))
+    assert backend(graph).nodes == {CPU: 1}
+    backend(graph)
+    assert backend.sentence == f"nodes of the graphs: 0 on {IDLE}, 2 on cpu"
+
+
+def test_the_cpu_alone_needs_no_words(graph):
+    backend = choose_backend(None, Runtime.ONNXRUNTIME)
+    assert backend(graph).nodes == {}
+    assert backend.sentence == ""
+
+
+@pytest.mark.parametrize("name", sorted(set(PROVIDERS) - {"cpu"}))
+def test_a_missing_provider_says_what_brings_it_and_what_there_is(graph, monkeypatch, name):
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [IDLE, CPU])
+    monkeypatch.setitem(sys.modules, "onnxruntime_ep_nv_tensorrt_rtx", None)
+    with pytest.raises(UserError, match=PROVIDERS[name].name) as caught:
+        OnnxRuntimeRunner(graph, OnnxRuntimeOptions((name,)))
+    assert PROVIDERS[name].needs in caught.value.hint
+    assert f"available here: {IDLE}, cpu" in caught.value.hint
+
+
+def test_an_unknown_provider_suggests_the_nearest(graph):
+    with pytest.raises(UsageError, match="no cudda") as caught:
+        OnnxRuntimeRunner(graph, OnnxRuntimeOptions(("cudda",)))
+    assert "cuda" in caught.value.hint
+
+
+@pytest.fixture
+def plugin(monkeypatch):
+    """A package that brings TensorRT-RTX's provider, and ONNX Runtime's answers to it: stand-ins, no GPU."""
+    package = SimpleNamespace(get_library_path=lambda: "/nowhere/libprovider.so")
+    monkeypatch.setitem(sys.modules, "onnxruntime_ep_nv_tensorrt_rtx", package)
+
+    def answer(register, devices):
+        monkeypatch.setattr(onnxruntime, "register_execution_provider_library", register)
+        monkeypatch.setattr(onnxruntime, "get_ep_devices", lambda: devices)
+
+    return answer
+
+
+class Options:
+    def __init__(self):
+        self.entries, self.devices = {}, []
+
+    def add_session_config_entry(self, name, value):
+        self.entries[name] = value
+
+    def add_provider_for_devices(self, devices, _options):
+        self.devices += devices
+
+
+def test_a_plugin_provider_is_registered_and_its_first_device_taken(plugin):
+    registered = []
+    device = SimpleNamespace(ep_name="NvTensorRTRTXExecutionProvider")
+    other = SimpleNamespace(ep_name="NvTensorRTRTXExecutionProvider")
+    cpu = SimpleNamespace(ep_name=CPU)
+    plugin(lambda name, path: registered.append((name, path)), [cpu, device, other])
+    options = Options()
+    assert prepare_providers(("tensorrt-rtx",), options) == []
+    assert registered == [("NvTensorRTRTXExecutionProvider", "/nowhere/libprovider.so")]
+    assert options.devices == [device]
+    assert options.entries["session.disable_cpu_ep_fallback"] == "1"
+    both = Options()
+    assert prepare_providers(("tensorrt-rtx", "cpu"), both) == []
+    assert both.devices == [device, cpu]
+    assert "session.disable_cpu_ep_fallback" not in both.entries
+
+
+def test_a_plugin_provider_without_a_device_is_refused(plugin):
+    plugin(lambda *_: None, [])
+    with pytest.raises(UserError, match="it drives no device of this machine"):
+        prepare_providers(("tensorrt-rtx",), Options())
+
+
+def test_a_plugin_that_does_not_load_gives_its_reason(plugin):
+    def fail(*_):
+        raise RuntimeError("libcuda.so.1: cannot open shared object file\nand more")
+
+    plugin(fail, [])
+    with pytest.raises(UserError, match=r"libcuda\.so\.1: cannot open shared object file$"):
+        prepare_providers(("tensorrt-rtx",), Options())
+
+
+def test_a_provider_that_does_not_start_is_not_replaced(graph, monkeypatch):
+    real = onnxruntime.InferenceSession
+
+    def without(file, options, **settings):
+        assert settings["enable_fallback"] == 0
+        return real(file, options, providers=[CPU])
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", without)
+    with pytest.raises(UserError, match=f"could not start {IDLE} for joined"):
+        OnnxRuntimeRunner(graph, OnnxRuntimeOptions((IDLE, "cpu")))
+
+
+@pytest.mark.parametrize(
+    ("choice", "sentence"),
+    [
+        ({"runtime": Runtime.ONNXRUNTIME, "target": "h100"}, "--target chooses engines"),
+        ({"runtime": Runtime.TENSORRT, "providers": ("cpu",)}, "--provider and --threads are ONNX Runtime's"),
+        ({"runtime": Runtime.TENSORRT, "threads": 2}, "--provider and --threads are ONNX Runtime's"),
+    ],
+)
+def test_options_of_the_other_runtime_are_refused(choice, sentence):
+    runtime = choice.pop("runtime")
+    with pytest.raises(UsageError, match=sentence):
+        choose_backend(None, runtime, **choice)
+
+
+def test_run_shows_where_nodes_went(tiny_bundle, tmp_path):
+    tiny_picture(140, 112, 1).save(tmp_path / "p.png")
+    asked = ["run", str(tiny_bundle.path), "--image", str(tmp_path / "p.png"), "--prompt", "which digits?"]
+    asked += ["--max-new-tokens", "2"]
+    plain, counted = ep_export(*asked), ep_export(*asked, "--provider", IDLE, "--provider", "cpu")
+    assert (plain.code, counted.code) == (0, 0)
+    assert plain.out == counted.out
+    assert f"nodes of the graphs: 0 on {IDLE}, " in counted.err
+    assert "nodes of the graphs" not in plain.err
+    refused = ep_export(*asked, "--provider", IDLE)
+    assert refused.code == 1
+    assert "hint: add --provider cpu" in refused.err
+
+
+def test_run_without_engines_says_so_and_what_to_do(tiny_bundle):
+    result = ep_export("run", str(tiny_bundle.path), "--prompt", "hello", "--runtime", "tensorrt")
+    assert result.code == 1
+    assert result.err.startswith(f"error: bundle {tiny_bundle.path} has no engines\nhint: compile some:")

@@ -1,0 +1,491 @@
+"""The TensorRT backend without a GPU: everything but CUDA's and TensorRT's own calls.
+
+`fake_tensorrt` stands in for TensorRT and `HostDevice` for the GPU (see `host_device.py`); the last tests use
+the real TensorRT-RTX and cuda-python as far as they go on a machine without a GPU.
+"""
+
+import dataclasses
+import gc
+import importlib
+import shutil
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from host_device import HostDevice, fake_tensorrt, write_fake_engine
+from test_onnxruntime_runner import joined
+from tiny import tiny_picture
+
+from ep_export.bundle import Bundle, hash_file
+from ep_export.checkpoint import open_checkpoint
+from ep_export.engine.device import find_gpu
+from ep_export.engine.profiles import LimitsRequest, make_profiles, resolve_limits
+from ep_export.engine_record import (
+    EngineFile,
+    EngineRecord,
+    Limits,
+    Profile,
+    ShapeRange,
+    bundle_fingerprint,
+    engine_directory,
+    read_record,
+    write_record,
+)
+from ep_export.errors import UserError
+from ep_export.runtime import OnnxRuntimeRunner, Session
+from ep_export.runtime.device import CudaDevice, DeviceMemory
+from ep_export.runtime.engines import EngineBackend
+from ep_export.runtime.tensorrt_runner import DeviceTensor, Scratch, TensorRtRunner, open_engine
+from ep_export.targets import Flavour
+from ep_export.validate.polygraphy_run import compare_with_polygraphy
+from ep_export.validate.report import Verdict
+
+onnx = importlib.import_module("onnx")
+VERSION = "10.9.0.34"
+LIMITS = Limits(max_prompt=512, max_new_tokens=64, max_pixels=1 << 20, max_kept_tokens=512)
+
+
+@pytest.fixture(scope="module")
+def compiled(tiny_bundle, tmp_path_factory):
+    """The tiny bundle with "engines" (stand-ins) for a made-up GPU of SM 8.9."""
+    bundle = Bundle(tmp_path_factory.mktemp("compiled") / "bundle", tiny_bundle.manifest)
+    shutil.copytree(tiny_bundle.path, bundle.path)
+    limits = resolve_limits(bundle, LimitsRequest(max_prompt=512, max_new_tokens=64, max_pixels=150 * 150))
+    directory = engine_directory(bundle.path, "made-up")
+    directory.mkdir(parents=True)
+    engines = {}
+    for component in bundle.manifest.components:
+        file = directory / f"{component.name}.engine"
+        write_fake_engine(bundle.file(component.file), file)
+        profiles = make_profiles(bundle, limits)[component.name]
+        engines[component.name] = EngineFile(
+            file.name, hash_file(file), file.stat().st_size, 1.0, tuple(profiles)
+        )
+    record = EngineRecord(
+        target="made-up",
+        sm="8.9",
+        flavour=Flavour.TENSORRT,
+        version=VERSION,
+        cuda="12.8",
+        bundle=bundle_fingerprint(bundle.manifest),
+        model=bundle.manifest.model,
+        dialect=bundle.manifest.dialect,
+        precision=bundle.manifest.precision,
+        limits=limits,
+        components=engines,
+        plugin=False,
+        made_by={},
+    )
+    write_record(directory, record)
+    return bundle
+
+
+@pytest.fixture
+def changed(compiled, tmp_path):
+    """A copy of the compiled bundle whose record can be changed."""
+    bundle = Bundle(tmp_path / "bundle", compiled.manifest)
+    shutil.copytree(compiled.path, bundle.path)
+    directory = engine_directory(bundle.path, "made-up")
+
+    def change(**fields):
+        write_record(directory, dataclasses.replace(read_record(directory), **fields))
+        return bundle
+
+    return change
+
+
+def backend(bundle, target=None, *, device=HostDevice, profiles=2, **settings):
+    module = fake_tensorrt(profiles=profiles, **settings)
+    return EngineBackend(bundle, target, module=lambda _: module, device=device), module
+
+
+def runner(tmp_path, kind, *, device=None, module=None, profiles=1, **settings):
+    """A runner over the graph past, new -> present."""
+    file = joined(tmp_path / "joined.onnx", kind)
+    write_fake_engine(file, tmp_path / "joined.engine")
+    shapes = {"past": ShapeRange((1, 0), (1, 2), (1, 8)), "new": ShapeRange((1, 1), (1, 1), (1, 2))}
+    module = module or fake_tensorrt(**settings)
+    opened = open_engine(
+        module,
+        tmp_path / "joined.engine",
+        name="joined",
+        profiles=(Profile("all", shapes),) * profiles,
+        limits=LIMITS,
+    )
+    memory = DeviceMemory(device or HostDevice())
+    return TensorRtRunner(opened, memory, Scratch(memory), lambda: None)
+
+
+def test_a_session_answers_as_with_onnx_runtime(compiled):
+    pictures, question = [tiny_picture(140, 112, 1)], "which digits?"
+    with Session.open(compiled) as session:
+        wanted = session.generate(pictures, question, max_new_tokens=8)
+    made, module = backend(compiled)
+    with Session.open(compiled, runner=made) as session:
+        got = session.generate(pictures, question, max_new_tokens=8)
+        text = session.generate([], question, max_new_tokens=3)
+    assert got.token_ids == wanted.token_ids
+    assert got.kept_index == wanted.kept_index
+    assert len(text.token_ids) == 3
+    # prefill in the first context of head and tail, decode in the second
+    for name in ("decoder_head.onnx", "decoder_tail.onnx"):
+        assert [context.profile for context in module.made.engines[name].contexts] == [0, 1]
+
+
+def test_caches_and_hidden_states_stay_on_the_device(compiled):
+    device = HostDevice()
+    made, _ = backend(compiled, device=lambda: device)
+    with Session.open(compiled, runner=made) as session:
+        session.generate([], "which digits?", max_new_tokens=2)
+        before_in, before_out = device.copies_in, device.copies_out
+        session.generate([], "which digits?", max_new_tokens=2)
+    # prefill: ids, embeddings and 3 integer inputs go in (empty caches are no bytes);
+    # decode step: ids and 3 integer inputs
+    assert device.copies_in - before_in == (1 + 1 + 3) + (1 + 3)
+    # embeddings, kept index, kept positions, logits; then only the logits
+    assert device.copies_out - before_out == 4 + 1
+
+
+def test_polygraphy_compares_engines_beside_onnx_runtime(compiled, tiny_checkpoint, tmp_path):
+    """Components are opened and closed one after the other: the device is given back and asked for again."""
+    devices = []
+
+    def device():
+        devices.append(HostDevice())
+        return devices[-1]
+
+    made, module = backend(compiled, device=device)
+    found = compare_with_polygraphy(
+        compiled,
+        open_checkpoint(str(tiny_checkpoint)),
+        {"onnxruntime": OnnxRuntimeRunner, "tensorrt": made},
+        pictures=[tiny_picture(140, 112, 1)],
+        prompts=["which digits?"],
+        out=tmp_path / "out",
+    )
+    assert found.report.verdict is Verdict.PASS
+    assert sum(stage.name.endswith(", tensorrt") for stage in found.report.stages) == 8
+    assert len(devices) == len(module.made.engines) == 4
+    for one in module.made.engines.values():
+        one.contexts.clear()  # the stand-ins remember theirs
+    gc.collect()
+    assert all(one.closed and not one.held for one in devices)
+
+
+def test_all_memory_goes_back(compiled):
+    device = HostDevice()
+    made, _ = backend(compiled, device=lambda: device)
+    with Session.open(compiled, runner=made) as session:
+        session.generate([tiny_picture(140, 112, 1)], "which digits?", max_new_tokens=4)
+        assert device.held
+    gc.collect()
+    assert not device.held
+    assert device.closed
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "seen"),
+    [
+        (onnx.TensorProto.FLOAT, "FLOAT", np.float32),
+        (onnx.TensorProto.FLOAT16, "HALF", np.float16),
+        (onnx.TensorProto.BFLOAT16, "BF16", np.float32),
+    ],
+    ids=["fp32", "fp16", "bf16"],
+)
+def test_values_go_from_one_run_into_the_next(tmp_path, kind, name, seen):
+    device = HostDevice()
+    one = runner(tmp_path, kind, device=device)
+    present = np.zeros((1, 0), dtype=np.float32)
+    for i in range(3):
+        present = one.run({"past": present, "new": np.full((1, 2), i + 0.5)})["present"]
+    assert isinstance(present, DeviceTensor)
+    assert (present.shape, present.kind) == ((1, 6), name)
+    assert device.copies_in == 3  # each `new`; never the cache
+    assert present.numpy().dtype == seen
+    assert present.numpy().tolist() == [[0.5, 0.5, 1.5, 1.5, 2.5, 2.5]]
+
+
+def test_outputs_of_unknown_shape_are_allocated_while_running(tmp_path):
+    one = runner(tmp_path, onnx.TensorProto.FLOAT)  # present is [1, T], and no input has an axis T
+    for length in (1, 2):
+        made = one.run({"past": np.ones((1, 4)), "new": np.zeros((1, length))})["present"]
+        assert made.shape == (1, 4 + length)
+        assert made.numpy().tolist() == [[1.0] * 4 + [0.0] * length]
+
+
+def test_a_shape_beyond_the_profiles_names_the_input_and_the_limit(tmp_path):
+    one = runner(tmp_path, onnx.TensorProto.FLOAT)
+    with pytest.raises(UserError, match=r"input past of joined has shape \[1, 9\]") as caught:
+        one.run({"past": np.zeros((1, 9)), "new": np.zeros((1, 1))})
+    assert "its engine takes [1, 0] to [1, 8]" in str(caught.value)
+    assert "prompts of 512 tokens" in caught.value.hint
+    assert "--max-prompt" in caught.value.hint
+
+
+def test_a_prompt_beyond_the_engines_is_refused_before_it_runs(compiled):
+    made, module = backend(compiled)
+    with (
+        Session.open(compiled, runner=made) as session,
+        pytest.raises(UserError, match=r"pixel_values of vision_encoder has shape"),
+    ):
+        session.generate([tiny_picture(220, 220, 1)], "which digits?", max_new_tokens=1)
+    assert not module.made.engines["decoder_head.onnx"].contexts
+
+
+def test_wrong_names_are_named(tmp_path):
+    one = runner(tmp_path, onnx.TensorProto.FLOAT)
+    with pytest.raises(UserError, match=r"joined misses inputs \['past'\] and does not know \['pst'\]"):
+        one.run({"pst": np.zeros((1, 1)), "new": np.zeros((1, 1))})
+
+
+def test_a_run_that_fails_says_what_tensorrt_said(tmp_path):
+    one = runner(tmp_path, onnx.TensorProto.FLOAT, fails=True)
+    with pytest.raises(UserError, match=r"^joined failed: the kernel$"):
+        one.run({"past": np.zeros((1, 1)), "new": np.zeros((1, 1))})
+
+
+def test_an_engine_that_is_refused_says_why(tmp_path):
+    with pytest.raises(UserError, match=r"joined\.engine cannot be opened: other magic tag"):
+        runner(tmp_path, onnx.TensorProto.FLOAT, refuses="other magic tag")
+
+
+def test_another_number_of_profiles_than_recorded_is_refused(tmp_path):
+    with pytest.raises(UserError, match="engine joined has 1 profiles, its record says 2"):
+        runner(tmp_path, onnx.TensorProto.FLOAT, profiles=2)
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"sm": "8.7"}, "engines for made-up are for SM 8.7, expected SM 8.9"),
+        ({"version": "10.3.0.30"}, "built by tensorrt 10.3.0.30, expected 10.9.0.34"),
+        ({"bundle": "0" * 64}, "were built from another bundle"),
+        ({"components": {}}, "lack decoder_head"),
+        ({"plugin": True}, "hold the EntropyPrune plugin"),
+    ],
+    ids=["SM", "TensorRT version", "bundle", "component", "plugin"],
+)
+def test_engines_for_something_else_are_refused_before_any_is_opened(changed, fields, sentence):
+    module = fake_tensorrt()
+    with pytest.raises(UserError, match=sentence):
+        EngineBackend(changed(**fields), module=lambda _: module, device=HostDevice)
+    assert not module.made.engines
+
+
+def test_a_changed_engine_is_refused(changed):
+    bundle = changed()
+    engine = engine_directory(bundle.path, "made-up") / "decoder_tail.engine"
+    content = bytearray(engine.read_bytes())
+    content[0] ^= 1
+    engine.write_bytes(content)
+    with pytest.raises(UserError, match="was changed: its SHA-256 differs"):
+        backend(bundle)
+
+
+def test_the_plugin_is_loaded_before_the_engines(changed):
+    bundle = changed(plugin=True)
+    library = engine_directory(bundle.path, "made-up") / "libep_entropy_prune.so"
+    library.write_bytes(b"")
+    _, module = backend(bundle)
+    assert module.made.libraries == [str(library)]
+    assert not module.made.engines
+
+
+def test_a_plugin_is_never_loaded_into_tensorrt_rtx(changed):
+    bundle = changed(plugin=True, flavour=Flavour.TENSORRT_RTX)
+    (engine_directory(bundle.path, "made-up") / "libep_entropy_prune.so").write_bytes(b"")
+    module = fake_tensorrt()
+    with pytest.raises(UserError, match="tensorrt-rtx has none of"):
+        EngineBackend(bundle, module=lambda _: module, device=HostDevice)
+    assert not module.made.libraries
+
+
+def test_which_engines_is_asked_only_when_there_are_several(compiled, changed, tiny_bundle):
+    with pytest.raises(UserError, match="has no engines") as caught:
+        backend(tiny_bundle)
+    assert "ep-export compile" in caught.value.hint
+    assert "--runtime onnxruntime" in caught.value.hint
+    with pytest.raises(UserError, match="no engines for 'made-op'") as caught:
+        backend(compiled, "made-op")
+    assert "did you mean made-up?" in caught.value.hint
+    bundle = changed()
+    shutil.copytree(engine_directory(bundle.path, "made-up"), engine_directory(bundle.path, "other"))
+    with pytest.raises(UserError, match="engines for 2 targets") as caught:
+        backend(bundle)
+    assert caught.value.hint == "add --target made-up|other"
+    backend(bundle, "made-up")
+
+
+@pytest.mark.parametrize("flavour", [Flavour.TENSORRT, Flavour.TENSORRT_RTX])
+def test_without_tensorrt_one_line_says_what_runs_instead(changed, monkeypatch, flavour):
+    monkeypatch.setitem(sys.modules, flavour.value.replace("-", "_"), None)
+    with pytest.raises(UserError, match=f"need {flavour.value}, which is not installed") as caught:
+        EngineBackend(changed(flavour=flavour))
+    assert "\n" not in str(caught.value)
+    assert "--runtime onnxruntime" in caught.value.hint
+
+
+def test_blocks_are_used_again_and_idle_ones_stay_few():
+    device = HostDevice()
+    memory = DeviceMemory(device)
+    kept = memory.take(100_000)
+    first = memory.take(5_000).address  # comes back at once
+    assert memory.take(4_900).address == first
+    for size in range(10_000, 200_000, 7_000):
+        memory.take(size)
+    assert memory.idle_bytes <= memory.used_bytes // 2 + 200_000
+    del kept
+    memory.close()
+    assert not device.held
+    assert device.closed
+
+
+def test_a_growing_cache_keeps_its_block_for_long():
+    device = HostDevice()
+    memory = DeviceMemory(device)
+    sizes = {memory.take(1_300_000 + step * 1_024).size for step in range(128)}
+    assert len(sizes) <= 3
+    assert max(sizes) <= 1.15 * (1_300_000 + 128 * 1_024)
+
+
+def test_full_memory_is_one_line():
+    device = HostDevice(capacity=1 << 20)
+    memory = DeviceMemory(device)
+    held = memory.take(500_000)
+    memory.take(200_000)  # comes back, and is freed to make room for the next
+    memory.take(450_000)
+    with pytest.raises(UserError, match=r"the GPU has no 0\.7 MB left") as caught:
+        memory.take(700_000)
+    assert "smaller picture" in caught.value.hint
+    del held
+
+
+class FakeCudart:
+    """cuda-python's runtime as far as `CudaDevice` calls it: every call is written down. No GPU behind it."""
+
+    cudaError_t = SimpleNamespace(cudaSuccess=0, cudaErrorMemoryAllocation=2)
+    cudaDeviceAttr = SimpleNamespace(
+        cudaDevAttrComputeCapabilityMajor="major", cudaDevAttrComputeCapabilityMinor="minor"
+    )
+    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice="in", cudaMemcpyDeviceToHost="out")
+
+    def __init__(self, count=(0, 1), malloc=(0, 4096)):
+        self.calls = []
+        self.results = {
+            "cudaGetDeviceCount": count,
+            "cudaMalloc": malloc,
+            "cudaStreamCreate": (0, 7),
+            "cudaGetErrorString": (0, b"no CUDA-capable device is detected"),
+        }
+
+    def __getattr__(self, name):
+        def call(*arguments):
+            self.calls.append((name, *arguments))
+            if name == "cudaDeviceGetAttribute":
+                return 0, {"major": 8, "minor": 7}[arguments[0]]
+            return self.results.get(name, (0,))
+
+        return call
+
+
+@pytest.fixture
+def cudart(monkeypatch):
+    def install(**results):
+        fake = FakeCudart(**results)
+        monkeypatch.setitem(sys.modules, "cuda", SimpleNamespace(bindings=SimpleNamespace(runtime=fake)))
+        monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(runtime=fake))
+        return fake
+
+    return install
+
+
+def test_the_cuda_device_makes_these_calls(cudart):
+    fake = cudart()
+    device = CudaDevice()
+    assert (device.sm, device.stream) == ("8.7", 7)
+    values = np.arange(4, dtype=np.float32)
+    address = device.allocate(16)
+    device.copy_in(address, values)
+    device.copy_out(values, address)
+    device.free(address)
+    device.close()
+    host = values.ctypes.data
+    assert fake.calls[-6:] == [
+        ("cudaMalloc", 16),
+        ("cudaMemcpyAsync", 4096, host, 16, "in", 7),
+        ("cudaMemcpyAsync", host, 4096, 16, "out", 7),
+        ("cudaStreamSynchronize", 7),
+        ("cudaFree", 4096),
+        ("cudaStreamDestroy", 7),
+    ]
+
+
+@pytest.mark.parametrize("count", [(100, None), (0, 0)], ids=["error", "none visible"])
+def test_without_a_gpu_one_line_says_what_runs_instead(cudart, count):
+    cudart(count=count)
+    with pytest.raises(UserError, match="TensorRT needs a CUDA GPU: n") as caught:
+        CudaDevice()
+    assert "\n" not in str(caught.value)
+    assert "--runtime onnxruntime" in caught.value.hint
+
+
+def test_cuda_errors_are_told(cudart):
+    fake = cudart(malloc=(2, None))
+    device = CudaDevice()
+    with pytest.raises(MemoryError):
+        device.allocate(16)
+    fake.results["cudaStreamSynchronize"] = (700,)
+    with pytest.raises(UserError, match=r"cudaStreamSynchronize failed: no CUDA-capable"):
+        device.synchronize()
+
+
+def test_without_cuda_python_one_line_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cuda", None)
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    with pytest.raises(UserError, match="needs cuda-python") as caught:
+        CudaDevice()
+    assert "ep-export[tensorrt]" in caught.value.hint
+
+
+def test_real_cuda_python_says_that_there_is_no_gpu():
+    runtime = pytest.importorskip("cuda.bindings.runtime", reason="cuda-python is not installed")
+    if runtime.cudaGetDeviceCount()[1]:
+        pytest.skip("there is a GPU")
+    with pytest.raises(UserError, match="TensorRT needs a CUDA GPU: "):
+        CudaDevice()
+
+
+@pytest.fixture(scope="module")
+def real_engine(tmp_path_factory):
+    """past, new -> present, compiled by the real TensorRT-RTX for SM 8.9 without a GPU."""
+    trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    directory = tmp_path_factory.mktemp("rtx")
+    onnx_file = joined(directory / "joined.onnx", onnx.TensorProto.FLOAT)
+    builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
+    network = builder.create_network(0)
+    assert trt.OnnxParser(network, trt.Logger(trt.Logger.ERROR)).parse(onnx_file.read_bytes())
+    config, profile = builder.create_builder_config(), builder.create_optimization_profile()
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(trt.ComputeCapability.SM89, 0)
+    profile.set_shape("past", (1, 0), (1, 4), (1, 8))
+    profile.set_shape("new", (1, 1), (1, 2), (1, 4))
+    config.add_optimization_profile(profile)
+    (directory / "joined.engine").write_bytes(bytes(builder.build_serialized_network(network, config)))
+    return trt, directory / "joined.engine"
+
+
+def test_real_tensorrt_rtx_recognises_what_is_no_engine(real_engine, tmp_path):
+    trt, _ = real_engine
+    (tmp_path / "text.engine").write_bytes(b"x" * 4096)
+    with pytest.raises(UserError, match=r"text\.engine cannot be opened: .*malformed engine"):
+        open_engine(trt, tmp_path / "text.engine", name="text", profiles=(), limits=LIMITS)
+
+
+def test_real_tensorrt_rtx_without_a_gpu_gives_its_reason_in_one_line(real_engine):
+    trt, file = real_engine
+    if find_gpu() is not None:
+        pytest.skip("there is a GPU")
+    with pytest.raises(UserError, match=r"^engine .*joined\.engine cannot be opened: .*CUDA") as caught:
+        open_engine(trt, file, name="joined", profiles=(), limits=LIMITS)
+    assert "\n" not in str(caught.value)
