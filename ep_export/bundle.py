@@ -110,7 +110,7 @@ class Manifest:
         policy: Where and how tokens are pruned.
         evidence: What the policy stands on.
         keep: Default amount kept; the runtime may override it.
-        degree: Degree of the Chebyshev series in the EntropyPrune body.
+        degree: Degree of the entropy series in the EntropyPrune body.
         dialect: Operators used.
         precision: Arithmetic type.
         opset: ONNX opset of the default domain.

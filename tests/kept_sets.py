@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ep_export.bundle import Manifest
-from ep_export.entropy import KeptDifference, approximation_spread, chebyshev_scores, kept_difference
+from ep_export.entropy import KeptDifference, approximation_spread, kept_difference, series_scores
 from ep_export.reference import PruneTrace
 
 __all__ = ["difference_from_exact"]
@@ -17,7 +17,7 @@ def difference_from_exact(trace: PruneTrace, kept: np.ndarray, manifest: Manifes
     """Compare `kept`, visual positions, with the oracle's; near-ties are what the series itself may swap."""
     policy = manifest.policy
     index, theirs = trace.visual_index.numpy(), trace.kept_index.numpy()
-    ours = chebyshev_scores(trace.states, policy.scorer, manifest.degree)
+    ours = series_scores(trace.states, policy.scorer, manifest.degree)
     return kept_difference(
         trace.scores,
         theirs[np.isin(theirs, index)],

@@ -11,7 +11,7 @@ import click
 
 from ep_export.bundle import Dialect, Precision, WeightsMode
 from ep_export.errors import UsageError
-from ep_export.policy import DEFAULT_DEGREE, Budget, Keep, Select, Source
+from ep_export.policy import DEFAULT_DEGREE, DEGREES, Budget, Keep, Select, Source
 
 __all__ = [
     "bundle_argument",
@@ -162,10 +162,11 @@ def export_options(function: _F) -> _F:
             ),
             click.option(
                 "--degree",
-                type=click.IntRange(4, 64),
-                default=DEFAULT_DEGREE,
+                type=click.Choice([str(degree) for degree in DEGREES]),
+                callback=lambda _context, _option, value: int(value),
+                default=str(DEFAULT_DEGREE),
                 show_default=True,
-                help="Degree of the entropy series.",
+                help="Degree of the entropy series; twice the degree, half the error.",
             ),
             click.option("--out", type=click.Path(path_type=Path), help="Bundle to write [./<model>-ep]."),
             click.option("--overwrite", is_flag=True, help="Replace an existing output."),

@@ -104,7 +104,7 @@ def kept_difference(
         visual_index: [visual_tokens] ascending positions.
         select: Which end is kept.
         budget: Joint or per picture.
-        tolerance: In the unit of the scores; `approximation_spread` for a Chebyshev selection.
+        tolerance: In the unit of the scores; `approximation_spread` for scores without eigenvalues.
     """
     values, index = _numpy(scores).astype(np.float64), _numpy(visual_index)
     ours, theirs = np.isin(index, _numpy(kept)), np.isin(index, _numpy(other))

@@ -6,7 +6,7 @@ from typing import Any
 
 from ep_export.checkpoint import Checkpoint
 from ep_export.errors import UserError
-from ep_export.policy import Policy, Source
+from ep_export.policy import DEGREES, Policy, Source
 
 __all__ = ["refuse_unsupported"]
 
@@ -18,7 +18,7 @@ def refuse_unsupported(checkpoint: Checkpoint, policy: Policy, degree: int) -> N
 
     Raises:
         UserError: Sliding-window layers, rotary tables that depend on the length at run time, a layer out of
-            range, states that do not divide into heads, or a series too short.
+            range, states that do not divide into heads, or a degree that is not offered.
     """
     dims = checkpoint.dims
     text = checkpoint.config.get_text_config()
@@ -41,8 +41,11 @@ def refuse_unsupported(checkpoint: Checkpoint, policy: Policy, degree: int) -> N
         )
     if policy.source is Source.HIDDEN and dims.hidden_size % dims.heads:
         raise UserError(f"hidden states of {dims.hidden_size} do not divide into {dims.heads} heads")
-    if not 2 <= degree <= 64:  # beyond 64 float32 rounding outweighs the truncation it removes
-        raise UserError(f"degree {degree} of the Chebyshev series is out of range", hint="give 2 to 64")
+    if degree not in DEGREES:
+        raise UserError(
+            f"degree {degree} of the entropy series is not a power of two that is offered",
+            hint=f"give one of {', '.join(map(str, DEGREES))}",
+        )
 
 
 def _rope_type(text: Any) -> str:

@@ -90,7 +90,7 @@ def export_bundle(
         dialect: Operators.
         precision: Arithmetic type; where it differs from the checkpoint's, weights pass through Cast nodes.
         weights: Link or copy the shards; a link falls back to a copy across file systems, with a warning.
-        degree: Degree of the Chebyshev series in the EntropyPrune body.
+        degree: Degree of the entropy series in the EntropyPrune body.
         progress: Told about stages.
 
     Raises:

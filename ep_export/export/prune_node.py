@@ -36,7 +36,7 @@ def prune_function(
     Args:
         policy: Scorer, select and budget are read; layer and source say where the node stands.
         heads: Heads of the scored states.
-        degree: Degree of the Chebyshev series.
+        degree: Degree of the entropy series.
         opset: Opset of the body; TensorRT wants the model's own.
     """
     names = ("states", "hidden", "position_ids", "visual_index", "keep_slots")

@@ -20,7 +20,7 @@ import torch
 
 from ep_export.entropy import token_scores
 from ep_export.export.prune_node import scores_model
-from ep_export.policy import DEFAULT_DEGREE, Scorer
+from ep_export.policy import DEFAULT_DEGREE, DEGREES, Scorer
 
 LIMIT = 64
 
@@ -53,7 +53,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=576)
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--degree", type=int, default=DEFAULT_DEGREE)
+    parser.add_argument("--degree", type=int, choices=DEGREES, default=DEFAULT_DEGREE)
     parser.add_argument("--repeat", type=int, default=21)
     options = parser.parse_args()
 

@@ -19,7 +19,7 @@ from export_helpers import Decoder, build, hugging_face, random_prompt
 
 from ep_export.bundle import Bundle, Dialect, Precision, WeightsMode, hash_file
 from ep_export.checkpoint import open_checkpoint
-from ep_export.entropy import chebyshev_scores, select_tokens
+from ep_export.entropy import select_tokens, series_scores
 from ep_export.errors import UserError
 from ep_export.policy import Policy, Scorer, Select, Source
 
@@ -258,7 +258,8 @@ def test_keys_and_hidden_states_can_be_scored(
         (hidden, output.hidden_states[1][0].unflatten(-1, (6, 16))),
     ):
         scorer = bundle.manifest.policy.scorer
-        scores = chebyshev_scores(states[torch.from_numpy(visual)], scorer, 16).numpy()
+        degree = bundle.manifest.degree
+        scores = series_scores(states[torch.from_numpy(visual)], scorer, degree).numpy()
         chosen = select_tokens(scores, 7, select=Select.HIGHEST, visual_index=visual)
         got = Decoder(bundle)(embeds, positions, visual, 7)["kept_index"]
         np.testing.assert_array_equal(np.intersect1d(got, visual), chosen)

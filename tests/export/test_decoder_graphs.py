@@ -11,7 +11,7 @@ import torch
 from export_helpers import Decoder, TorchDecoder, hugging_face, random_prompt
 
 from ep_export.bundle import Bundle, Dialect
-from ep_export.entropy import chebyshev_scores, select_tokens
+from ep_export.entropy import select_tokens, series_scores
 from ep_export.policy import Scorer, Select
 
 # (layers, heads, kv_heads, head_dim), K and dialect: odd shapes on purpose.
@@ -71,7 +71,8 @@ def test_pruned_equals_the_pruned_layers(decoder: Decoder, reference: TorchDecod
     got = decoder(embeds, positions, visual, keep)
 
     def kept(states: torch.Tensor, _hidden: torch.Tensor) -> torch.Tensor:
-        scores = chebyshev_scores(states[torch.from_numpy(visual)], Scorer.PAPER, 16)
+        degree = decoder.bundle.manifest.degree
+        scores = series_scores(states[torch.from_numpy(visual)], Scorer.PAPER, degree)
         chosen = select_tokens(scores, keep, select=Select.HIGHEST, visual_index=torch.from_numpy(visual))
         text = np.setdiff1d(np.arange(embeds.shape[1]), visual)
         return torch.tensor(sorted([*text, *np.asarray(chosen).tolist()]))
