@@ -2,4 +2,5 @@
 
 from ep_export.cli import main
 
-main()
+if __name__ == "__main__":  # a spawned worker process imports this file under another name
+    main()

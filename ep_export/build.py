@@ -22,12 +22,21 @@ from ep_export.calibrate.pictures import find_pictures
 from ep_export.calibrate.questions import questions_for
 from ep_export.calibrate.record import Record, write_record
 from ep_export.checkpoint import Checkpoint, open_checkpoint
+from ep_export.engine.compile import (
+    CompileRequest,
+    CompileResult,
+    check_ahead,
+    check_compiler,
+    compile_bundle,
+)
 from ep_export.errors import UserError
+from ep_export.fit import vision_size
 from ep_export.plan import Plan, make_plan
 from ep_export.policy import Evidence, Keep, Policy
 from ep_export.progress import Progress, silent
 from ep_export.runtime.pictures import open_picture
 from ep_export.staging import refuse_existing, staged
+from ep_export.targets import Graphs
 from ep_export.testcards import make_cards
 
 if TYPE_CHECKING:
@@ -36,7 +45,7 @@ if TYPE_CHECKING:
     from ep_export.calibrate.questions import Questions
     from ep_export.validate import Report
 
-__all__ = ["BuildRequest", "BuildResult", "Prepared", "build", "prepare", "validate_bundle"]
+__all__ = ["BuildRequest", "BuildResult", "Prepared", "build", "prepare", "validate_bundle", "what_to_ask"]
 
 TEXT_TOKENS = 86
 """Text tokens of the plan that is shown before a build: about those of the paper's benchmarks."""
@@ -64,6 +73,7 @@ class BuildRequest:
         degree: Degree of the entropy series.
         images: Pictures to calibrate and validate on; None: test cards, for validation only.
         prompts: Questions file for the pictures.
+        compile: Compile the bundle afterwards; None: do not.
     """
 
     model: str
@@ -77,6 +87,7 @@ class BuildRequest:
     degree: int
     images: Path | None = None
     prompts: Path | None = None
+    compile: CompileRequest | None = None
 
 
 @dataclass(frozen=True)
@@ -93,10 +104,11 @@ class Prepared:
 
 @dataclass(frozen=True)
 class BuildResult:
-    """A finished bundle, and the report of its validation when there was one."""
+    """A finished bundle, the report of its validation when there was one, and what was compiled of it."""
 
     bundle: Bundle
     report: Report | None
+    compiled: CompileResult | None = None
 
 
 def prepare(request: BuildRequest, progress: Progress = silent) -> Prepared:
@@ -107,6 +119,8 @@ def prepare(request: BuildRequest, progress: Progress = silent) -> Prepared:
         UsageError: The keep is below what the layer allows.
     """
     refuse_existing(request.out, overwrite=request.overwrite, marker=MANIFEST)
+    if request.compile:
+        check_compiler(request.compile)
     checkpoint = open_checkpoint(request.model)
     record = _fresh_record(request, checkpoint, progress)
     policy, evidence = resolve_policy(checkpoint, request.policy, fresh=record, keep=request.keep)
@@ -117,13 +131,17 @@ def prepare(request: BuildRequest, progress: Progress = silent) -> Prepared:
         visual_tokens=checkpoint.family.default_visual_tokens(checkpoint.config),
         text_tokens=TEXT_TOKENS,
     )
+    if request.compile:
+        graphs = Graphs(request.dialect, request.precision)
+        check_ahead(request.compile, plan, vision_size(checkpoint.config), graphs)
     return Prepared(request, checkpoint, policy, evidence, plan, record)
 
 
 def build(prepared: Prepared, *, check: bool = True, progress: Progress = silent) -> BuildResult:
-    """Export, validate and put the bundle into place.
+    """Export, validate and put the bundle into place; then compile it, when that was asked for.
 
     A bundle that was found different is kept, so that one can look at it; its manifest and report say FAIL.
+    It is not compiled.
 
     Args:
         prepared: From `prepare`.
@@ -154,7 +172,11 @@ def build(prepared: Prepared, *, check: bool = True, progress: Progress = silent
         check = check and request.precision is not Precision.BF16
         report = _check(bundle, prepared, progress) if check else None
     shutil.rmtree(_journal(request.out), ignore_errors=True)
-    return BuildResult(Bundle.open(request.out, verify=False), report)
+    bundle = Bundle.open(request.out, verify=False)
+    if request.compile is None or (report and report.verdict.value == "FAIL"):
+        return BuildResult(bundle, report)
+    compiled = compile_bundle(bundle, request.compile, progress)
+    return BuildResult(Bundle.open(request.out, verify=False), report, compiled)
 
 
 def _fresh_record(request: BuildRequest, checkpoint: Checkpoint, progress: Progress) -> Record | None:
@@ -211,7 +233,7 @@ def validate_bundle(
     if bundle.manifest.precision is Precision.BF16:
         raise UserError(f"bundle {bundle.path} cannot be validated: {NO_BF16}", hint=NO_BF16_HINT)
 
-    pictures, asked = _questions(images, prompts, max_pictures)
+    pictures, asked = what_to_ask(images, prompts, max_pictures)
     report = validate(
         bundle, checkpoint, pictures=pictures, prompts=asked, max_new_tokens=max_new_tokens, progress=progress
     )
@@ -247,10 +269,19 @@ def _keep_record(bundle: Bundle, record: Record) -> None:
     relist(bundle)
 
 
-def _questions(
+def what_to_ask(
     images: Path | None, prompts: Path | None, max_pictures: int
 ) -> tuple[list[Image.Image], list[str]]:
-    """Pictures and one question for each."""
+    """Pictures and one question for each: those a bundle is validated on.
+
+    Args:
+        images: Folder of pictures; test cards when None.
+        prompts: Questions file; generic questions when None.
+        max_pictures: Pictures taken, the first by name.
+
+    Raises:
+        UserError: No picture can be read.
+    """
     questions: Questions = read_questions(prompts) if prompts else GENERIC_QUESTIONS
     if images is None:
         cards = list(make_cards())

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from ep_export.bundle import Dialect, Precision, WeightsMode
 from ep_export.cli.choice import policy_request
+from ep_export.cli.compile import compile_json, compile_request, limit_options, print_compiled
 from ep_export.cli.console import note, print_json, print_table, progress_bar
 from ep_export.cli.options import (
     export_options,
@@ -19,6 +22,7 @@ from ep_export.cli.options import (
     policy_options,
 )
 from ep_export.cli.plan import plan_json, plan_rows
+from ep_export.targets import find_target
 
 if TYPE_CHECKING:
     from ep_export.build import BuildRequest, BuildResult, Prepared
@@ -43,21 +47,52 @@ EXIT_DIFFERENT = 3
 )
 @export_options
 @click.option(
+    "--target",
+    "target_name",
+    metavar="T",
+    help="Compile for this device afterwards; dialect and precision are its best unless told.",
+)
+@limit_options
+@click.option("--force", is_flag=True, help="Compile although the estimate says that it does not fit.")
+@click.option(
     "--validate/--no-validate", "check", default=True, show_default=True, help="Compare with PyTorch."
 )
 @json_option
-def build(check: bool, as_json: bool, **options: Any) -> int:
+def build(check: bool, target_name: str | None, force: bool, as_json: bool, **options: Any) -> int:
     """Turn a checkpoint into a pruned, validated bundle."""
     from ep_export.build import build as build_bundle
     from ep_export.build import prepare
 
-    request = build_request(options)
+    if target_name is None:
+        request = build_request(options)
+    else:
+        target = find_target(target_name)
+        graphs = target.best(*_told(options))
+        options.update(dialect=graphs.dialect.value, precision=graphs.precision.value)
+        own = {
+            "out": None,
+            "overwrite": False,
+            "plugin": None,
+            "golden": True,
+        }  # of `compile`, not of `build`
+        wanted = compile_request(target, {**options, **own, "force": force})
+        request = replace(build_request(options), compile=wanted)
     with progress_bar() as progress:
         prepared = prepare(request, progress)
     show_plan(prepared)
     with progress_bar() as progress:
         result = build_bundle(prepared, check=check, progress=progress)
     return print_bundle(prepared, result, check=check, as_json=as_json)
+
+
+def _told(options: dict[str, Any]) -> tuple[Dialect | None, Precision | None]:
+    """Dialect and precision as far as the person chose them."""
+    source = click.get_current_context().get_parameter_source
+    told = {name for name in ("dialect", "precision") if source(name) is not ParameterSource.DEFAULT}
+    return (
+        Dialect(options["dialect"]) if "dialect" in told else None,
+        Precision(options["precision"]) if "precision" in told else None,
+    )
 
 
 def build_request(options: dict[str, Any]) -> BuildRequest:
@@ -105,6 +140,7 @@ def print_bundle(prepared: Prepared, result: BuildResult, *, check: bool, as_jso
                 "plan": plan_json(prepared.plan),
                 "evidence": prepared.evidence,
                 "validation": to_json(report) if report else None,
+                **_compiled_json(prepared, result),
             }
         )
     else:
@@ -118,4 +154,16 @@ def print_bundle(prepared: Prepared, result: BuildResult, *, check: bool, as_jso
         for warning in result.bundle.manifest.warnings:
             note(f"warning: {warning}")
         click.echo(str(result.bundle.path))
+        if request := prepared.request.compile:
+            if result.compiled:
+                print_compiled(request.target, result.compiled)
+            else:
+                note(f"not compiled for {request.target.name}: the bundle was found different")
     return EXIT_DIFFERENT if report and report.verdict.value == "FAIL" else 0
+
+
+def _compiled_json(prepared: Prepared, result: BuildResult) -> dict[str, Any]:
+    if prepared.request.compile is None:
+        return {}
+    compiled = result.compiled
+    return {"compiled": compile_json(prepared.request.compile.target, compiled) if compiled else None}

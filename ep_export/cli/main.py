@@ -12,16 +12,20 @@ import ep_export
 from ep_export.cli.bench import bench
 from ep_export.cli.build import build
 from ep_export.cli.calibrate import calibrate
+from ep_export.cli.compile import compile_verb
 from ep_export.cli.export import export
 from ep_export.cli.inspect import inspect
 from ep_export.cli.models import models
+from ep_export.cli.package import package
 from ep_export.cli.plan import plan
 from ep_export.cli.plugin import plugin
 from ep_export.cli.run import run
+from ep_export.cli.sweep import sweep
+from ep_export.cli.targets import targets
 from ep_export.cli.validate import validate
 from ep_export.errors import UserError
 
-__all__ = ["main"]
+__all__ = ["cli", "main"]
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
@@ -43,22 +47,41 @@ def cli() -> None:
     """Export vision-language models with entropy pruning inside the decoder."""
 
 
-for verb in (models, plan, calibrate, build, export, validate, run, bench, inspect, plugin):
+for verb in (
+    models,
+    targets,
+    plan,
+    calibrate,
+    build,
+    export,
+    compile_verb,
+    package,
+    validate,
+    run,
+    bench,
+    sweep,
+    inspect,
+    plugin,
+):
     cli.add_command(verb)
 
 
-def main() -> None:
-    """Entry point of the console script. Exits with 0, 1, 2, 3 or 130."""
+def main(program: str = "ep-export") -> None:
+    """Entry point of the console script. Exits with 0, 1, 2, 3 or 130.
+
+    Args:
+        program: What help and usage call it.
+    """
     # Nobody asked for another library's notices: they would stand between a person and one line.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    sys.exit(_run())
+    sys.exit(_run(program))
 
 
-def _run() -> int:
+def _run(program: str) -> int:
     try:
-        result = cli.main(prog_name="ep-export", standalone_mode=False)
+        result = cli.main(prog_name=program, standalone_mode=False)
     except UserError as error:
         return _fail(str(error), error.hint, error.exit_code)
     except click.ClickException as error:

@@ -42,6 +42,20 @@ _BYTES_PER_ELEMENT = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1}
     show_default=True,
     help="KV cache type.",
 )
+@click.option(
+    "--target",
+    "target_name",
+    metavar="T",
+    help="Also: does it fit, and how fast could it be, on this device.",
+)
+@click.option(
+    "--new-tokens",
+    type=click.IntRange(1),
+    default=256,
+    show_default=True,
+    metavar="T",
+    help="Length of an answer, for --target.",
+)
 @json_option
 def plan(
     model: str,
@@ -50,6 +64,8 @@ def plan(
     visual_tokens: int | None,
     text_tokens: int,
     kv_dtype: str,
+    target_name: str | None,
+    new_tokens: int,
     as_json: bool,
     **policy_choice: Any,
 ) -> None:
@@ -57,7 +73,10 @@ def plan(
     from ep_export.calibrate.choose import resolve_policy
     from ep_export.checkpoint import open_config
     from ep_export.cli.choice import policy_request
+    from ep_export.cli.fit import fit_json, print_fit
+    from ep_export.fit import estimate, vision_size
     from ep_export.plan import make_plan
+    from ep_export.targets import find_target
 
     wanted = keep_from(keep, keep_tokens)
     config = open_config(model)
@@ -70,10 +89,15 @@ def plan(
         text_tokens=text_tokens,
         kv_bytes_per_element=_BYTES_PER_ELEMENT[kv_dtype],
     )
+    target = find_target(target_name) if target_name else None
+    guess = estimate(made, target, vision_size(config.config), new_tokens=new_tokens) if target else None
     if as_json:
-        print_json(plan_json(made))
+        fit = {"target": None if guess is None else fit_json(guess)} if target else {}
+        print_json({**plan_json(made), **fit})
         return
     print_table(f"{model}, keep {wanted}", ("", "full", "pruned", "saved"), plan_rows(made, kv_dtype))
+    if target:
+        print_fit(target, guess)
     note(f"policy: {policy} ({evidence.summary})")
 
 

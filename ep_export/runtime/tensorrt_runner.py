@@ -22,9 +22,9 @@ from ep_export.runtime.base import Feed, Runner, Value
 from ep_export.runtime.bfloat16 import narrow, widen
 from ep_export.runtime.device import Block, DeviceMemory
 
-__all__ = ["DeviceTensor", "OpenedEngine", "Scratch", "TensorRtRunner", "open_engine"]
+__all__ = ["DTYPES", "DeviceTensor", "OpenedEngine", "Scratch", "TensorRtRunner", "open_engine"]
 
-_DTYPES = {
+DTYPES: Mapping[str, Any] = {
     "FLOAT": np.float32,
     "HALF": np.float16,
     "BF16": np.uint16,  # its bits
@@ -32,6 +32,7 @@ _DTYPES = {
     "INT32": np.int32,
     "BOOL": np.bool_,
 }
+"""TensorRT's types of inputs and outputs -> how their bytes are seen on the host."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class DeviceTensor:
 
     def numpy(self) -> NDArray[Any]:
         """Its values on the host; bfloat16 as float32."""
-        values: NDArray[Any] = np.empty(self.shape, dtype=_DTYPES[self.kind])
+        values: NDArray[Any] = np.empty(self.shape, dtype=DTYPES[self.kind])
         if values.size:
             self.memory.device.copy_out(values, self.block.address)
         return widen(values) if self.kind == "BF16" else values
@@ -191,7 +192,7 @@ class TensorRtRunner(Runner):
                 set_memory = context.set_output_allocator(name, allocator)
                 made[name] = allocator.tensor
             else:
-                size = int(np.prod(shape, dtype=np.int64)) * np.dtype(_DTYPES[kind]).itemsize
+                size = int(np.prod(shape, dtype=np.int64)) * np.dtype(DTYPES[kind]).itemsize
                 tensor = DeviceTensor(shape, kind, self._memory.take(size), self._memory)
                 set_memory = context.set_tensor_address(name, tensor.block.address)
                 made[name] = lambda tensor=tensor: tensor  # type: ignore[misc]  # each its own
@@ -293,7 +294,7 @@ def _bits(feed: Feed, kind: str) -> NDArray[Any]:
     values = feed if isinstance(feed, np.ndarray) else feed.numpy()
     if kind == "BF16":
         return narrow(values)
-    return np.ascontiguousarray(values, dtype=_DTYPES[kind])
+    return np.ascontiguousarray(values, dtype=DTYPES[kind])
 
 
 class _Log:

@@ -21,6 +21,7 @@ from polygraphy.comparator import IterationResult
 
 from ep_export.bundle import Bundle
 from ep_export.errors import UserError
+from ep_export.export.prune_node import OP_TYPE
 from ep_export.validate.comparison import Comparison
 from ep_export.validate.polygraphy_compare import Oracles, compared, layers_before, tolerance_of
 from ep_export.validate.polygraphy_feeds import ComponentFeeds
@@ -332,7 +333,7 @@ def _following(label: str, layers: Mapping[str, Any]) -> Callable[[ir.Node, int]
 
     def takes(node: ir.Node, index: int) -> bool:
         name = node.name or ""
-        return name.startswith(prefixes) or (node.op_type == "EntropyPrune" and index == 1)
+        return name.startswith(prefixes) or (node.op_type == OP_TYPE and index == 1)
 
     return takes
 

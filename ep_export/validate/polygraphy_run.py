@@ -1,7 +1,7 @@
 """A bundle compared component by component with Polygraphy, and the files that `polygraphy` itself reads.
 
-What `compare_with_polygraphy` writes: `polygraphy.json`, what was found; for every component `*.inputs.json` for
-`polygraphy run --load-inputs` and `*.outputs.json` for `--load-outputs` and `polygraphy inspect data`.
+`compare_with_polygraphy` writes what was found (`polygraphy.json`), and for every component `*.inputs.json`
+for `polygraphy run --load-inputs`, `*.outputs.json` for `--load-outputs` and `polygraphy inspect data`.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from command_line import ep_export
 from host_device import HostDevice, fake_tensorrt, write_fake_engine
 from test_onnxruntime_runner import joined
 from tiny import tiny_picture
@@ -36,7 +37,15 @@ from ep_export.errors import UserError
 from ep_export.runtime import OnnxRuntimeRunner, Session
 from ep_export.runtime.device import CudaDevice, DeviceMemory
 from ep_export.runtime.engines import EngineBackend
-from ep_export.runtime.tensorrt_runner import DeviceTensor, Scratch, TensorRtRunner, open_engine
+from ep_export.runtime.tensorrt_runner import (
+    DTYPES,
+    DeviceTensor,
+    Scratch,
+    TensorRtRunner,
+    _allocator,
+    _log,
+    open_engine,
+)
 from ep_export.targets import Flavour
 from ep_export.validate.polygraphy_run import compare_with_polygraphy
 from ep_export.validate.report import Verdict
@@ -273,6 +282,28 @@ def test_engines_for_something_else_are_refused_before_any_is_opened(changed, fi
     assert not module.made.engines
 
 
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"version": "1.2.0.54"}, "were built by tensorrt-rtx 1.2.0.54, expected {installed}"),
+        ({"bundle": "0" * 64}, "were built from another bundle"),
+        ({}, "TensorRT needs "),  # a GPU, or cuda-python first
+    ],
+    ids=["version", "bundle", "GPU"],
+)
+def test_run_refuses_engines_in_one_line(changed, fields, sentence):
+    """Through the command line, with the real TensorRT-RTX: it says its version without a GPU."""
+    trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    if not fields and find_gpu() is not None:
+        pytest.skip("there is a GPU")
+    bundle = changed(**{"flavour": Flavour.TENSORRT_RTX, "version": trt.__version__, **fields})
+    result = ep_export("run", str(bundle.path), "--prompt", "which digits?", "--runtime", "tensorrt")
+    assert (result.code, result.out) == (1, "")
+    error, hint = result.err.splitlines()
+    assert sentence.format(installed=trt.__version__) in error
+    assert hint.startswith("hint: ")
+
+
 def test_a_changed_engine_is_refused(changed):
     bundle = changed()
     engine = engine_directory(bundle.path, "made-up") / "decoder_tail.engine"
@@ -473,6 +504,39 @@ def real_engine(tmp_path_factory):
     config.add_optimization_profile(profile)
     (directory / "joined.engine").write_bytes(bytes(builder.build_serialized_network(network, config)))
     return trt, directory / "joined.engine"
+
+
+def test_real_tensorrt_rtx_has_every_call_the_runner_makes(real_engine):
+    """The stand-in above was written from this interface: here it is asked of the library itself."""
+    trt, _ = real_engine
+    calls = {
+        trt.Runtime: ("deserialize_cuda_engine", "get_engine_validity", "engine_header_size"),
+        trt.ICudaEngine: (
+            "create_execution_context",
+            "get_device_memory_size_for_profile_v2",
+            "get_tensor_dtype",
+            "get_tensor_location",
+            "get_tensor_mode",
+            "get_tensor_name",
+            "num_io_tensors",
+            "num_optimization_profiles",
+        ),
+        trt.IExecutionContext: (
+            "execute_async_v3",
+            "get_tensor_shape",
+            "infer_shapes",
+            "set_device_memory",
+            "set_input_shape",
+            "set_optimization_profile_async",
+            "set_output_allocator",
+            "set_tensor_address",
+        ),
+    }
+    assert [(k, name) for k, names in calls.items() for name in names if not hasattr(k, name)] == []
+    assert set(DTYPES) <= set(trt.DataType.__members__)
+    assert "USER_MANAGED" in trt.ExecutionContextAllocationStrategy.__members__
+    assert isinstance(_log(trt).logger, trt.ILogger)
+    assert isinstance(_allocator(trt, DeviceMemory(HostDevice()), "FLOAT"), trt.IOutputAllocator)
 
 
 def test_real_tensorrt_rtx_recognises_what_is_no_engine(real_engine, tmp_path):

@@ -54,13 +54,6 @@ def modern_bundle(tiny_checkpoint, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def half_bundle(tiny_checkpoint, tmp_path_factory):
-    """K = 1: states are scored before any token has seen another, so equal patches tie."""
-    out = tmp_path_factory.mktemp("half") / "bundle"
-    return export_tiny(tiny_checkpoint, out, layer=1, keep=0.5, precision=Precision.FP16)
-
-
-@pytest.fixture(scope="module")
 def true_result(tiny_bundle, checkpoint, tmp_path_factory):
     """What is found in the bundle as it is, and where it was written."""
     out = tmp_path_factory.mktemp("polygraphy") / "out"

@@ -8,11 +8,10 @@ import shutil
 
 import numpy as np
 import pytest
-from bundles import export_tiny
 from PIL import Image
 from tiny import make_tiny, tiny_picture
 
-from ep_export.bundle import Bundle, Precision
+from ep_export.bundle import Bundle
 from ep_export.checkpoint import open_checkpoint
 from ep_export.errors import UserError
 from ep_export.policy import Scorer, Select
@@ -43,13 +42,6 @@ def checkpoint(tiny_checkpoint):
 @pytest.fixture(scope="module")
 def report(tiny_bundle, checkpoint):
     return validate(tiny_bundle, checkpoint, pictures=PICTURES, prompts=PROMPTS, max_new_tokens=6)
-
-
-@pytest.fixture(scope="module")
-def half_bundle(tiny_checkpoint, tmp_path_factory):
-    """K = 1: states are scored before any token has seen another, so equal patches tie."""
-    out = tmp_path_factory.mktemp("half") / "bundle"
-    return export_tiny(tiny_checkpoint, out, layer=1, keep=0.5, precision=Precision.FP16)
 
 
 def verdicts(report):

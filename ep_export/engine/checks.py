@@ -1,0 +1,141 @@
+"""What is checked before a compiler is started: graphs, score, memory of the device, and this machine.
+
+Every refusal here is a sentence of ours; what a compiler says about the same mistake is a page.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from pathlib import Path
+
+from ep_export.bundle import Bundle, Manifest
+from ep_export.checkpoint import open_config
+from ep_export.engine.profiles import max_visual_tokens
+from ep_export.engine_record import Limits
+from ep_export.errors import UserError
+from ep_export.fit import Estimate, estimate, vision_size
+from ep_export.plan import make_plan
+from ep_export.policy import Keep, Scorer
+from ep_export.targets import Graphs, Target
+
+__all__ = [
+    "check_fit",
+    "check_graphs",
+    "check_machine",
+    "check_scorer",
+    "estimate_limits",
+    "free_memory",
+]
+
+# Peak memory of TensorRT-RTX over the size of an engine; measured on two full-size layers of a 7B model.
+_COMPILER_MEMORY = 4
+_MEMINFO = Path("/proc/meminfo")
+
+
+def check_graphs(bundle: Bundle, target: Target) -> None:
+    """Refuse dialects and precisions the target has no kernels for.
+
+    Raises:
+        UserError: Says which it takes.
+    """
+    found, best = _graphs(bundle.manifest), target.graphs[0]
+    if found not in target.graphs:
+        takes = ", ".join(map(str, target.graphs))
+        raise UserError(
+            f"{bundle.path} has {found} graphs, expected for {target.name} one of: {takes}",
+            hint=f"build it again with --dialect {best.dialect.value} --precision {best.precision.value}, "
+            f"or with --target {target.name}, which chooses them",
+        )
+
+
+def check_scorer(scorer: Scorer, target: Target) -> None:
+    """Refuse scores that the target cannot compute, where the body of EntropyPrune is compiled.
+
+    Raises:
+        UserError: Says which it computes.
+    """
+    if scorer not in target.scorers:
+        takes = " or ".join(each.value for each in target.scorers)
+        raise UserError(
+            f"the policy scores tokens by {scorer.value}, expected {takes} for {target.name}: "
+            f"{target.flavour.value} multiplies no float32 matrices there",
+            hint=f"build with --policy {target.scorers[0].value}",
+        )
+
+
+def estimate_limits(bundle: Bundle, target: Target, limits: Limits) -> Estimate | None:
+    """Memory at the limits: the longest prompt, nothing pruned, because the engines must be able to."""
+    manifest = bundle.manifest
+    visual = max_visual_tokens(bundle, limits)
+    plan = make_plan(
+        manifest.dims,
+        manifest.policy,
+        Keep(ratio=1.0),
+        visual_tokens=visual,
+        text_tokens=limits.max_prompt - visual,
+    )
+    vision = vision_size(open_config(str(bundle.file("processor"))).config)
+    return estimate(plan, target, vision, new_tokens=limits.max_new_tokens, graphs=_graphs(manifest))
+
+
+def check_fit(target: Target, prompt_tokens: int, guessed: Estimate | None) -> None:
+    """Refuse what cannot fit on the device with a prompt of that length.
+
+    Raises:
+        UserError: Says how much is needed, for what, and how much there is.
+    """
+    if guessed is None or guessed.full.total_bytes <= guessed.available_bytes:
+        return
+    full = guessed.full
+    parts = f"weights {_gb(guessed.weight_bytes)}, caches {_gb(full.kv_bytes)}, "
+    parts += f"activations {_gb(full.activation_bytes)}"
+    raise UserError(
+        f"prompts of {prompt_tokens} tokens need about {_gb(full.total_bytes)} on {target.name} "
+        f"({parts}; an estimate), expected at most {_gb(guessed.available_bytes)}",
+        hint="lower --max-prompt or --max-pixels, take a smaller model, or go on with --force",
+    )
+
+
+def check_machine(bundle: Bundle, guessed: Estimate | None, out: Path) -> None:
+    """Disk and memory of this machine, before time is spent.
+
+    Raises:
+        UserError: Too little of one for the engines.
+    """
+    if guessed is None:
+        return
+    parent = out.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if guessed.weight_bytes > free:
+        raise UserError(
+            f"the engines need about {_gb(guessed.weight_bytes)} on disk, {parent} has {_gb(free)} free",
+            hint="give an --out on another disk",
+        )
+    layers, before = bundle.manifest.dims.layers, bundle.manifest.policy.layer
+    needed = _COMPILER_MEMORY * guessed.weight_bytes * (layers - before) // layers
+    memory = free_memory()
+    if memory is not None and needed > memory:
+        raise UserError(
+            f"compiling decoder_tail needs about {_gb(needed)} of memory, {_gb(memory)} are free here",
+            hint="compile on a machine with more memory, or go on with --force",
+        )
+
+
+def _graphs(manifest: Manifest) -> Graphs:
+    return Graphs(manifest.dialect, manifest.precision)
+
+
+def free_memory() -> int | None:
+    """Bytes that can be had without swapping; None where the system does not say."""
+    with contextlib.suppress(OSError):
+        for line in _MEMINFO.read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

@@ -1,0 +1,273 @@
+"""The kit: a directory that two commands on a device turn into engines and compare with PyTorch.
+
+TensorRT builds engines only on the GPU they serve. So a bundle and a target enter here, and what leaves is
+the bundle itself (by hard links where possible), the plugin's sources, the profiles as options of `trtexec`,
+scripts, golden files and checksums. Nothing in it refers to anything outside it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import ep_export
+from ep_export.bundle import Bundle, FileEntry, Precision, encode, write_manifest
+from ep_export.data import data_dir
+from ep_export.engine.kit_files import (
+    SUMS,
+    GoldenCase,
+    Needs,
+    needs_of,
+    trtexec_arguments,
+    write_checksums,
+    write_settings,
+)
+from ep_export.engine.kit_readme import POLYGRAPHY_VERSION, readme
+from ep_export.engine.profiles import TOP_K_LIMIT
+from ep_export.engine_record import ENGINES, EngineFile, EngineRecord, Limits, Profile, bundle_fingerprint
+from ep_export.errors import UsageError, UserError
+from ep_export.links import link_or_copy
+from ep_export.progress import Progress, silent
+from ep_export.targets import Flavour, Target
+
+__all__ = ["KIT", "Kit", "write_kit"]
+
+KIT = "kit.json"
+FORMAT = 1
+_STAGE = "kit"
+_PRUNING = "decoder_head"  # the component with the EntropyPrune node
+_SCRIPTS = ("build.sh", "verify.sh")
+_HELPERS = ("check_choice.py", "load_inputs.py", "polygraphy_run.py", "write_record.py")
+_MADE_THERE = ("logs", "build", "kit", "golden", "plugins")  # names a bundle's files must not take
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Kit:
+    """What `kit.json` says.
+
+    Attributes:
+        target: Name of the target.
+        title: The device.
+        sm: Its compute capability.
+        tensorrt: Versions it is for, in words.
+        model: As in the manifest.
+        bundle: See `bundle_fingerprint`.
+        precision: Of the graphs.
+        limits: What engines are compiled for.
+        profiles: Component name -> profiles, in the order of the engine's indices.
+        golden: Cases that verify.sh compares; empty when the kit was made without.
+        linked: Whether all weights are hard links to the bundle's.
+        made_by: Package name -> version.
+        format: Version of this structure.
+    """
+
+    target: str
+    title: str
+    sm: str
+    tensorrt: str
+    model: str
+    bundle: str
+    precision: Precision
+    limits: Limits
+    profiles: Mapping[str, tuple[Profile, ...]]
+    golden: tuple[GoldenCase, ...]
+    linked: bool
+    made_by: Mapping[str, str]
+    format: int = FORMAT
+
+
+def write_kit(
+    bundle: Bundle,
+    target: Target,
+    limits: Limits,
+    profiles: Mapping[str, tuple[Profile, ...]],
+    out: Path,
+    progress: Progress = silent,
+    *,
+    model: str | None = None,
+    golden: bool = True,
+) -> Path:
+    """Write a kit.
+
+    Args:
+        bundle: An opened bundle.
+        target: A TensorRT target.
+        limits: What its engines are to be able to do.
+        profiles: From `make_profiles`.
+        out: An existing empty directory (see `ep_export.staging.staged`).
+        progress: Told about stages.
+        model: Checkpoint that the golden outputs come from; the one the bundle names when None.
+        golden: Compute golden files; it loads the model in float32.
+
+    Returns:
+        `out`.
+
+    Raises:
+        UsageError: The target is no TensorRT target or does not take such graphs.
+        UserError: The checkpoint is missing or another one, limits too small for the test card, or no space.
+    """
+    _refuse(bundle, target)
+    steps = 3
+    progress(_STAGE, 0, steps)
+    linked = _link_bundle(bundle, out)
+    if target.strips_body:
+        from ep_export.export.prune_node import strip_body
+
+        head = bundle.manifest.component(_PRUNING).file
+        strip_body(bundle.file(head), out / f"{_PRUNING}.plugin.onnx")
+    plugins = data_dir("plugins")
+    shutil.copytree(plugins, out / "plugins", ignore=shutil.ignore_patterns("__pycache__", "build", ".*"))
+    progress(_STAGE, 1, steps)
+    needs = needs_of(bundle)
+    _write_scripts(bundle, target, limits, profiles, out, needs)
+    progress(_STAGE, 2, steps)
+    cases = _write_golden(bundle, limits, profiles, out, progress, model) if golden else ()
+    kit = Kit(
+        target=target.name,
+        title=target.title,
+        sm=target.sm or "",
+        tensorrt=str(target.versions),
+        model=bundle.manifest.model,
+        bundle=bundle_fingerprint(bundle.manifest),
+        precision=bundle.manifest.precision,
+        limits=limits,
+        profiles=profiles,
+        golden=cases,
+        linked=linked,
+        made_by={"ep-export": ep_export.__version__},
+    )
+    (out / KIT).write_text(json.dumps(encode(kit), indent=2) + "\n", encoding="utf-8")
+    known = {entry.path: entry.sha256 for entry in bundle.manifest.files}
+    write_checksums(out, known)
+    progress(_STAGE, steps, steps)
+    return out
+
+
+def _refuse(bundle: Bundle, target: Target) -> None:
+    manifest = bundle.manifest
+    if target.flavour is not Flavour.TENSORRT:
+        raise UsageError(
+            f"a kit is for TensorRT, and {target.name} is a {target.flavour.value} target",
+            hint="see `ep-export targets`",
+        )
+    if not target.takes(manifest.dialect, manifest.precision):
+        graphs = f"{manifest.dialect.value} {manifest.precision.value}"
+        takes = ", ".join(map(str, target.graphs))
+        raise UsageError(
+            f"{target.name} takes no {graphs} graphs, which this bundle has; it takes {takes}",
+            hint=f"export again with --dialect {target.graphs[0].dialect.value} "
+            f"--precision {target.graphs[0].precision.value}",
+        )
+    for path in (entry.path for entry in _own_files(bundle)):
+        if path.split("/")[0] in _MADE_THERE or path in (*_SCRIPTS, KIT, SUMS):
+            raise UserError(
+                f"bundle file {path} has a name that the kit needs", hint="build the bundle again"
+            )
+
+
+def _link_bundle(bundle: Bundle, out: Path) -> bool:
+    """The bundle's own files, and a manifest of them; engines and kits for other targets stay behind."""
+    files = _own_files(bundle)
+    linked = [link_or_copy(bundle.file(entry.path), out / entry.path) for entry in files]
+    write_manifest(out, replace(bundle.manifest, files=files))
+    return all(linked)
+
+
+def _own_files(bundle: Bundle) -> tuple[FileEntry, ...]:
+    return tuple(entry for entry in bundle.manifest.files if not entry.path.startswith(f"{ENGINES}/"))
+
+
+def _write_scripts(
+    bundle: Bundle,
+    target: Target,
+    limits: Limits,
+    profiles: Mapping[str, tuple[Profile, ...]],
+    out: Path,
+    needs: Needs,
+) -> None:
+    templates = data_dir("engines") / "kit"
+    (out / "kit").mkdir()
+    for name in _SCRIPTS:
+        shutil.copy(templates / name, out / name)
+        (out / name).chmod(0o755)  # a wheel does not keep the bit
+    for name in _HELPERS:
+        shutil.copyfile(templates / name, out / "kit" / name)
+    for component in bundle.manifest.components:
+        arguments = trtexec_arguments(component, profiles[component.name])
+        (out / "kit" / f"{component.name}.args").write_text("\n".join(arguments) + "\n", encoding="utf-8")
+    write_settings(out / "kit" / "settings.sh", _settings(bundle, target, limits, needs))
+    record = json.dumps(encode(_record(bundle, target, limits, profiles)), indent=2)
+    (out / "kit" / "record.json").write_text(record + "\n", encoding="utf-8")
+    text = readme(templates / "README.md", bundle, target, limits, needs)
+    (out / "README.md").write_text(text, encoding="utf-8")
+
+
+def _settings(bundle: Bundle, target: Target, limits: Limits, needs: Needs) -> Mapping[str, str | int | bool]:
+    assert target.versions is not None and target.platform is not None and target.sm is not None  # noqa: PT018, S101
+    return {
+        "TARGET": target.name,
+        "TITLE": target.title,
+        "SM": target.sm,
+        "PLATFORM": target.platform.value,
+        "TENSORRT": str(target.versions),
+        "TENSORRT_MIN": target.versions.minimum,
+        "TENSORRT_MAX": target.versions.maximum,
+        "PRECISION": bundle.manifest.precision.value,
+        "COMPONENT_NAMES": " ".join(component.name for component in bundle.manifest.components),
+        "PRUNING": _PRUNING,
+        "STRIPPED": target.strips_body,
+        "BODY_FITS": limits.max_kept_tokens < TOP_K_LIMIT,
+        "NEED_MEMORY_MIB": -(-needs.memory_bytes // _MIB),
+        "NEED_DISK_MIB": -(-needs.disk_bytes // _MIB),
+        "POLYGRAPHY_VERSION": POLYGRAPHY_VERSION,
+    }
+
+
+def _record(
+    bundle: Bundle, target: Target, limits: Limits, profiles: Mapping[str, tuple[Profile, ...]]
+) -> EngineRecord:
+    """What engine.json will say but for what only the device knows: see kit/write_record.py."""
+    manifest = bundle.manifest
+    return EngineRecord(
+        target=target.name,
+        sm=target.sm or "",
+        flavour=target.flavour,
+        version="",
+        cuda=target.cuda or "",
+        bundle=bundle_fingerprint(manifest),
+        model=manifest.model,
+        dialect=manifest.dialect,
+        precision=manifest.precision,
+        limits=limits,
+        components={
+            component.name: EngineFile(f"{component.name}.engine", "", 0, 0.0, profiles[component.name])
+            for component in manifest.components
+        },
+        plugin=True,
+        made_by={"ep-export": ep_export.__version__},
+    )
+
+
+def _write_golden(
+    bundle: Bundle,
+    limits: Limits,
+    profiles: Mapping[str, tuple[Profile, ...]],
+    out: Path,
+    progress: Progress,
+    model: str | None,
+) -> tuple[GoldenCase, ...]:
+    from ep_export.checkpoint import open_checkpoint
+    from ep_export.engine.kit_golden import write_golden
+
+    try:
+        checkpoint = open_checkpoint(model or bundle.manifest.model)
+    except UserError as error:
+        raise UserError(
+            f"the golden outputs of a kit come from the checkpoint: {error}",
+            hint="give the checkpoint with --model, or make a kit without golden files: --no-golden",
+        ) from error
+    return write_golden(bundle, checkpoint, limits, profiles, out, progress)

@@ -1,0 +1,283 @@
+"""What an engine directory says about itself: `engines/<target>/engine.json`, written last.
+
+A compiler writes it, a runner reads it before it loads an engine: engines serve one GPU, one version of
+TensorRT and one bundle, and TensorRT's own message about a wrong one helps nobody.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ep_export.bundle import MANIFEST, Bundle, Dialect, Manifest, Precision, decode, encode, hash_file
+from ep_export.errors import UserError
+from ep_export.targets import Flavour, version_numbers
+
+__all__ = [
+    "ENGINES",
+    "RECORD",
+    "EngineFile",
+    "EngineRecord",
+    "Limits",
+    "Profile",
+    "ShapeRange",
+    "bundle_fingerprint",
+    "check_engine",
+    "check_engine_files",
+    "compiled_targets",
+    "engine_directory",
+    "read_record",
+    "write_record",
+]
+
+ENGINES = "engines"
+RECORD = "engine.json"
+FORMAT = 1
+_WEIGHTS = "weights/"
+# An engine is good for the release that built it; the fourth number of a version is a build of that release.
+_RELEASE_NUMBERS = 3
+
+
+@dataclass(frozen=True)
+class ShapeRange:
+    """Shapes of one input: the smallest, the one kernels are chosen for, the largest."""
+
+    minimum: tuple[int, ...]
+    optimum: tuple[int, ...]
+    maximum: tuple[int, ...]
+
+    def holds(self, shape: Sequence[int]) -> bool:
+        """Whether a shape lies in the range."""
+        if len(shape) != len(self.minimum):
+            return False
+        bounds = zip(self.minimum, shape, self.maximum, strict=True)
+        return all(low <= size <= high for low, size, high in bounds)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One optimisation profile of a component.
+
+    Attributes:
+        name: "prefill" and "decode" for head and tail, "all" for the others.
+        inputs: Input name -> its shapes; every input of the component is there.
+    """
+
+    name: str
+    inputs: Mapping[str, ShapeRange]
+
+    def holds(self, shapes: Mapping[str, Sequence[int]]) -> bool:
+        """Whether inputs of these shapes run under this profile."""
+        return all(self.inputs[name].holds(shape) for name, shape in shapes.items())
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What engines are compiled for.
+
+    Attributes:
+        max_prompt: Longest prompt in tokens, visual ones included.
+        max_new_tokens: Longest answer in tokens.
+        max_pixels: Largest picture, width times height; what it means in visual tokens is the family's.
+        max_kept_tokens: Most visual tokens that stay after layer K-1, over all pictures of a prompt.
+    """
+
+    max_prompt: int
+    max_new_tokens: int
+    max_pixels: int
+    max_kept_tokens: int
+
+    @property
+    def max_past(self) -> int:
+        """Longest cache a decode step meets: the last token of an answer is never fed back."""
+        return max(1, self.max_prompt + self.max_new_tokens - 1)
+
+
+@dataclass(frozen=True)
+class EngineFile:
+    """One engine.
+
+    Attributes:
+        file: Its name, beside the record.
+        sha256: Of the file.
+        bytes: Its size.
+        build_seconds: Wall time of its compilation.
+        profiles: In the order of the engine's own profile indices.
+    """
+
+    file: str
+    sha256: str
+    bytes: int
+    build_seconds: float
+    profiles: tuple[Profile, ...]
+
+
+@dataclass(frozen=True)
+class EngineRecord:
+    """Engines of one bundle for one target.
+
+    Attributes:
+        target: Name of the target.
+        sm: Compute capability, e.g. "8.9".
+        flavour: What runs them.
+        version: Of TensorRT or TensorRT-RTX that built them.
+        cuda: CUDA version of that software.
+        bundle: See `bundle_fingerprint`.
+        model: As in the manifest.
+        dialect: Of the graphs.
+        precision: Of the graphs.
+        limits: What they were compiled for.
+        components: Component name -> its engine; all components of the bundle.
+        plugin: Whether the engines hold the EntropyPrune plugin, which must then be loaded before them.
+        made_by: Package name -> version.
+        format: Version of this structure.
+    """
+
+    target: str
+    sm: str
+    flavour: Flavour
+    version: str
+    cuda: str
+    bundle: str
+    model: str
+    dialect: Dialect
+    precision: Precision
+    limits: Limits
+    components: Mapping[str, EngineFile]
+    plugin: bool
+    made_by: Mapping[str, str]
+    format: int = FORMAT
+
+
+def engine_directory(bundle: Path, target: str) -> Path:
+    """Where the engines of a bundle for a target lie."""
+    return bundle / ENGINES / target
+
+
+def compiled_targets(bundle: Path) -> tuple[str, ...]:
+    """Targets whose engines lie in a bundle."""
+    return tuple(sorted(file.parent.name for file in (bundle / ENGINES).glob(f"*/{RECORD}")))
+
+
+def bundle_fingerprint(manifest: Manifest) -> str:
+    """Hash over what engines are made of: the checksums of the component and weight files, by path."""
+    graphs = {component.file for component in manifest.components}
+    made_of = sorted(
+        f"{entry.path} {entry.sha256}\n"
+        for entry in manifest.files
+        if entry.path in graphs or entry.path.startswith(_WEIGHTS)
+    )
+    return hashlib.sha256("".join(made_of).encode()).hexdigest()
+
+
+def read_record(directory: Path) -> EngineRecord:
+    """Read and type-check a record; the engines are not touched.
+
+    Raises:
+        UserError: There is none, or it is not readable, or of a newer format.
+    """
+    file = directory / RECORD
+    hint = "compile again with `ep-export compile`"
+    if not file.is_file():
+        raise UserError(f"{directory} has no engines: {RECORD} is missing", hint=hint)
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(raw, dict) and isinstance(found := raw.get("format"), int) and found > FORMAT:
+            raise UserError(
+                f"{file} has format {found}, this ep-export reads up to {FORMAT}", hint="upgrade ep-export"
+            )
+        return decode(EngineRecord, raw)
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        raise UserError(f"{file} is not a valid engine record: {error}", hint=hint) from error
+
+
+def write_record(directory: Path, record: EngineRecord) -> None:
+    """Write `engine.json`, aside first and then renamed."""
+    aside = directory / (RECORD + ".part")
+    aside.write_text(json.dumps(encode(record), indent=2) + "\n", encoding="utf-8")
+    aside.replace(directory / RECORD)
+
+
+def check_engine(
+    record: EngineRecord,
+    bundle: Bundle,
+    *,
+    flavour: Flavour,
+    version: str,
+    sm: str | None,
+) -> None:
+    """Refuse engines that are not for this bundle, this software or this GPU.
+
+    Args:
+        record: What the engines say.
+        bundle: The bundle they are to run.
+        flavour: Of the runtime that is to load them.
+        version: Of that runtime.
+        sm: Compute capability of the GPU; None when it is not known, and then not compared.
+
+    Raises:
+        UserError: Says what the engines are for and what was expected.
+    """
+    what = f"engines for {record.target}"
+    again = f"ep-export compile {bundle.path} --target"
+    if record.flavour is not flavour:
+        raise UserError(
+            f"{what} are for {record.flavour.value}, expected {flavour.value}",
+            hint=f"choose the runtime {record.flavour.value}, or compile for another target: {again} T",
+        )
+    if _release(record.version) != _release(version):
+        raise UserError(
+            f"{what} were built by {flavour.value} {record.version}, expected {version}, which is installed",
+            hint=f"install that version, or compile again: {again} {record.target}",
+        )
+    if sm is not None and sm != record.sm:
+        raise UserError(
+            f"{what} are for SM {record.sm}, expected SM {sm}, which this GPU is",
+            hint=f"compile for this GPU (see `ep-export targets`): {again} T",
+        )
+    found = bundle_fingerprint(bundle.manifest)
+    if record.bundle != found:
+        raise UserError(
+            f"{what} were built from another bundle ({record.model}, {record.bundle[:12]}), "
+            f"expected this one ({bundle.manifest.model}, {found[:12]})",
+            hint=f"compile this bundle: {again} {record.target}",
+        )
+    missing = sorted({c.name for c in bundle.manifest.components} - set(record.components))
+    if missing:
+        raise UserError(
+            f"{what} lack {missing[0]}, expected one for every component of {bundle.path / MANIFEST}",
+            hint=f"compile again: {again} {record.target}",
+        )
+
+
+def check_engine_files(directory: Path, record: EngineRecord, *, verify: bool = True) -> None:
+    """Check that the engines a record names are there, whole and inside the directory.
+
+    Args:
+        directory: Where the record lies.
+        record: What it says.
+        verify: Also compute checksums (sizes are always checked).
+
+    Raises:
+        UserError: An engine is missing, changed, or named by a path.
+    """
+    hint = "compile again with `ep-export compile`, or copy the engines again whole"
+    for engine in record.components.values():
+        if Path(engine.file).name != engine.file:
+            raise UserError(f"{directory / RECORD} names a path outside itself: {engine.file!r}", hint=hint)
+        file = directory / engine.file
+        if not file.is_file():
+            raise UserError(f"engine {file} is missing", hint=hint)
+        if file.stat().st_size != engine.bytes:
+            raise UserError(
+                f"engine {file} has {file.stat().st_size} bytes, its record says {engine.bytes}", hint=hint
+            )
+        if verify and hash_file(file) != engine.sha256:
+            raise UserError(f"engine {file} was changed: its SHA-256 differs from its record's", hint=hint)
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return version_numbers(version)[:_RELEASE_NUMBERS]

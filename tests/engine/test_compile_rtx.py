@@ -1,0 +1,239 @@
+"""Real engines, compiled ahead of time on a machine without a GPU."""
+
+import dataclasses
+import importlib.util
+import json
+import shutil
+import struct
+
+import pytest
+from bundles import export_tiny
+from command_line import ep_export
+from family_bundles import MAKERS
+from tiny import make_tiny
+
+from ep_export.bundle import Bundle, Dialect, Precision
+from ep_export.engine.compile import CompileRequest, Made, compile_bundle
+from ep_export.engine.compiler import installed_version
+from ep_export.engine.profiles import LimitsRequest, make_profiles
+from ep_export.engine_record import RECORD, bundle_fingerprint, check_engine, check_engine_files, read_record
+from ep_export.errors import UserError
+from ep_export.families import FAMILIES
+from ep_export.policy import Scorer
+from ep_export.targets import Flavour, find_target
+
+needs_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx") is None,
+    reason="tensorrt_rtx is not installed: pip install 'ep-export[rtx]'",
+)
+
+ADA = "rtx-ada"
+# Primes, so that the engine's bytes hold them for one reason only.
+LIMITS = LimitsRequest(max_prompt=811, max_new_tokens=29, max_pixels=50_176, max_kept_tokens=601)
+
+
+def test_every_family_is_compiled_here():
+    assert set(MAKERS) == {family.name for family in FAMILIES}
+
+
+@needs_compiler
+@pytest.mark.parametrize("dialect", Dialect)
+@pytest.mark.parametrize("family", MAKERS)
+def test_every_component_compiles_and_holds_the_profile_asked_for(family, dialect, bundle_of, tmp_path):
+    bundle = bundle_of(family, dialect)
+    result = compile_bundle(bundle, CompileRequest(find_target(ADA), LIMITS, out=tmp_path / "engines"))
+    assert result.made is Made.ENGINES
+    record = read_record(tmp_path / "engines")
+    assert set(record.components) == {component.name for component in bundle.manifest.components}
+    check_engine(record, bundle, flavour=Flavour.TENSORRT_RTX, version=record.version, sm="8.9")
+    check_engine_files(tmp_path / "engines", record)
+    profiles = make_profiles(bundle, result.limits)
+    for name, engine in record.components.items():
+        assert engine.profiles == profiles[name]
+    # An engine opens only where a GPU is. Its profiles lie in it as plain 64-bit numbers, all the same.
+    raw = (tmp_path / "engines" / record.components["decoder_head"].file).read_bytes()
+    dims = bundle.manifest.dims
+    for shape in (
+        (1, 811, dims.hidden_size),  # the longest prompt
+        (1, dims.kv_heads, 839, dims.head_dim),  # 811 + 29 - 1 in the cache
+    ):
+        assert struct.pack(f"<{len(shape)}q", *shape) in raw, shape
+    assert struct.pack("<3q", 1, 1024, dims.hidden_size) not in raw
+
+
+@needs_compiler
+class TestOneBundle:
+    """What compiling does to a bundle, and what it refuses."""
+
+    @pytest.fixture
+    def bundle(self, bundle_of, tmp_path):
+        """A copy that a test may change."""
+        made = bundle_of("qwen2_5_vl", Dialect.MODERN)
+        shutil.copytree(made.path, tmp_path / "bundle")
+        return Bundle.open(tmp_path / "bundle")
+
+    def test_engines_go_into_the_bundle_whose_manifest_stays_valid(self, bundle):
+        options = ("--max-prompt", "400", "--max-pixels", "50176", "--json")
+        result = ep_export("compile", str(bundle.path), "--target", ADA, *options)
+        assert result.code == 0, result.err
+        said = json.loads(result.out)
+        assert said["directory"] == str(bundle.path / "engines" / ADA)
+        assert said["limits"]["max_prompt"] == 400
+        opened = Bundle.open(bundle.path)  # sizes and checksums of everything, engines included
+        assert f"engines/{ADA}/{RECORD}" in {entry.path for entry in opened.manifest.files}
+        assert "not run" in opened.manifest.verified[ADA]
+        assert bundle_fingerprint(opened.manifest) == bundle_fingerprint(bundle.manifest)
+
+        again = ep_export("compile", str(bundle.path), "--target", ADA, *options)
+        assert again.code == 1
+        assert "--overwrite" in again.err
+        for_another = find_target("rtx-ampere")
+        record = read_record(bundle.path / "engines" / ADA)
+        with pytest.raises(UserError, match=r"are for SM 8.9, expected SM 8.6"):
+            check_engine(
+                record,
+                opened,
+                flavour=for_another.flavour,
+                version=installed_version(for_another.flavour),
+                sm=for_another.sm,
+            )
+
+    def test_a_wrong_pair_that_slips_through_is_still_one_line_of_ours(self, tmp_path):
+        """float32 Attention, with a target file that claims it: the compiler's page becomes a sentence."""
+        checkpoint = make_tiny(tmp_path / "model", layers=2, heads=8, kv_heads=4, vision_depth=2)
+        bundle = export_tiny(checkpoint, tmp_path / "bundle", layer=1, dialect=Dialect.MODERN)
+        with pytest.raises(UserError, match="has modern fp32 graphs, expected for rtx-ada one of"):
+            compile_bundle(bundle, CompileRequest(find_target(ADA), LIMITS))
+        lying = tmp_path / "lying.toml"
+        lying.write_text('extends = "rtx-ada"\ngraphs = ["modern fp32"]\n')
+        result = ep_export("compile", str(bundle.path), "--target", str(lying))
+        assert result.code == 1
+        errors = [line for line in result.err.splitlines() if not line.startswith("compile ")]
+        assert [line.split(":")[0] for line in errors] == ["error", "hint"], result.err
+        assert "no Attention kernel" in errors[0]
+        assert "portable" in errors[1]
+        assert not (bundle.path / "engines").exists()
+
+    def test_turing_takes_bfloat16_weights_as_float16_and_scores_by_norm(self, tmp_path):
+        import torch
+
+        options = {"layers": 2, "heads": 8, "kv_heads": 4, "vision_depth": 2, "dtype": torch.bfloat16}
+        checkpoint = make_tiny(tmp_path / "model", **options)
+        made = export_tiny(
+            checkpoint, tmp_path / "bundle", layer=1, scorer=Scorer.NORM, precision=Precision.FP16
+        )
+        turing = find_target("rtx-turing")
+        result = compile_bundle(made, CompileRequest(turing, LIMITS, out=tmp_path / "engines"))
+        assert result.record.sm == "7.5"
+        assert {file.suffix for file in (tmp_path / "engines").iterdir()} == {".engine", ".json"}
+        paper = dataclasses.replace(
+            made.manifest, policy=dataclasses.replace(made.manifest.policy, scorer=Scorer.PAPER)
+        )
+        with pytest.raises(UserError, match="scores tokens by paper, expected norm"):
+            compile_bundle(Bundle(made.path, paper), CompileRequest(turing, LIMITS, out=tmp_path / "other"))
+
+
+class TestWithoutCompiling:
+    """Refusals that need no compiler."""
+
+    @pytest.fixture
+    def bundle(self, bundle_of):
+        return bundle_of("qwen2_5_vl", Dialect.PORTABLE)
+
+    def refused(self, bundle, *options, code=1):
+        before = sorted(bundle.path.rglob("*"))
+        result = ep_export("compile", str(bundle.path), *options)
+        assert result.code == code, result.err
+        error, hint = result.err.splitlines()
+        assert error.startswith("error: ")
+        assert hint.startswith("hint: ")
+        assert sorted(bundle.path.rglob("*")) == before
+        return error, hint
+
+    def test_a_dialect_or_precision_the_target_has_not(self, bundle):
+        error, hint = self.refused(bundle, "--target", "rtx-turing")
+        assert "has portable fp32 graphs, expected for rtx-turing one of: portable fp16" in error
+        assert "--precision fp16" in hint
+
+    def test_too_small_a_profile(self, bundle):
+        error, _ = self.refused(bundle, "--target", ADA, "--max-prompt", "20", code=2)
+        assert "too small for one picture" in error
+
+    def test_more_kept_tokens_than_topk_takes(self, bundle):
+        error, _ = self.refused(bundle, "--target", ADA, "--max-prompt", "4000", code=2)
+        assert "fewer than 3840" in error
+
+    def test_a_missing_compiler(self, bundle, monkeypatch):
+        found = importlib.util.find_spec
+        hide = lambda name, *more: None if name == "tensorrt_rtx" else found(name, *more)  # noqa: E731
+        monkeypatch.setattr(importlib.util, "find_spec", hide)
+        error, hint = self.refused(bundle, "--target", ADA)
+        assert "needs tensorrt_rtx, which is not installed" in error
+        assert "ep-export[rtx]" in hint
+
+    def test_a_compiler_of_another_version(self, bundle, tmp_path):
+        if installed_version(Flavour.TENSORRT_RTX) is None:
+            pytest.skip("tensorrt_rtx is not installed: pip install 'ep-export[rtx]'")
+        later = tmp_path / "later.toml"
+        later.write_text('extends = "rtx-ada"\nversions = { minimum = "99", maximum = "99" }\n')
+        error, _ = self.refused(bundle, "--target", str(later))
+        assert "takes tensorrt-rtx 99, found" in error
+
+    def test_an_unknown_target(self, bundle):
+        error, hint = self.refused(bundle, "--target", "rtx-adaa", code=2)
+        assert "rtx-adaa" in error
+        assert "rtx-ada" in hint
+
+    def test_a_model_too_large_for_the_device(self, bundle, tmp_path):
+        small = tmp_path / "small.toml"
+        small.write_text(
+            'extends = "rtx-ada"\nmemory_bytes = 1_001_000_000\n[sources]\nmemory_bytes = "a test"\n'
+        )
+        error, hint = self.refused(bundle, "--target", str(small))
+        assert "an estimate), expected at most 1.0 MB" in error
+        assert "--force" in hint
+
+    def test_a_cpu_has_nothing_to_compile(self, bundle):
+        result = ep_export("compile", str(bundle.path), "--target", "cpu", "--json")
+        assert result.code == 0
+        assert json.loads(result.out)["made"] == "nothing"
+
+
+class TestBuild:
+    """`build --target`."""
+
+    def test_the_targets_best_graphs_are_built_and_compiled(self, tmp_path):
+        if installed_version(Flavour.TENSORRT_RTX) is None:
+            pytest.skip("tensorrt_rtx is not installed: pip install 'ep-export[rtx]'")
+        checkpoint = make_tiny(tmp_path / "model", layers=2, heads=8, kv_heads=4, vision_depth=2)
+        out = tmp_path / "bundle"
+        options = (
+            "--keep",
+            "0.75",
+            "--layer",
+            "1",
+            "--target",
+            ADA,
+            "--max-pixels",
+            "50176",
+            "--out",
+            str(out),
+        )
+        result = ep_export("build", "--model", str(checkpoint), *options, "--json")
+        assert result.code == 0, result.err
+        said = json.loads(result.out)
+        assert said["compiled"]["made"] == "engines"
+        manifest = Bundle.open(out).manifest
+        assert (manifest.dialect, manifest.precision) == (Dialect.MODERN, Precision.BF16)
+        assert (out / "engines" / ADA / RECORD).is_file()
+
+    def test_what_the_target_cannot_take_is_refused_before_the_build(self, tiny_checkpoint, tmp_path):
+        options = ("--keep", "0.75", "--layer", "1", "--out", str(tmp_path / "bundle"))
+        build = ("build", "--model", str(tiny_checkpoint), *options)
+        scorer = ep_export(*build, "--target", "rtx-turing", "--policy", "paper")
+        assert scorer.code == 1
+        assert "scores tokens by paper, expected norm" in scorer.err
+        pair = ep_export(*build, "--target", ADA, "--dialect", "modern", "--precision", "fp32")
+        assert pair.code == 2
+        assert "takes no modern fp32 graphs" in pair.err
+        assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,200 @@
+"""Targets: data that is checked when it is read."""
+
+import json
+
+import pytest
+from command_line import ep_export
+
+from ep_export.bundle import Dialect, Precision
+from ep_export.errors import UsageError, UserError
+from ep_export.policy import Scorer
+from ep_export.targets import (
+    Flavour,
+    Graphs,
+    VersionRange,
+    find_target,
+    load_targets,
+    read_target,
+    version_numbers,
+)
+
+TARGETS = load_targets()
+
+# Compute capabilities from NVIDIA's table of GPUs.
+EXPECTED = {
+    "jetson-orin-agx-64gb": "8.7",
+    "jetson-orin-agx-32gb": "8.7",
+    "jetson-orin-nx-16gb": "8.7",
+    "jetson-orin-nano-8gb": "8.7",
+    "jetson-thor": "11.0",
+    "a100": "8.0",
+    "l4": "8.9",
+    "l40s": "8.9",
+    "h100": "9.0",
+    "h200": "9.0",
+    "b200": "10.0",
+    "rtx-turing": "7.5",
+    "rtx-ampere-a100": "8.0",
+    "rtx-ampere": "8.6",
+    "rtx-ada": "8.9",
+    "rtx-blackwell": "12.0",
+    "rtx-spark": "12.1",
+    "cpu": None,
+}
+
+OWN = """
+extends = "rtx-ada"
+title = "My card"
+memory_bytes = 12_000_000_000
+
+[sources]
+memory_bytes = "its box"
+"""
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_every_device_of_the_design_is_there(name):
+    assert find_target(name).sm == EXPECTED[name]
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
+class TestEveryTarget:
+    def test_figures_have_sources(self, target):
+        figures = {"sm", "versions", "cuda", "memory_bytes", "bandwidth_bytes_per_second", "peak_flops"}
+        given = {name for name in figures if getattr(target, name)}
+        assert given <= set(target.sources)
+        assert all(len(source) > 5 for source in target.sources.values())
+
+    def test_figures_are_of_this_world(self, target):
+        if target.memory_bytes is None:
+            return
+        assert 4e9 < target.memory_bytes < 3e11
+        assert 0 < target.reserved_bytes < target.memory_bytes / 2
+        assert 5e10 < target.bandwidth_bytes_per_second < 1e13
+        assert target.peak_flops["fp16"] > target.peak_flops["fp32"] > 1e12
+
+    def test_modern_graphs_only_where_tensorrt_has_the_operators(self, target):
+        if target.flavour is Flavour.TENSORRT and Dialect.MODERN in target.dialects:
+            assert version_numbers(target.versions.minimum) >= (10, 15)
+
+    def test_no_float32_attention_where_there_is_no_kernel(self, target):
+        if target.flavour is not Flavour.ONNXRUNTIME:
+            assert not target.takes(Dialect.MODERN, Precision.FP32)
+
+    def test_bfloat16_from_sm_8_on(self, target):
+        if target.sm is not None:
+            assert (Precision.BF16 in target.dtypes) == (float(target.sm) >= 8.0)
+
+    def test_bodies_are_stripped_for_jetpack_6_alone(self, target):
+        assert target.strips_body == (target.versions == VersionRange("10.3", "10.3"))
+
+    def test_nothing_claims_to_have_run_on_a_gpu(self, target):
+        assert target.verified.startswith("run:") == (target.name == "cpu")
+
+
+def test_jetpack_6_and_7_are_two_targets_of_one_device():
+    six, seven = (find_target(f"jetson-orin-agx-64gb{name}") for name in ("", "-jetpack7"))
+    assert (six.memory_bytes, six.bandwidth_bytes_per_second) == (
+        seven.memory_bytes,
+        seven.bandwidth_bytes_per_second,
+    )
+    assert six.versions.holds("10.3.0.30")
+    assert not six.versions.holds("10.4.0")
+    assert seven.versions.holds("11.4.1")
+    assert not seven.versions.holds("10.13.3")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "version", "held"),
+    [
+        ("10.3", "10.3", "10.3.0.30", True),
+        ("10.3", "10.3", "10.30.0", False),
+        ("10.15", "11", "11.4.1.2", True),
+        ("10.15", "11", "12.0", False),
+        ("10.15", "11", "10.9.1", False),
+        ("1.7", "1", "1.7.1.116", True),
+    ],
+)
+def test_version_ranges_compare_numbers(low, high, version, held):
+    assert VersionRange(low, high).holds(version) == held
+
+
+def test_the_best_graphs_follow_what_was_told():
+    ada = find_target("rtx-ada")
+    assert ada.best() == ada.graphs[0]
+    assert ada.best(precision=Precision.FP32) == Graphs(Dialect.PORTABLE, Precision.FP32)
+    with pytest.raises(UsageError, match="takes no modern fp32"):
+        ada.best(Dialect.MODERN, Precision.FP32)
+
+
+def test_turing_scores_by_norm_alone():
+    assert find_target("rtx-turing").scorers == (Scorer.NORM,)
+    assert set(find_target("rtx-ada").scorers) == set(Scorer)
+
+
+def test_unknown_target_suggests_the_nearest():
+    with pytest.raises(UsageError) as refused:
+        find_target("jetson-orin-nx-16g")
+    assert "jetson-orin-nx-16gb" in refused.value.hint
+
+
+def test_a_file_of_ones_own_extends_a_shipped_target(tmp_path):
+    file = tmp_path / "my-card.toml"
+    file.write_text(OWN)
+    target = find_target(str(file))
+    assert (target.name, target.title, target.memory_bytes) == ("my-card", "My card", 12_000_000_000)
+    assert target.sm == find_target("rtx-ada").sm
+    assert target.sources["memory_bytes"] == "its box"
+    assert target.sources["sm"] == find_target("rtx-ada").sources["sm"]
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ("memory = 3", "unknown key 'memory'"),
+        ('extends = "nothing"', "extends 'nothing'"),
+        ('graphs = ["modern fp8"]', "fp8"),
+        ('graphs = ["modern"]', "expected pairs"),
+        ("graphs = []", "takes no graphs"),
+        ('memory_bytes = "much"', "memory_bytes"),
+        ('verified = "surely"', "verified"),
+        ('flavour = "tensorflow"', "tensorflow"),
+        ("title = ", "not readable TOML"),
+    ],
+)
+def test_a_broken_file_is_refused_by_name(tmp_path, change, complaint):
+    file = tmp_path / "broken.toml"
+    key = change.split(" ")[0]
+    lines = [line for line in OWN.splitlines() if not line.startswith(f"{key} =")]
+    file.write_text("\n".join([change, *lines]))
+    with pytest.raises(UserError, match=complaint) as refused:
+        read_target(file)
+    assert "broken.toml" in str(refused.value)
+
+
+def test_figures_without_a_source_are_refused(tmp_path):
+    file = tmp_path / "unsourced.toml"
+    file.write_text(
+        'title = "x"\nsm = "8.9"\nflavour = "tensorrt-rtx"\nversions = { minimum = "1", maximum = "1" }\n'
+        'cuda = "12"\nmemory_bytes = 8\nbandwidth_bytes_per_second = 1.0\ngraphs = ["portable fp32"]\n'
+        'verified = "no: a test"\n[peak_flops]\nfp32 = 1.0\n[sources]\nsm = "a"\nversions = "b"\ncuda = "c"\n'
+    )
+    with pytest.raises(UserError, match="no source for"):
+        read_target(file)
+
+
+def test_targets_json_has_what_scripts_read():
+    said = json.loads(ep_export("targets", "--json").out)["targets"]
+    assert {entry["name"] for entry in said} >= set(EXPECTED)
+    for entry in said:
+        assert {"name", "sm", "flavour", "dtypes", "dialect", "verified"} <= set(entry)
+    nano = next(entry for entry in said if entry["name"] == "jetson-orin-nano-8gb")
+    assert nano["flavour"] == "tensorrt"
+    assert nano["dialect"] == "portable"
+    assert "bf16" in nano["dtypes"]
+
+
+def test_targets_table_says_how_far_each_was_verified():
+    said = ep_export("targets").out
+    assert "rtx-blackwell" in said
+    assert "no GPU" in said

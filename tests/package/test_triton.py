@@ -1,0 +1,411 @@
+"""A Triton model repository: its files, and the answers of its models on a stand-in for the server.
+
+Not run: no Triton server here. See triton_standin.py for what the stand-in shows and what not.
+"""
+
+import base64
+import importlib.util
+import io
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from bundles import export_tiny
+from command_line import ep_export
+from digit_scenes import held_out
+from tiny import tiny_picture
+from triton_schema import MESSAGES, parse_config, schema
+from triton_standin import StandIn
+
+from ep_export.bundle import Bundle, Precision
+from ep_export.engine_record import ENGINES, EngineFile, EngineRecord, bundle_fingerprint, write_record
+from ep_export.engine_record import Limits as EngineLimits
+from ep_export.errors import UsageError, UserError
+from ep_export.families.base import Video
+from ep_export.package import write_repository
+from ep_export.package.triton_model import TextStream
+from ep_export.policy import Keep, Scorer, Select
+from ep_export.runtime import Sampling, Session
+from ep_export.targets import find_target
+
+READER = Path(__file__).parents[1] / "fixtures" / "digit-reader"
+COMPONENTS = ("vision_encoder", "embed_tokens", "decoder_head", "decoder_tail")
+TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "int64": "TYPE_INT64"}
+
+
+@pytest.fixture(scope="module")
+def repository(tiny_bundle, tmp_path_factory):
+    return write_repository(tiny_bundle, tmp_path_factory.mktemp("triton") / "repository")
+
+
+@pytest.fixture(scope="module")
+def server(repository):
+    with StandIn(repository.path / "models").running() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def session(tiny_bundle):
+    with Session.open(tiny_bundle) as opened:
+        yield opened
+
+
+def png(picture) -> bytes:
+    stream = io.BytesIO()
+    picture.save(stream, "PNG")
+    return stream.getvalue()
+
+
+def text(value: str | bytes) -> np.ndarray:
+    return np.array([value.encode() if isinstance(value, str) else value], dtype=np.object_)
+
+
+def question(prompt: str, *pictures, **numbers) -> dict[str, np.ndarray]:
+    kinds = {"max_new_tokens": np.int32, "top_k": np.int32, "seed": np.int64, "stream": np.bool_}
+    asked = {"prompt": text(prompt)}
+    if pictures:
+        asked["image"] = np.array([png(picture) for picture in pictures], dtype=np.object_)
+    asked |= {name: np.array([value], dtype=kinds.get(name, np.float32)) for name, value in numbers.items()}
+    return asked
+
+
+def test_every_config_agrees_with_its_onnx_file(repository):
+    models = repository.path / "models"
+    assert repository.models == ("ep_export", *(f"ep_export_{name}" for name in COMPONENTS))
+    for name in COMPONENTS:
+        folder = models / f"ep_export_{name}"
+        config = parse_config((folder / "config.pbtxt").read_text())
+        graph = ir.load(folder / "1" / "model.onnx").graph
+        assert (config.name, config.backend, config.max_batch_size) == (folder.name, "onnxruntime", 0)
+        for ports, values in ((config.input, graph.inputs), (config.output, graph.outputs)):
+            assert [port.name for port in ports] == [value.name for value in values]
+            for port, value in zip(ports, values, strict=True):
+                enum = type(port).DESCRIPTOR.fields_by_name["data_type"].enum_type
+                assert enum.values_by_number[port.data_type].name == TYPES[value.dtype.numpy().name]
+                assert list(port.dims) == [axis if isinstance(axis, int) else -1 for axis in value.shape]
+
+
+def test_the_front_model_streams_and_pictures_are_optional(repository):
+    config = parse_config((repository.path / "models" / "ep_export" / "config.pbtxt").read_text())
+    assert config.backend == "python"
+    assert config.model_transaction_policy.decoupled
+    assert [port.name for port in config.input if not port.optional] == ["prompt"]
+
+
+def test_weights_lie_below_each_model_as_links(repository, tiny_bundle):
+    assert repository.linked
+    shard = next((tiny_bundle.path / "weights").iterdir())
+    for name in COMPONENTS:
+        folder = repository.path / "models" / f"ep_export_{name}" / "1"
+        assert (folder / "weights" / shard.name).samefile(shard)
+        assert not [path for path in folder.rglob("*") if path.is_symlink()]
+
+
+def test_only_what_a_component_refers_to_is_linked(tiny_bundle, tmp_path):
+    bundle = Bundle(Path(shutil.copytree(tiny_bundle.path, tmp_path / "bundle")), tiny_bundle.manifest)
+    unused = bundle.path / "weights" / "vision-only.safetensors"
+    unused.write_bytes(b"not referred to")
+    made = write_repository(bundle, tmp_path / "repository")
+    linked = {file.name for file in made.path.rglob("weights/*")}
+    assert linked == {file.name for file in unused.parent.iterdir()} - {unused.name}
+
+
+def test_a_repository_can_be_moved(repository, tmp_path, session):
+    moved = shutil.copytree(repository.path, tmp_path / "elsewhere")
+    picture = tiny_picture(112, 84, seed=3)
+    with StandIn(moved / "models").running() as server:
+        answer = server.ask(question("What is this?", picture, max_new_tokens=3))
+    wanted = session.generate([picture], "What is this?", max_new_tokens=3)
+    assert tuple(answer.outputs()["token_ids"]) == wanted.token_ids
+
+
+@pytest.mark.parametrize(
+    "pictures",
+    [(), (tiny_picture(112, 84, seed=1),), (tiny_picture(84, 140, seed=2), tiny_picture(112, 112, seed=3))],
+    ids=["none", "one", "two"],
+)
+def test_answers_are_those_of_ep_export_run(server, session, pictures):
+    answer = server.ask(question("Which digits are there?", *pictures, max_new_tokens=12)).outputs()
+    wanted = session.generate(list(pictures), "Which digits are there?", max_new_tokens=12)
+    assert answer["text"][0].decode() == wanted.answer
+    assert tuple(answer["token_ids"]) == wanted.token_ids
+    assert tuple(answer["kept_index"]) == wanted.kept_index
+    assert answer["finish_reason"][0].decode() == wanted.finish.value
+
+
+def test_keep_and_sampling_are_those_of_ep_export_run(server, session):
+    picture = tiny_picture(112, 112, seed=5)
+    answer = server.ask(
+        question(
+            "Name the colour.",
+            picture,
+            max_new_tokens=8,
+            keep=0.6,
+            temperature=0.5,
+            top_k=5,
+            top_p=0.5,
+            seed=7,
+        )
+    ).outputs()
+    wanted = session.generate(
+        [picture],
+        "Name the colour.",
+        max_new_tokens=8,
+        keep=Keep(ratio=0.6),
+        sampling=Sampling(temperature=0.5, top_p=0.5, top_k=5, seed=7),
+    )
+    assert tuple(answer["token_ids"]) == wanted.token_ids
+    assert tuple(answer["kept_index"]) == wanted.kept_index
+
+
+def test_streamed_pieces_are_the_answer(server, session):
+    picture = tiny_picture(112, 84, seed=1)
+    answer = server.ask(question("Say hello.", picture, max_new_tokens=10, stream=True))
+    wanted = session.generate([picture], "Say hello.", max_new_tokens=10)
+    assert len(answer.pieces) > 3
+    assert "".join(answer.pieces) == wanted.answer
+    assert tuple(answer.outputs()["token_ids"]) == wanted.token_ids
+    assert answer.outputs(0)["token_ids"].size == 0
+
+
+def test_caches_are_empty_at_first_and_have_two_lengths_then(server):
+    server.requests.clear()
+    answer = server.ask(question("What is this?", tiny_picture(112, 112, seed=2), max_new_tokens=3)).outputs()
+    head, tail = (
+        [shapes[f"past_key_values.{layer}.key"][2] for name, shapes in server.requests if name.endswith(kind)]
+        for kind, layer in (("head", 0), ("tail", 2))
+    )
+    full = server.requests[1][1]["input_ids"][1]
+    assert head == [0, full, full + 1]
+    assert tail == [0, len(answer["kept_index"]), len(answer["kept_index"]) + 1]
+    assert tail[1] < head[1]
+
+
+def test_frames_are_shown_as_one_video(server, session):
+    frames = tuple(tiny_picture(112, 84, seed=seed) for seed in range(4))
+    asked = question("What happens?", tiny_picture(84, 84, seed=9), max_new_tokens=5, fps=2.0)
+    asked["frames"] = np.array([png(frame) for frame in frames], dtype=np.object_)
+    answer = server.ask(asked)
+    wanted = session.generate(
+        [tiny_picture(84, 84, seed=9), Video(frames, fps=2.0)], "What happens?", max_new_tokens=5
+    )
+    assert answer.error == ""
+    assert tuple(answer.outputs()["token_ids"]) == wanted.token_ids
+    assert tuple(answer.outputs()["kept_index"]) == wanted.kept_index
+
+
+def test_a_picture_may_come_in_base64(server):
+    picture = tiny_picture(112, 84, seed=1)
+    plain = server.ask(question("What is this?", picture, max_new_tokens=3)).outputs()
+    for prefix in (b"", b"data:image/png;base64,"):
+        asked = question("What is this?", max_new_tokens=3)
+        asked["image"] = text(prefix + base64.b64encode(png(picture)))
+        coded = server.ask(asked).outputs()
+        assert coded["token_ids"].tolist() == plain["token_ids"].tolist()
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"image": text(b"no picture")}, "is not a picture"),
+        ({"image": text(b"")}, "is empty"),
+        ({"prompt": text(b"\xff\xfe")}, "prompt is not UTF-8 text"),
+        ({"max_new_tokens": np.array([0], dtype=np.int32)}, "max-new-tokens is 0"),
+        ({"keep": np.array([1.5], dtype=np.float32)}, "keep is 1.5, expected 0 < keep <= 1"),
+        ({"temperature": np.array([0], dtype=np.float32)}, "temperature is 0.0"),
+        ({"prompt": text("hello " * 5000)}, "prompt has"),
+    ],
+)
+def test_a_wrong_request_gets_one_sentence_and_the_next_an_answer(server, changes, complaint):
+    picture = tiny_picture(112, 84, seed=1)
+    answer = server.ask({**question("What is this?", picture, max_new_tokens=2), **changes})
+    assert len(answer.responses) == 1
+    assert complaint in answer.error
+    assert server.ask(question("What is this?", max_new_tokens=2)).error == ""
+
+
+def test_generation_ends_when_the_client_leaves(server):
+    server.requests.clear()
+    asked = question("Say hello.", tiny_picture(112, 84, seed=1), max_new_tokens=10, stream=True)
+    answer = server.ask(asked, leaves_after=2)
+    assert len(answer.responses) == 2
+    assert sum(name.endswith("tail") for name, _ in server.requests) < 10
+
+
+def test_a_component_that_fails_is_named(server):
+    session = server._sessions.pop("ep_export_embed_tokens")
+    try:
+        answer = server.ask(question("What is this?", max_new_tokens=2))
+        assert "ep_export_embed_tokens failed: unknown model" in answer.error
+    finally:
+        server._sessions["ep_export_embed_tokens"] = session
+
+
+def test_the_shipped_model_answers_as_the_command_line_does(tmp_path):
+    bundle = export_tiny(
+        READER, tmp_path / "bundle", layer=2, keep=0.25, scorer=Scorer.NORM, select=Select.LOWEST
+    )
+    out = tmp_path / "repository"
+    result = ep_export("package", str(bundle.path), "--triton", str(out))
+    assert result.code == 0, result.err
+    assert result.out.strip() == str(out)
+    assert "not run here: no Triton server" in result.err
+    with StandIn(out / "models").running() as server:
+        for scene, asked in list(held_out(3, seed=4)):
+            file = tmp_path / "scene.png"
+            scene.picture.save(file)
+            told = ep_export(
+                "run",
+                str(bundle.path),
+                "--image",
+                str(file),
+                "--prompt",
+                asked.text,
+                "--max-new-tokens",
+                "8",
+                "--json",
+            )
+            wanted = json.loads(told.out)
+            answer = server.ask(question(asked.text, scene.picture, max_new_tokens=8)).outputs()
+            assert answer["text"][0].decode() == wanted["answer"]
+            assert answer["token_ids"].tolist() == wanted["token_ids"]
+            assert answer["kept_index"].tolist() == wanted["kept_index"]
+
+
+def test_package_prints_what_it_wrote_as_json(tiny_bundle, tmp_path):
+    out = tmp_path / "repository"
+    result = ep_export("package", str(tiny_bundle.path), "--triton", str(out), "--json")
+    told = json.loads(result.out)
+    assert (told["path"], told["runtime"], told["target"]) == (str(out), "onnxruntime", None)
+    assert told["models"] == ["ep_export", *(f"ep_export_{name}" for name in COMPONENTS)]
+    assert json.loads((out / "repository.json").read_text())["models"] == told["models"]
+    again = ep_export("package", str(tiny_bundle.path), "--triton", str(out))
+    assert again.code == 1
+    assert "exists already" in again.err
+
+
+def test_a_gpu_is_asked_for_only_where_components_run(tiny_bundle, tmp_path):
+    made = write_repository(tiny_bundle, tmp_path / "gpu", gpu=True)
+    kinds = {
+        folder.name: parse_config((folder / "config.pbtxt").read_text()).instance_group[0].kind
+        for folder in (made.path / "models").iterdir()
+    }
+    assert kinds.pop("ep_export") == 2  # KIND_CPU
+    assert set(kinds.values()) == {1}  # KIND_GPU
+    assert "--gpus all" in (made.path / "README.md").read_text()
+
+
+def test_bfloat16_is_refused_with_what_to_do(tiny_bundle, tmp_path):
+    manifest = tiny_bundle.manifest
+    head = manifest.component("decoder_head")
+    inputs = (replace(head.inputs[0], dtype="bfloat16"), *head.inputs[1:])
+    others = tuple(c for c in manifest.components if c is not head)
+    brain = replace(manifest, precision=Precision.BF16, components=(*others, replace(head, inputs=inputs)))
+    with pytest.raises(UserError, match="decoder_head has bfloat16 tensors") as refused:
+        write_repository(Bundle(tiny_bundle.path, brain), tmp_path / "out")
+    assert "--precision fp16" in refused.value.hint
+    assert not (tmp_path / "out").exists()
+
+
+def engines_in(bundle: Bundle, name: str) -> None:
+    """Files where engines would be; nothing here loads them."""
+    target = find_target(name)
+    folder = bundle.path / ENGINES / name
+    folder.mkdir(parents=True)
+    components = {}
+    for component in bundle.manifest.components:
+        (folder / f"{component.name}.engine").write_text("a stand-in")
+        components[component.name] = EngineFile(f"{component.name}.engine", "", 10, 0.0, ())
+    write_record(
+        folder,
+        EngineRecord(
+            target=name,
+            sm=target.sm,
+            flavour=target.flavour,
+            version="1.7.1",
+            cuda="12",
+            bundle=bundle_fingerprint(bundle.manifest),
+            model="tiny",
+            dialect=bundle.manifest.dialect,
+            precision=bundle.manifest.precision,
+            limits=EngineLimits(64, 8, 50176, 32),
+            components=components,
+            plugin=False,
+            made_by={},
+        ),
+    )
+
+
+def test_engines_are_served_by_one_model_in_its_own_process(tiny_bundle, tmp_path):
+    bundle = Bundle.open(shutil.copytree(tiny_bundle.path, tmp_path / "bundle"))
+    engines_in(bundle, "rtx-ada")
+    made = write_repository(bundle, tmp_path / "repository", target=find_target("rtx-ada"))
+    assert made.models == ("ep_export",)
+    folder = made.path / "models" / "ep_export"
+    config = parse_config((folder / "config.pbtxt").read_text())
+    parameters = {key: value.string_value for key, value in config.parameters.items()}
+    assert parameters == {"runtime": "tensorrt", "target": "rtx-ada"}
+    linked = folder / "1" / "bundle" / ENGINES / "rtx-ada"
+    assert {f.name for f in linked.iterdir()} == {"engine.json", *(f"{c}.engine" for c in COMPONENTS)}
+    with pytest.raises(UserError), StandIn(made.path / "models").running():
+        pass  # no GPU, or no TensorRT: said in a sentence when the model is loaded
+
+
+def test_a_target_without_engines_or_with_gpu_is_refused(tiny_bundle, tmp_path):
+    with pytest.raises(UserError, match="has no engines"):
+        write_repository(tiny_bundle, tmp_path / "a", target=find_target("rtx-ada"))
+    with pytest.raises(UsageError, match="--gpu is for ONNX Runtime"):
+        write_repository(tiny_bundle, tmp_path / "b", target=find_target("rtx-ada"), gpu=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_directory_is_not_replaced_unasked(tiny_bundle, tmp_path):
+    out = tmp_path / "mine"
+    out.mkdir()
+    (out / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="was not made by ep-export"):
+        write_repository(tiny_bundle, out, overwrite=True)
+    assert (out / "thesis.txt").exists()
+
+
+def test_texts_have_no_gaps_and_say_what_was_not_run(repository):
+    readme = (repository.path / "README.md").read_text()
+    assert "Not run: no Triton server" in readme
+    assert "docker run" in readme
+    assert "    models/ep_export_decoder_head/" in readme
+    docker = (repository.path / "Dockerfile").read_text()
+    assert "FROM nvcr.io/nvidia/tritonserver:${TAG}-py3" in docker
+
+
+def test_text_is_shown_only_when_its_characters_are_whole():
+    """Three tokens make one character of three bytes."""
+    data = ["€"[:0], "e", *("€".encode()[i : i + 1] for i in range(3))]
+
+    def decode(ids: list[int]) -> str:
+        raw = b"".join(part.encode() if isinstance(part, str) else part for part in (data[i] for i in ids))
+        return raw.decode("utf-8", errors="replace")
+
+    stream = TextStream(decode)
+    assert [stream.add(token) for token in (1, 2, 3, 4, 1)] == ["e", "", "", "€", "e"]
+    assert stream.rest("e€e!") == "!"
+
+
+def test_the_schema_is_tritons_own():
+    """Compared with the real one where tritonclient is installed; its module needs protobuf alone."""
+    found = importlib.util.find_spec("tritonclient")
+    if found is None:
+        pytest.skip("tritonclient is not installed")
+    file = Path(found.submodule_search_locations[0]) / "grpc" / "model_config_pb2.py"
+    spec = importlib.util.spec_from_file_location("model_config_pb2", file)
+    real = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(real)
+    for name, fields in MESSAGES.items():
+        theirs = {f.name: (f.number, f.type) for f in getattr(real, name).DESCRIPTOR.fields}
+        assert {key: theirs[key] for key in fields} == {key: value[:2] for key, value in fields.items()}
+    ours = schema().DESCRIPTOR.file.enum_types_by_name["DataType"]
+    values = {value.name: value.number for value in ours.values}
+    assert values == {value.name: value.number for value in real.DataType.DESCRIPTOR.values}
