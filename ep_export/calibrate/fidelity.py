@@ -20,11 +20,20 @@ import torch
 from ep_export.entropy import layer_entropy
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from ep_export.families.base import DecoderModules, Family, PromptInputs
 
-__all__ = ["FullPass", "Gap", "gaps", "run_full"]
+__all__ = [
+    "FullPass",
+    "Gap",
+    "Projected",
+    "before_placeholder",
+    "gap",
+    "gaps",
+    "pruned_log_probs",
+    "run_full",
+]
 
 _BATCH_TOKENS = 16384
 """Positions computed at once: bounds memory, 16384 of width 3584 and FFN 18944 are 1.5 GB in float32."""
@@ -44,15 +53,31 @@ class Gap:
 
 
 @dataclass(frozen=True)
+class Projected:
+    """Projections of one layer before rotary embedding, for every position fed.
+
+    Attributes:
+        query: [positions, heads * head_dim].
+        key: [positions, kv_heads * head_dim].
+        value: [positions, kv_heads * head_dim].
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+
+
+@dataclass(frozen=True)
 class FullPass:
-    """The unpruned model over prompt and its own answer.
+    """The unpruned model over prompt and an answer, usually its own.
 
     Attributes:
         visual_index: [N] int64, on the model's device.
         positions: Prompt and answer positions fed (the last answer token predicts nothing and is left out).
         log_probs: [answer, vocab] float32 at the positions that predict the answer.
         hidden: K -> [1, positions, d], what enters layer K.
-        queries: K -> [N, heads, head_dim], q_proj output of layer K-1 at the visual tokens.
+        queries: K -> [N, heads, head_dim], q_proj output of layer K-1 at the visual tokens; K = 0 has none.
+        projected: K -> all projections of layer K-1; empty unless asked for.
         arguments: K.. -> keyword arguments layer K was called with.
         query_entropy: [L] nats.
         key_entropy: [L] nats.
@@ -63,6 +88,7 @@ class FullPass:
     log_probs: torch.Tensor
     hidden: dict[int, torch.Tensor]
     queries: dict[int, torch.Tensor]
+    projected: dict[int, Projected]
     arguments: dict[int, dict[str, Any]]
     query_entropy: tuple[float, ...]
     key_entropy: tuple[float, ...]
@@ -77,6 +103,7 @@ def run_full(
     layers: Sequence[int],
     heads: int,
     entropies: bool = True,
+    projections: bool = False,
 ) -> FullPass:
     """Run prompt and answer through the unpruned model once.
 
@@ -84,10 +111,11 @@ def run_full(
         model: From `load_model`, on any device.
         family: Its family.
         prompt: With at least one visual token.
-        answer: The model's own greedy answer, at least one token.
-        layers: Candidate layers K whose doors are kept.
+        answer: What is fed after the prompt, at least one token; the last is only predicted.
+        layers: Candidate layers K whose doors are kept, 0 among them or not.
         heads: Query heads.
         entropies: Also compute every layer's entropies.
+        projections: Also keep every projection of the layers before the doors.
     """
     decoder = family.decoder(model)
     device = model.device
@@ -95,7 +123,7 @@ def run_full(
     inputs = family.reference_inputs(replace(prompt, input_ids=ids), model.config)
     inputs = {name: value.to(device) for name, value in inputs.items()}
     visual = torch.from_numpy(prompt.visual_index).to(device)
-    seen = _Seen(visual, layers, len(decoder.layers), heads, entropies=entropies)
+    seen = _Seen(visual, layers, len(decoder.layers), heads, entropies=entropies, projections=projections)
     with ExitStack() as undo, torch.inference_mode():
         seen.install(decoder, undo)
         model(**inputs, use_cache=False, logits_to_keep=1)
@@ -106,6 +134,7 @@ def run_full(
         log_probs=logits.float().log_softmax(dim=-1),
         hidden=seen.hidden,
         queries=seen.queries,
+        projected={layer: Projected(**parts) for layer, parts in seen.projected.items()},
         arguments=seen.arguments,
         query_entropy=tuple(seen.query_entropy),
         key_entropy=tuple(seen.key_entropy),
@@ -124,28 +153,69 @@ def gaps(decoder: DecoderModules, full: FullPass, layer: int, kept: Sequence[tor
     Returns:
         One gap for each kept set.
     """
-    found: list[Gap] = []
-    rows = [_positions(full, chosen) for chosen in kept]
-    with torch.inference_mode():
-        for part in _batches(rows):
-            hidden = _run_upper(decoder, full, layer, part)
-            logits = decoder.lm_head(decoder.norm(hidden)[:, -len(full.log_probs) :])
-            found.extend(_gap(full.log_probs, one.float().log_softmax(dim=-1)) for one in logits)
-    return found
+    return [gap(full.log_probs, one) for one in pruned_log_probs(decoder, full, layer, kept)]
+
+
+def pruned_log_probs(
+    decoder: DecoderModules, full: FullPass, layer: int, kept: Sequence[torch.Tensor]
+) -> Iterator[torch.Tensor]:
+    """What the pruned model predicts for the answer, one kept set after the other.
+
+    Args:
+        decoder: The model's decoder.
+        full: From `run_full`, with `layer` among its layers.
+        layer: K.
+        kept: Kept visual positions, each [k] with the same k.
+
+    Yields:
+        [answer, vocab] float32 log-probabilities for each kept set.
+    """
+    rows = [staying(full, chosen) for chosen in kept]
+    for part in _batches(rows):
+        with torch.inference_mode():
+            entering = torch.cat([full.hidden[layer].index_select(1, one) for one in part])
+            hidden = run_layers(decoder, full, entering, range(layer, len(decoder.layers)), part)
+            logits = decoder.lm_head(decoder.norm(hidden[:, -len(full.log_probs) :]))
+        for one in logits:
+            yield one.float().log_softmax(dim=-1)
+
+
+def before_placeholder(answer: list[int], config: PreTrainedConfig) -> list[int]:
+    """Cut an answer after its first picture placeholder: fed back, it would ask for another picture."""
+    from ep_export.reference import visual_positions
+
+    places = visual_positions(torch.tensor(answer), config)
+    return answer[: int(places[0]) + 1] if len(places) else answer
+
+
+def gap(full: torch.Tensor, pruned: torch.Tensor) -> Gap:
+    """Distance between predictions, both [answer, vocab] log-probabilities."""
+    terms = full.exp() * (full - pruned)
+    kl = terms.sum(dim=-1, dtype=torch.float64).clamp_min(0)  # rounding leaves about -1e-7 where it is 0
+    return Gap(float(kl.sum()), int((full.argmax(-1) == pruned.argmax(-1)).sum()))
 
 
 class _Seen:
     """Hooks of one full pass and what they keep."""
 
     def __init__(
-        self, visual: torch.Tensor, doors: Sequence[int], layers: int, heads: int, *, entropies: bool
+        self,
+        visual: torch.Tensor,
+        doors: Sequence[int],
+        layers: int,
+        heads: int,
+        *,
+        entropies: bool,
+        projections: bool,
     ) -> None:
         self._visual = visual
         self._doors = frozenset(doors)
         self._heads = heads
         self._entropies = entropies
+        self._projections = projections
         self.hidden: dict[int, torch.Tensor] = {}
         self.queries: dict[int, torch.Tensor] = {}
+        self.projected: dict[int, dict[str, torch.Tensor]] = {}
         self.arguments: dict[int, dict[str, Any]] = {}
         self.query_entropy = [0.0] * layers
         self.key_entropy = [0.0] * layers
@@ -158,6 +228,7 @@ class _Seen:
             undo.callback(layer.register_forward_pre_hook(self._door(index), with_kwargs=True).remove)
             undo.callback(attention.q_proj.register_forward_hook(self._projection(index, "query")).remove)
             undo.callback(attention.k_proj.register_forward_hook(self._projection(index, "key")).remove)
+            undo.callback(attention.v_proj.register_forward_hook(self._projection(index, "value")).remove)
         undo.callback(decoder.norm.register_forward_pre_hook(self._keep_last).remove)
 
     def _keep_last(self, _norm: Any, args: tuple[Any, ...]) -> None:
@@ -174,6 +245,10 @@ class _Seen:
 
     def _projection(self, index: int, kind: str) -> Any:
         def hook(_linear: Any, _args: Any, output: torch.Tensor) -> None:
+            if self._projections and index + 1 in self._doors:
+                self.projected.setdefault(index + 1, {})[kind] = output[0]
+            if kind == "value":
+                return
             states = output[0, self._visual]
             if kind == "query" and index + 1 in self._doors:
                 self.queries[index + 1] = states.view(len(states), self._heads, -1)
@@ -184,7 +259,7 @@ class _Seen:
         return hook
 
 
-def _positions(full: FullPass, kept: torch.Tensor) -> torch.Tensor:
+def staying(full: FullPass, kept: torch.Tensor) -> torch.Tensor:
     """[M] positions that go on: all text, the answer, and the kept visual tokens, in order."""
     stays = torch.ones(full.positions, dtype=torch.bool, device=full.visual_index.device)
     stays[full.visual_index] = False
@@ -198,20 +273,41 @@ def _batches(rows: Sequence[torch.Tensor]) -> Iterator[Sequence[torch.Tensor]]:
         yield rows[start : start + size]
 
 
-def _run_upper(
-    decoder: DecoderModules, full: FullPass, layer: int, rows: Sequence[torch.Tensor]
+def run_layers(
+    decoder: DecoderModules,
+    full: FullPass,
+    hidden: torch.Tensor,
+    layers: range,
+    rows: Sequence[torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Layers K..L-1 over several row sets of the same length: [sets, M, d]."""
-    hidden = torch.cat([full.hidden[layer].index_select(1, one) for one in rows])
-    for index in range(layer, len(decoder.layers)):
-        hidden = decoder.layers[index](hidden, **_arguments(full.arguments[index], rows))
+    """Run consecutive decoder layers as the full pass called them, without a cache.
+
+    Args:
+        decoder: The model's decoder.
+        full: Where positions, masks and rotary tables come from.
+        hidden: [sets, M, d] what enters the first of them.
+        layers: Their numbers.
+        rows: Positions of the full pass that each set holds, each [M]; None for all, in one set.
+
+    Returns:
+        [sets, M, d].
+    """
+    given: dict[str, Any] = {}
+    cut: dict[str, Any] = {}
+    for index in layers:
+        arguments = full.arguments[index]
+        if not given or any(arguments[name] is not given.get(name) for name in arguments):
+            given, cut = arguments, _arguments(arguments, rows)  # usually the same for all layers
+        hidden = decoder.layers[index](hidden, **cut)
     return hidden
 
 
-def _arguments(arguments: dict[str, Any], rows: Sequence[torch.Tensor]) -> dict[str, Any]:
+def _arguments(arguments: dict[str, Any], rows: Sequence[torch.Tensor] | None) -> dict[str, Any]:
     """A layer's keyword arguments for several row sets (the tables' batch axis is the third last)."""
-    cos, sin = arguments["position_embeddings"]
     cut = {**arguments, "past_key_values": None, "use_cache": False}
+    if rows is None:
+        return cut
+    cos, sin = arguments["position_embeddings"]
     cut["position_embeddings"] = tuple(
         torch.cat([table.index_select(-2, one) for one in rows], dim=-3) for table in (cos, sin)
     )
@@ -221,9 +317,3 @@ def _arguments(arguments: dict[str, Any], rows: Sequence[torch.Tensor]) -> dict[
     if mask is not None:  # None is causal by order
         cut["attention_mask"] = torch.cat([mask.index_select(-1, one).index_select(-2, one) for one in rows])
     return cut
-
-
-def _gap(full: torch.Tensor, pruned: torch.Tensor) -> Gap:
-    terms = full.exp() * (full - pruned)
-    kl = terms.sum(dim=-1, dtype=torch.float64).clamp_min(0)  # rounding leaves about -1e-7 where it is 0
-    return Gap(float(kl.sum()), int((full.argmax(-1) == pruned.argmax(-1)).sum()))

@@ -1,4 +1,4 @@
-"""What was measured so far, one line a picture, so that an interrupted calibration goes on where it stopped.
+"""What was measured so far, one line a picture, so that an interrupted run goes on where it stopped.
 
 The file's name is a hash of everything that decides the numbers except the pictures: other settings start
 another file. A line names its picture by content and questions. A last line cut short is dropped.
@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from ep_export.bundle import decode, encode
 from ep_export.errors import UserError
@@ -19,7 +19,15 @@ from ep_export.errors import UserError
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["Journal", "PictureResult"]
+__all__ = ["Journal", "PictureResult", "ResultLog"]
+
+
+class _Keyed(Protocol):
+    @property
+    def key(self) -> str: ...
+
+
+_R = TypeVar("_R", bound=_Keyed)
 
 
 @dataclass(frozen=True)
@@ -45,15 +53,16 @@ class PictureResult:
     agreement: Mapping[str, float]
 
 
-class Journal:
-    """Append-only results of one calibration.
+class ResultLog(Generic[_R]):
+    """Append-only results of one run, frozen dataclasses with a `key`.
 
     Args:
         directory: Where it lies; created.
         settings: Everything besides the pictures that decides the numbers, JSON values.
+        kind: The dataclass.
     """
 
-    def __init__(self, directory: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, directory: Path, settings: Mapping[str, Any], kind: type[_R]) -> None:
         text = json.dumps(encode(settings), sort_keys=True)
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -61,13 +70,14 @@ class Journal:
             message = f"{directory} cannot be made: {error.strerror}"
             raise UserError(message, hint="give an output you may write to") from error
         self.path = directory / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.jsonl"
+        self._kind = kind
         self._results = self._read()
 
-    def find(self, key: str) -> PictureResult | None:
-        """The result of that picture, if it was measured before."""
+    def find(self, key: str) -> _R | None:
+        """The result of that key, if it was measured before."""
         return self._results.get(key)
 
-    def add(self, result: PictureResult) -> None:
+    def add(self, result: _R) -> None:
         """Append a result; it is on disk when this returns."""
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(encode(result)) + "\n")
@@ -75,14 +85,14 @@ class Journal:
             os.fsync(stream.fileno())
         self._results[result.key] = result
 
-    def _read(self) -> dict[str, PictureResult]:
+    def _read(self) -> dict[str, _R]:
         """Whole lines only: after the first that is not whole the rest is cut off, to append cleanly."""
         if not self.path.exists():
             return {}
-        results: dict[str, PictureResult] = {}
+        results: dict[str, _R] = {}
         good = 0
         for line in self.path.read_bytes().splitlines(keepends=True):
-            result = _parse(line)
+            result = self._parse(line)
             if result is None:
                 break
             results[result.key] = result
@@ -91,11 +101,17 @@ class Journal:
             stream.truncate(good)
         return results
 
+    def _parse(self, line: bytes) -> _R | None:
+        if not line.endswith(b"\n"):
+            return None
+        try:
+            return decode(self._kind, json.loads(line))
+        except (KeyError, TypeError, ValueError):
+            return None
 
-def _parse(line: bytes) -> PictureResult | None:
-    if not line.endswith(b"\n"):
-        return None
-    try:
-        return decode(PictureResult, json.loads(line))
-    except (KeyError, TypeError, ValueError):
-        return None
+
+class Journal(ResultLog[PictureResult]):
+    """Results of one calibration; see `ResultLog`."""
+
+    def __init__(self, directory: Path, settings: Mapping[str, Any]) -> None:
+        super().__init__(directory, settings, PictureResult)

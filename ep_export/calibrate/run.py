@@ -21,7 +21,7 @@ import torch
 
 from ep_export import __version__
 from ep_export.calibrate.candidates import Way, candidate_layers, choices, ways
-from ep_export.calibrate.fidelity import gaps, run_full
+from ep_export.calibrate.fidelity import before_placeholder, gaps, run_full
 from ep_export.calibrate.journal import Journal, PictureResult
 from ep_export.calibrate.pictures import PictureFile, find_pictures
 from ep_export.calibrate.questions import GENERIC_QUESTIONS, Questions, questions_for
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from ep_export.checkpoint import Checkpoint
     from ep_export.families.base import PromptBuilder
 
-__all__ = ["DEFAULT_MAX_NEW_TOKENS", "calibrate"]
+__all__ = ["DEFAULT_MAX_NEW_TOKENS", "Workplace", "calibrate", "load_on", "tool_versions"]
 
 DEFAULT_MAX_NEW_TOKENS = 32
 """Long enough for a sentence; the first tokens of an answer carry most of what pruning changes."""
@@ -113,7 +113,7 @@ def calibrate(
     doors = () if keep.ratio == 1 else candidate_layers(keep, dims.layers, layers)
     pictures = find_pictures(images, most=max_images, seed=seed)
     setting = _Setting(
-        model=_load(checkpoint, device),
+        model=load_on(checkpoint, device),
         checkpoint=checkpoint,
         builder=checkpoint.family.prompt_builder(checkpoint.path, checkpoint.config),
         keep=keep,
@@ -121,7 +121,7 @@ def calibrate(
         max_new_tokens=max_new_tokens,
         seed=seed,
     )
-    with _Workplace(out, work) as directory:
+    with Workplace(out, work) as directory:
         journal = Journal(directory, _journal_settings(setting, device))
         measured = _measure_all(setting, pictures, prompts, journal, progress)
         record = _record(setting, measured, prompts, images.name or str(images))
@@ -140,7 +140,7 @@ def _check_out(out: Path | None) -> None:
         raise UserError(f"{out} is the name of the plot, not of the record", hint="give --out a .json file")
 
 
-class _Workplace:
+class Workplace:
     """The journal's directory: given, beside the record, or temporary; ours is removed after success."""
 
     def __init__(self, out: Path | None, work: Path | None) -> None:
@@ -164,7 +164,12 @@ class _Workplace:
             shutil.rmtree(self._ours, ignore_errors=True)  # done, or nothing in it to go on from
 
 
-def _load(checkpoint: Checkpoint, device: str) -> PreTrainedModel:
+def load_on(checkpoint: Checkpoint, device: str) -> PreTrainedModel:
+    """The model on a device: float32 on a CPU, the checkpoint's own number type elsewhere.
+
+    Raises:
+        UserError: There is no such device, or a weight is missing.
+    """
     from ep_export.reference import load_model
 
     dtype = torch.float32 if device == "cpu" else getattr(torch, checkpoint.dtype)
@@ -180,7 +185,7 @@ def _load(checkpoint: Checkpoint, device: str) -> PreTrainedModel:
 def _journal_settings(setting: _Setting, device: str) -> dict[str, object]:
     return {
         "version": _JOURNAL_VERSION,
-        "tools": _tools(),
+        "tools": tool_versions(),
         "model": setting.checkpoint.fingerprint,
         "keep": setting.keep,
         "layers": setting.layers,
@@ -266,9 +271,7 @@ def _measure_question(
     model, family, config = setting.model, setting.checkpoint.family, setting.checkpoint.config
     prompt = setting.builder.build([image], question)
     visual_tokens = len(prompt.visual_index)
-    answer = _before_placeholder(
-        greedy(model, family, config, prompt, setting.max_new_tokens), setting.checkpoint
-    )
+    answer = before_placeholder(greedy(model, family, config, prompt, setting.max_new_tokens), config)
     dims = setting.checkpoint.dims
     full = run_full(
         model, family, prompt, answer, layers=setting.layers, heads=dims.heads, entropies=entropies
@@ -298,14 +301,6 @@ def _measure_question(
     return PictureResult(key, visual_tokens, len(answer), full.query_entropy, full.key_entropy, kl, agreement)
 
 
-def _before_placeholder(answer: list[int], checkpoint: Checkpoint) -> list[int]:
-    """Cut an answer after its first picture placeholder: fed back, it would ask for another picture."""
-    from ep_export.reference import visual_positions
-
-    places = visual_positions(torch.tensor(answer), checkpoint.config)
-    return answer[: int(places[0]) + 1] if len(places) else answer
-
-
 def _record(setting: _Setting, measured: _Measured, prompts: Questions, source: str) -> Record:
     results = measured.results
     queries = np.array([result.query_entropy for result in results])
@@ -329,7 +324,7 @@ def _record(setting: _Setting, measured: _Measured, prompts: Questions, source: 
             kind=EvidenceKind.MEASURED,
             source=f"pictures in {source}",
             date=dt.datetime.now(dt.timezone.utc).date().isoformat(),
-            tools=_tools(),
+            tools=tool_versions(),
             images_sha256=hashlib.sha256("\n".join(measured.hashes).encode()).hexdigest(),
             questions=_asked(prompts),
             seed=setting.seed,
@@ -386,7 +381,8 @@ def _floats(values: NDArray[np.float64]) -> tuple[float, ...]:
     return tuple(float(value) for value in values)
 
 
-def _tools() -> dict[str, str]:
+def tool_versions() -> dict[str, str]:
+    """Package name -> version of everything that decides a measured number."""
     packages = ("torch", "transformers", "numpy", "pillow")
     return {"ep-export": __version__, **{name: importlib.metadata.version(name) for name in packages}}
 

@@ -146,7 +146,7 @@ def test_folder_without_a_usable_picture_is_refused(
 def test_impossible_keep_and_layers_are_refused_before_the_model_is_loaded(
     checkpoint: Checkpoint, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_module, "_load", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(run_module, "load_on", lambda *_: pytest.fail("loaded"))
     with pytest.raises(UsageError, match=r"below the smallest possible, 0\.25"):
         calibrate(checkpoint, images, keep=Keep(ratio=0.1))
     with pytest.raises(UsageError, match="expected 1 to 3"):

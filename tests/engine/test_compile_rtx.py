@@ -29,7 +29,7 @@ needs_compiler = pytest.mark.skipif(
 
 ADA = "rtx-ada"
 # Primes, so that the engine's bytes hold them for one reason only.
-LIMITS = LimitsRequest(max_prompt=811, max_new_tokens=29, max_pixels=50_176, max_kept_tokens=601)
+LIMITS = LimitsRequest(max_prompt=449, max_new_tokens=31, max_pixels=50_176, max_kept_tokens=401)
 
 
 def test_every_family_is_compiled_here():
@@ -54,8 +54,8 @@ def test_every_component_compiles_and_holds_the_profile_asked_for(family, dialec
     raw = (tmp_path / "engines" / record.components["decoder_head"].file).read_bytes()
     dims = bundle.manifest.dims
     for shape in (
-        (1, 811, dims.hidden_size),  # the longest prompt
-        (1, dims.kv_heads, 839, dims.head_dim),  # 811 + 29 - 1 in the cache
+        (1, 449, dims.hidden_size),  # the longest prompt
+        (1, dims.kv_heads, 479, dims.head_dim),  # 449 + 31 - 1 in the cache
     ):
         assert struct.pack(f"<{len(shape)}q", *shape) in raw, shape
     assert struct.pack("<3q", 1, 1024, dims.hidden_size) not in raw
@@ -160,7 +160,9 @@ class TestWithoutCompiling:
         assert "too small for one picture" in error
 
     def test_more_kept_tokens_than_topk_takes(self, bundle):
-        error, _ = self.refused(bundle, "--target", ADA, "--max-prompt", "4000", code=2)
+        error, _ = self.refused(
+            bundle, "--target", ADA, "--max-prompt", "4000", "--max-new-tokens", "8", code=2
+        )
         assert "fewer than 3840" in error
 
     def test_a_missing_compiler(self, bundle, monkeypatch):

@@ -1,0 +1,228 @@
+"""`ep-export sweep`: what does pruning cost and save on this model, against the alternatives?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ep_export.cli.console import note, print_json, print_table, progress_bar
+from ep_export.cli.options import json_option, model_option
+from ep_export.errors import UsageError
+
+if TYPE_CHECKING:
+    from ep_export.sweep.calibrated import Calibration
+    from ep_export.sweep.record import Estimate, Row, SweepRecord
+
+__all__ = ["sweep"]
+
+
+def _list_methods(context: click.Context, _option: click.Parameter, wanted: bool) -> None:
+    """Print the methods and leave: nothing else is needed for that."""
+    if not wanted:
+        return
+    from ep_export.methods import METHODS
+
+    rows = [(method.key, method.title, method.idea, method.source) for method in METHODS]
+    print_table("", ("name", "method", "what it does", "source"), rows)
+    context.exit()
+
+
+@click.command()
+@click.option(
+    "--list-methods",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_list_methods,
+    help="Print what can be compared, and exit.",
+)
+@model_option
+@click.option(
+    "--images", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Folder of pictures."
+)
+@click.option(
+    "--prompts",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help='JSON: picture name -> {"question", "answer"}, or questions without answers [general questions].',
+)
+@click.option(
+    "--keep",
+    "keeps",
+    type=float,
+    multiple=True,
+    required=True,
+    metavar="R",
+    help="Share of the visual tokens to keep, averaged over all layers; may repeat.",
+)
+@click.option(
+    "--layer",
+    "layers",
+    type=int,
+    multiple=True,
+    metavar="K",
+    help="Prune after layer K-1; may repeat [up to 4].",
+)
+@click.option("--methods", metavar="NAME,NAME,...", help="Compare only these [all; see --list-methods].")
+@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Draws of random tokens.")
+@click.option(
+    "--calibration",
+    "records",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    metavar="FILE",
+    help="Compare the policy this record recommends; may repeat, one a keep.",
+)
+@click.option(
+    "--calibration-images",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Calibrate on these pictures first, and compare what that recommends.",
+)
+@click.option(
+    "--calibration-prompts",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Questions about them, as for `calibrate`.",
+)
+@click.option(
+    "--max-questions", type=click.IntRange(1), metavar="N", help="Ask a random sample of N questions."
+)
+@click.option(
+    "--timed-prompts",
+    type=click.IntRange(0),
+    default=4,
+    show_default=True,
+    help="Prompts whose prefill is timed; 0 times nothing.",
+)
+@click.option(
+    "--jobs", type=click.IntRange(1), default=1, show_default=True, help="Processes; each holds the model."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of every random choice.")
+@click.option("--device", default="cpu", show_default=True, help="Where torch runs, e.g. cuda.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), metavar="DIR", help="Directory to write [./<model>-sweep]."
+)
+@click.option("--overwrite", is_flag=True, help="Replace an earlier sweep.")
+@json_option
+def sweep(**options: Any) -> None:
+    """Compare ways of pruning a model: answers, FLOPs, cache and time.
+
+    With answers in --prompts, accuracy is counted; without, agreement with the unpruned model's own answers.
+    An interrupted sweep goes on where it stopped when the same command is given again.
+    """
+    from ep_export.checkpoint import open_checkpoint
+    from ep_export.sweep import SweepOptions, read_asking
+    from ep_export.sweep import sweep as run
+    from ep_export.sweep.report import write_report
+
+    out = options["out"] or Path(f"{Path(options['model']).name}-sweep")
+    settings = SweepOptions(
+        keeps=tuple(dict.fromkeys(sorted(options["keeps"], reverse=True))),
+        layers=tuple(sorted(set(options["layers"]))) or None,
+        seeds=options["seeds"],
+        calibration=_calibration(options),
+        max_questions=options["max_questions"],
+        timed_prompts=options["timed_prompts"],
+        seed=options["seed"],
+        device=options["device"],
+        jobs=options["jobs"],
+        **_methods(options["methods"]),
+    )
+    asking = read_asking(options["prompts"]) if options["prompts"] else None
+    checkpoint = open_checkpoint(options["model"])
+    with progress_bar() as progress:
+        record = run(
+            checkpoint,
+            options["images"],
+            asking,
+            out=out,
+            options=settings,
+            overwrite=options["overwrite"],
+            progress=progress,
+            announce=note,
+        )
+    report = write_report(out, record)
+    if options["as_json"]:
+        print_json(record)
+    else:
+        show_sweep(record)
+        click.echo(str(out))
+    note(f"report: {report}")
+
+
+def show_sweep(record: SweepRecord) -> None:
+    """A table a keep, best first, and what is not in it."""
+    full = record.unpruned
+    said = f", {_estimate(full.accuracy)} right" if full.accuracy else ""
+    time = f", {full.prefill_ms:.0f} ms prefill" if full.prefill_ms is not None else ""
+    click.echo(
+        f"unpruned: {full.visual_tokens:.0f} visual tokens, {full.flops / 1e9:.3g} GFLOP{time}{said} "
+        f"({record.dataset.questions} questions)"
+    )
+    titles = {method.key: method.title for method in record.methods}
+    for keep in record.keeps:
+        rows = [row for row in record.rows if row.keep == keep]
+        rows.sort(key=lambda row: (-row.accuracy.value if row.accuracy else 0.0, row.kl.value))
+        right = ["right"] if record.dataset.answers else []
+        header = ("method", "K", *right, "top-1", "KL", "over random", "GFLOP", "prefill")
+        print_table(f"keep {keep:g}", header, [_cells(row, titles[row.method]) for row in rows])
+    for one in record.recommended:
+        click.echo(f"recommended for keep {one.keep:g}: {one.policy or 'nothing'} ({one.reason})")
+    click.echo(record.entropies.finding)
+    for text in record.notes:
+        note(text)
+    for skipped in record.dataset.skipped:
+        note(f"left out: {skipped.name}: {skipped.reason}")
+
+
+def _cells(row: Row, title: str) -> tuple[str, ...]:
+    cells = [title, str(row.layer)]
+    if row.accuracy is not None:
+        cells.append(_estimate(row.accuracy))
+    cells += [f"{row.agreement.value:.1%}", f"{row.kl.value:.4f}", _versus(row), f"{row.flops / 1e9:.3g}"]
+    cells.append(f"{row.prefill.speedup:.2f}x" if row.prefill else "-")
+    return tuple(cells)
+
+
+def _versus(row: Row) -> str:
+    """The paired difference from random tokens, in accuracy where there is one."""
+    if not row.versus:
+        return ""
+    difference = row.versus[0]
+    if difference.accuracy is not None:
+        points = difference.accuracy
+        return f"{points.value * 100:+.1f} [{points.low * 100:+.1f}, {points.high * 100:+.1f}] points"
+    return f"KL {difference.kl.value:+.3f} [{difference.kl.low:+.3f}, {difference.kl.high:+.3f}]"
+
+
+def _estimate(value: Estimate) -> str:
+    return f"{value.value:.1%} [{value.low:.1%}, {value.high:.1%}]"
+
+
+def _methods(text: str | None) -> dict[str, Any]:
+    from ep_export.methods import find_methods
+
+    if text is None:
+        return {}
+    return {"methods": find_methods(tuple(name.strip() for name in text.split(",") if name.strip()))}
+
+
+def _calibration(options: dict[str, Any]) -> Calibration | None:
+    from ep_export.calibrate import GENERIC_QUESTIONS, read_questions
+    from ep_export.sweep.calibrated import Calibration
+
+    images, prompts = options["calibration_images"], options["calibration_prompts"]
+    if prompts is not None and images is None:
+        raise UsageError(
+            "--calibration-prompts is given without pictures", hint="add --calibration-images DIR"
+        )
+    if not options["records"] and images is None:
+        return None
+    return Calibration(
+        records=options["records"],
+        images=images,
+        prompts=read_questions(prompts) if prompts else GENERIC_QUESTIONS,
+    )

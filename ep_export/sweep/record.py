@@ -1,0 +1,478 @@
+"""What a sweep found: every way of pruning that was compared, on one model and one set of questions.
+
+`sweep.json` is this structure. It holds what a report draws and a table prints, and what a paired test of any
+two rows needs: who answered which question right. Pictures of the gallery lie beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ep_export.bundle import decode, encode
+from ep_export.dims import DecoderDims
+from ep_export.errors import UserError
+from ep_export.policy import Policy
+
+__all__ = [
+    "SWEEP_FILE",
+    "SWEEP_FORMAT",
+    "Asked",
+    "Dataset",
+    "Difference",
+    "Entropies",
+    "Estimate",
+    "GalleryAnswer",
+    "GalleryEntry",
+    "GalleryPart",
+    "MethodInfo",
+    "Prefill",
+    "Recommended",
+    "Row",
+    "Skipped",
+    "SweepRecord",
+    "Unpruned",
+    "read_sweep",
+    "write_sweep",
+]
+
+SWEEP_FORMAT = 1
+SWEEP_FILE = "sweep.json"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over questions with its 95% interval.
+
+    Attributes:
+        value: The mean.
+        low: Lower end of the interval.
+        high: Upper end.
+        interval: How it was made: "wilson" or "bootstrap".
+    """
+
+    value: float
+    low: float
+    high: float
+    interval: str
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """Measured time of one decoder prefill, full and pruned, in one run and taking turns.
+
+    It begins with the embeddings and ends with the last position's logits; scores and selection are inside,
+    the vision encoder, the same for all, is not.
+
+    Attributes:
+        full_ms: Median over prompts and rounds.
+        pruned_ms: Median over the same prompts and rounds.
+        speedup: Median over prompts of full / pruned.
+        speedup_low: 10% quantile of it over prompts.
+        speedup_high: 90% quantile.
+        samples: Prompts times rounds.
+    """
+
+    full_ms: float
+    pruned_ms: float
+    speedup: float
+    speedup_low: float
+    speedup_high: float
+    samples: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """This row minus the row of another method at the same layer and keep, question by question.
+
+    Attributes:
+        method: Key of the other method.
+        accuracy: In accuracy, bootstrap over pictures (and seeds); None without answers.
+        kl: In KL, nats; below 0 this row is closer to the full model.
+    """
+
+    method: str
+    accuracy: Estimate | None
+    kl: Estimate
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way of pruning: a method at a layer and a keep.
+
+    Attributes:
+        method: Key of its `MethodInfo`.
+        layer: K: layers 0..K-1 see every visual token. 0 prunes before the decoder.
+        keep: Average share of visual tokens over all layers, as asked for.
+        published: Whether `layer` is where the method's authors prune (None: they leave it open).
+        seeds: Random draws a question was measured with; 1 for a method without chance.
+        accuracy: Exact answers; None without answers. Over pictures and seeds where there are several seeds.
+        agreement: Share of answer positions where the full model's own answer stays the top token.
+        kl: KL(full || pruned) in nats, mean over answer positions, then over questions.
+        kept_tokens: Mean visual tokens that reach layer K.
+        flops: Mean prefill FLOPs of the decoder layers.
+        kv_bytes: Mean cache of the visual tokens in float16.
+        prefill: Measured time; None where it was not measured.
+        right: A string a seed, a character a question in the order of `SweepRecord.questions`: "1" right, "0"
+            wrong. Empty without answers.
+        versus: Paired differences from other rows.
+        found_by: Why the row is here where it is not a plain method, e.g. the recommended policy in words.
+    """
+
+    method: str
+    layer: int
+    keep: float
+    published: bool | None
+    seeds: int
+    accuracy: Estimate | None
+    agreement: Estimate
+    kl: Estimate
+    kept_tokens: float
+    flops: float
+    kv_bytes: float
+    prefill: Prefill | None
+    right: tuple[str, ...]
+    versus: tuple[Difference, ...]
+    found_by: str = ""
+
+
+@dataclass(frozen=True)
+class Unpruned:
+    """The model without pruning, on the same questions.
+
+    Attributes:
+        accuracy: Exact answers; None without answers.
+        right: A character a question, as in `Row.right`; empty without answers.
+        visual_tokens: Mean N.
+        text_tokens: Mean of the other prompt tokens.
+        flops: Mean prefill FLOPs of the decoder layers.
+        kv_bytes: Mean cache of the visual tokens in float16.
+        prefill_ms: Median measured decoder prefill; None where it was not measured.
+    """
+
+    accuracy: Estimate | None
+    right: str
+    visual_tokens: float
+    text_tokens: float
+    flops: float
+    kv_bytes: float
+    prefill_ms: float | None
+
+
+@dataclass(frozen=True)
+class Entropies:
+    """Layer entropies over the sweep's pictures, and whether they collapse.
+
+    Attributes:
+        query: [L] nats, mean over pictures.
+        key: [L] nats.
+        query_spread: [L] standard deviation over pictures.
+        key_spread: [L].
+        pictures: How many.
+        collapse: The Entropy Collapse Layer; None when there is none.
+        confidence: Share of resamples in which the largest drop is at the same layer.
+        finding: One sentence.
+    """
+
+    query: tuple[float, ...]
+    key: tuple[float, ...]
+    query_spread: tuple[float, ...]
+    key_spread: tuple[float, ...]
+    pictures: int
+    collapse: int | None
+    confidence: float
+    finding: str
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """A method as the sweep ran it.
+
+    Attributes:
+        key: Short name, unique, e.g. "fastv".
+        title: Name for people, e.g. "FastV".
+        source: Citation: arXiv number or where it comes from.
+        idea: One sentence: what it keeps.
+        ours: Whether a bundle of ep-export can prune this way.
+    """
+
+    key: str
+    title: str
+    source: str
+    idea: str
+    ours: bool
+
+
+@dataclass(frozen=True)
+class Recommended:
+    """The policy a calibration recommended for one keep, before any question of this sweep was asked.
+
+    Attributes:
+        keep: For this average.
+        policy: None when nothing beat random tokens.
+        reason: The calibration's sentence.
+        pictures: Calibration pictures.
+        source: Name of the calibration's pictures or record.
+        held_out: Whether no calibration picture is among the sweep's; None where that is not known, as with
+            a record made elsewhere.
+        best_method: Key of the method that was best on this sweep, in hindsight, among all that a bundle can
+            prune by at this keep; None without a policy.
+        best_layer: Its K.
+        regret_kl: KL of the recommended row minus that row's, paired; 0 when it is the best.
+        regret_accuracy: Accuracy of the row most accurate in hindsight minus the recommended row's, paired;
+            None without answers.
+    """
+
+    keep: float
+    policy: Policy | None
+    reason: str
+    pictures: int
+    source: str
+    held_out: bool | None
+    best_method: str | None = None
+    best_layer: int | None = None
+    regret_kl: Estimate | None = None
+    regret_accuracy: Estimate | None = None
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A picture or answer that could not be used: its name, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What was asked.
+
+    Attributes:
+        name: Name of the picture folder.
+        questions: How many were used.
+        pictures: Different pictures among them.
+        answers: Whether right answers were given (accuracy) or the model's own stand in (fidelity only).
+        skipped: What could not be used.
+        sha256: Over pictures, questions and answers in order.
+    """
+
+    name: str
+    questions: int
+    pictures: int
+    answers: bool
+    skipped: tuple[Skipped, ...]
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One question of the sweep.
+
+    Attributes:
+        picture: Path relative to the folder.
+        question: As asked.
+        answer: The right one; None where none is known.
+        full_answer: What the unpruned model says.
+    """
+
+    picture: str
+    question: str
+    answer: str | None
+    full_answer: str
+
+
+@dataclass(frozen=True)
+class GalleryPart:
+    """One grid of a picture: most families have one, tiled ones several.
+
+    Attributes:
+        token_grid: (height, width) in cells.
+        view: (left, top, right, bottom) of what the grid lies on, in pixels; None for the whole picture.
+    """
+
+    token_grid: tuple[int, int]
+    view: tuple[int, int, int, int] | None
+
+
+@dataclass(frozen=True)
+class GalleryAnswer:
+    """What one row answered on a gallery picture.
+
+    Attributes:
+        method: Key.
+        layer: K.
+        keep: Average.
+        answer: Generated text.
+        right: Whether it is the right answer; where none is known, whether it is the unpruned model's.
+        kept_cells: For every part, the cells (row-major numbers) whose token reaches layer K, ascending.
+    """
+
+    method: str
+    layer: int
+    keep: float
+    answer: str
+    right: bool
+    kept_cells: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class GalleryEntry:
+    """A picture with what every method kept of it, chosen evenly over the questions and not by outcome.
+
+    Attributes:
+        picture: Path relative to `sweep.json`.
+        sha256: Of that file.
+        size: (width, height) in pixels.
+        question: As asked.
+        answer: The right one; None where none is known.
+        full_answer: Of the unpruned model.
+        full_right: Whether that is right; None where it is not known.
+        parts: The grids.
+        answers: One for every row shown.
+    """
+
+    picture: str
+    sha256: str
+    size: tuple[int, int]
+    question: str
+    answer: str | None
+    full_answer: str
+    full_right: bool | None
+    parts: tuple[GalleryPart, ...]
+    answers: tuple[GalleryAnswer, ...]
+
+
+@dataclass(frozen=True)
+class SweepRecord:
+    """Everything a sweep found.
+
+    Attributes:
+        model: Alias, hub id or directory name.
+        fingerprint: Hash of the checkpoint (see `Checkpoint.fingerprint`).
+        family: Name under `ep_export.families`.
+        layers: L.
+        dims: The decoder's dimensions.
+        tools: Package name -> version.
+        date: ISO date.
+        machine: Processor and threads the times were measured on.
+        seed: Of every random choice.
+        dataset: What was asked.
+        keeps: Averages that were compared, descending.
+        swept_layers: Layers that were compared, ascending; 0 where a method prunes before the decoder.
+        methods: In the order of the tables.
+        unpruned: The model as it is.
+        entropies: By layer.
+        recommended: One for every keep; empty when no recommendation was compared.
+        rows: Every combination that is possible.
+        questions: In the order of `Row.right`.
+        gallery: Pictures.
+        seconds: How long the run took that wrote this; an interrupted one before it is not counted.
+        notes: What a reader should know, e.g. combinations that are impossible.
+        format: Version of this structure.
+    """
+
+    model: str
+    fingerprint: str
+    family: str
+    layers: int
+    dims: DecoderDims
+    tools: Mapping[str, str]
+    date: str
+    machine: str
+    seed: int
+    dataset: Dataset
+    keeps: tuple[float, ...]
+    swept_layers: tuple[int, ...]
+    methods: tuple[MethodInfo, ...]
+    unpruned: Unpruned
+    entropies: Entropies
+    recommended: tuple[Recommended, ...]
+    rows: tuple[Row, ...]
+    questions: tuple[Asked, ...]
+    gallery: tuple[GalleryEntry, ...]
+    seconds: float
+    notes: tuple[str, ...] = ()
+    format: int = SWEEP_FORMAT
+
+    def method(self, key: str) -> MethodInfo:
+        """The method of that key.
+
+        Raises:
+            KeyError: The sweep has none.
+        """
+        for method in self.methods:
+            if method.key == key:
+                return method
+        raise KeyError(key)
+
+    def row(self, method: str, layer: int, keep: float) -> Row | None:
+        """The row of that combination, if it was measured."""
+        wanted = (method, layer, keep)
+        return next((row for row in self.rows if (row.method, row.layer, row.keep) == wanted), None)
+
+
+def read_sweep(path: Path) -> SweepRecord:
+    """Read a record from its file or from the directory it lies in.
+
+    Raises:
+        UserError: Missing, not JSON, another structure, a newer format, or values that contradict each other.
+    """
+    hint = "make one with `ep-export sweep`"
+    file = path / SWEEP_FILE if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"sweep record {file} does not exist", hint=hint)
+    try:
+        raw: Any = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"sweep record {file} is not readable JSON: {error}", hint=hint) from error
+    found = raw.get("format") if isinstance(raw, dict) else None
+    if isinstance(found, int) and found > SWEEP_FORMAT:
+        message = f"sweep record {file} has format {found}, this ep-export reads up to {SWEEP_FORMAT}"
+        raise UserError(message, hint="upgrade ep-export")
+    try:
+        record = decode(SweepRecord, raw)
+        _check(record)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{file} is not a valid sweep record: {error}", hint=hint) from error
+    return record
+
+
+def write_sweep(path: Path, record: SweepRecord) -> None:
+    """Write `sweep.json` into a directory, aside first and then renamed."""
+    file = path / SWEEP_FILE
+    aside = file.with_name(f".{file.name}.part")
+    aside.write_text(json.dumps(encode(record), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    aside.replace(file)
+
+
+def _check(record: SweepRecord) -> None:
+    """What the types alone do not say.
+
+    Raises:
+        ValueError: A count, layer, curve, method or path that does not fit.
+    """
+    known = {method.key for method in record.methods}
+    if len(record.questions) != record.dataset.questions:
+        raise ValueError(f"{len(record.questions)} questions, the data set says {record.dataset.questions}")
+    for name in ("query", "key", "query_spread", "key_spread"):
+        if len(getattr(record.entropies, name)) != record.layers:
+            raise ValueError(f"entropies.{name} has not one value a layer")
+    for row in record.rows:
+        if row.method not in known:
+            raise ValueError(f"method {row.method!r} is not described")
+        if not 0 <= row.layer < record.layers:
+            raise ValueError(f"layer {row.layer} is outside 0 to {record.layers - 1}")
+        if any(len(seed) != record.dataset.questions or set(seed) - {"0", "1"} for seed in row.right):
+            raise ValueError(f"outcomes of {row.method} at layer {row.layer} do not fit the questions")
+    estimates = [e for row in record.rows for e in (row.accuracy, row.agreement, row.kl) if e is not None]
+    if not all(math.isfinite(value) for e in estimates for value in (e.value, e.low, e.high)):
+        raise ValueError("a value is not finite")
+    for entry in record.gallery:
+        if Path(entry.picture).is_absolute() or ".." in Path(entry.picture).parts:
+            raise ValueError(f"picture {entry.picture!r} lies outside the record's directory")
+        if any(len(answer.kept_cells) != len(entry.parts) for answer in entry.answers):
+            raise ValueError(f"kept cells of {entry.picture} do not fit its grids")

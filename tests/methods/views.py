@@ -1,0 +1,43 @@
+"""Token views made by hand: no model, a few tokens, numbers one can follow."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from ep_export.methods import LayerStates, TokenView
+
+__all__ = ["make_view", "unturned"]
+
+
+def unturned(queries: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A rotary embedding that turns nothing."""
+    return queries, keys
+
+
+def make_view(
+    *,
+    visual: list[int],
+    embeds: torch.Tensor,
+    hidden: torch.Tensor | None = None,
+    queries: torch.Tensor | None = None,
+    keys: torch.Tensor | None = None,
+    instruction: list[int] | None = None,
+    seed: int = 0,
+) -> TokenView:
+    """A view of `len(embeds)` positions; without keys there is no layer before (K = 0)."""
+    states = None
+    if keys is not None:
+        asked = queries if queries is not None else torch.zeros_like(keys)
+        states = LayerStates(
+            queries=asked, keys=keys, values=torch.zeros_like(keys), rotate=unturned, scale=1.0
+        )
+    return TokenView(
+        visual_index=torch.tensor(visual),
+        instruction=torch.tensor(instruction or [], dtype=torch.int64),
+        embeds=embeds,
+        hidden=embeds if hidden is None else hidden,
+        final_norm=lambda states: states,
+        states=states,
+        rng=np.random.default_rng(seed),
+    )

@@ -1,0 +1,56 @@
+"""Intervals against textbook values and against what a normal distribution would give."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ep_export.sweep.statistics import Sampling, wilson
+
+
+@pytest.mark.parametrize(
+    ("right", "asked", "low", "high"),
+    # Newcombe 1998 (Statistics in Medicine 17), table I, method 3
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_wilson_gives_the_published_intervals(right, asked, low, high) -> None:
+    assert wilson(right, asked) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_one_question_a_picture_gives_wilson_and_several_are_drawn_by_picture() -> None:
+    right = np.random.default_rng(0).random(200) < 0.7
+    alone = Sampling(np.arange(200)).share(right)
+    assert alone.interval == "wilson"
+    assert (alone.low, alone.high) == wilson(int(right.sum()), 200)
+    # the same 200 outcomes as 20 pictures whose ten questions all go alike: only 20 independent ones
+    together = Sampling(np.repeat(np.arange(20), 10)).share(np.repeat(right[:20], 10))
+    assert together.interval == "bootstrap"
+    assert together.high - together.low > 2 * (alone.high - alone.low)
+
+
+def test_bootstrap_agrees_with_the_normal_interval() -> None:
+    values = np.random.default_rng(1).normal(size=(400, 1))
+    found = Sampling(np.arange(400)).mean(values)
+    half = 1.96 * values.std() / 20
+    assert found.value == pytest.approx(values.mean())
+    assert found.low == pytest.approx(values.mean() - half, abs=0.15 * half)
+    assert found.high == pytest.approx(values.mean() + half, abs=0.15 * half)
+
+
+def test_a_seed_that_does_better_everywhere_widens_the_interval() -> None:
+    """What differs from draw to draw is uncertainty too, not only what differs from picture to picture."""
+    sampling = Sampling(np.arange(300))
+    picture = np.random.default_rng(2).normal(size=(300, 1))
+    alike = sampling.mean(picture + np.zeros(4))
+    apart = sampling.mean(picture + np.array([-1.0, -0.5, 0.5, 1.0]))
+    assert apart.value == pytest.approx(alike.value)
+    assert apart.high - apart.low > 3 * (alike.high - alike.low)
+
+
+def test_paired_differences_are_sharper_than_two_intervals() -> None:
+    rng = np.random.default_rng(3)
+    hard = rng.normal(scale=5, size=(100, 1))  # how hard a question is moves both ways of pruning alike
+    one, other = hard + rng.normal(size=(100, 1)), hard + 1 + rng.normal(size=(100, 1))
+    sampling = Sampling(np.arange(100))
+    assert sampling.mean(one).high > sampling.mean(other).low  # the two intervals overlap
+    assert sampling.mean(other - one).low > 0.5  # and yet the difference is beyond doubt
