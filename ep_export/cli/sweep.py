@@ -13,7 +13,7 @@ from ep_export.errors import UsageError
 
 if TYPE_CHECKING:
     from ep_export.sweep.calibrated import Calibration
-    from ep_export.sweep.record import Estimate, Row, SweepRecord
+    from ep_export.sweep.record import Estimate, Recommended, Row, SweepRecord
 
 __all__ = ["sweep"]
 
@@ -170,12 +170,25 @@ def show_sweep(record: SweepRecord) -> None:
         header = ("method", "K", *right, "top-1", "KL", "over random", "GFLOP", "prefill")
         print_table(f"keep {keep:g}", header, [_cells(row, titles[row.method]) for row in rows])
     for one in record.recommended:
-        click.echo(f"recommended for keep {one.keep:g}: {one.policy or 'nothing'} ({one.reason})")
+        click.echo(
+            f"recommended for keep {one.keep:g}: {one.policy or 'nothing'} ({one.reason}){_regret(one)}"
+        )
     click.echo(record.entropies.finding)
     for text in record.notes:
         note(text)
     for skipped in record.dataset.skipped:
         note(f"left out: {skipped.name}: {skipped.reason}")
+
+
+def _regret(one: Recommended) -> str:
+    """What the recommendation lost against the best policy, now that the questions are known."""
+    if one.regret_accuracy is not None:
+        lost = one.regret_accuracy
+        points = f"{lost.value * 100:.1f} [{lost.low * 100:.1f}, {lost.high * 100:.1f}] points of accuracy"
+        return f"; in hindsight another policy has {points} more" if lost.value > 0 else "; none was better"
+    if one.regret_kl is None:
+        return ""
+    return f"; in hindsight the best policy has KL {one.regret_kl.value:.3g} less"
 
 
 def _cells(row: Row, title: str) -> tuple[str, ...]:

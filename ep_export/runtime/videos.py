@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -19,9 +19,6 @@ from ep_export.errors import UsageError, UserError
 from ep_export.families.base import Video
 from ep_export.families.picture_modes import to_rgb
 from ep_export.runtime.pictures import open_picture, reading
-
-if TYPE_CHECKING:
-    from av.container import InputContainer
 
 __all__ = ["DEFAULT_FRAMES", "MOST_FRAMES", "open_video"]
 
@@ -160,7 +157,7 @@ def _video_file(path: Path, frames: int | None, fps: float | None) -> Video:
         return _video(path, _decoded(container, chosen), len(chosen), seconds)
 
 
-def _length(path: Path, container: InputContainer) -> tuple[int, float]:
+def _length(path: Path, container: Any) -> tuple[int, float]:
     """Frames and seconds. Headers may be wrong about the first, so they are decoded and counted."""
     stream = container.streams.video[0]
     if stream.width * stream.height > (Image.MAX_IMAGE_PIXELS or _MOST_PIXELS):
@@ -178,7 +175,7 @@ def _length(path: Path, container: InputContainer) -> tuple[int, float]:
     return count, seconds
 
 
-def _decoded(container: InputContainer, chosen: Sequence[int]) -> Iterator[Image.Image]:
+def _decoded(container: Any, chosen: Sequence[int]) -> Iterator[Image.Image]:
     wanted = set(chosen)
     for number, frame in enumerate(container.decode(container.streams.video[0])):
         if number in wanted:
