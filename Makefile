@@ -17,7 +17,7 @@ CPP := $(wildcard plugins/entropy_prune/*.h plugins/entropy_prune/*.c* plugins/e
 # Tiny models are slower on many threads than on one.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test lint format types unit plugin plugin-jetson test-plugin test-harness bench-accuracy bench-score \
+.PHONY: help setup demo test lint format types unit plugin plugin-jetson test-plugin test-harness sweep why bench-accuracy bench-score \
   bench-prefill bench-export fixture clean
 
 help:  ## What there is.
@@ -82,6 +82,17 @@ format: $(STAMP)  ## Format the code.
 
 bench-accuracy: $(STAMP)  ## Shipped model, held-out questions: full, recommended policy, paper's policy.
 	PYTHONPATH=tests/fixtures $(BIN)/python tests/bench/bench_accuracy.py
+
+SWEEP := build/sweep
+sweep: $(STAMP)  ## Compare ways of pruning the shipped model on held-out questions (a quarter of an hour).
+	$(BIN)/python tests/fixtures/digit_scenes.py $(SWEEP)/calibration --count 48
+	$(BIN)/python tests/fixtures/digit_scenes.py $(SWEEP)/held-out --answers --split test --seed 2 --count 510
+	$(BIN)/ep-export sweep --model $(MODEL) --images $(SWEEP)/held-out --prompts $(SWEEP)/held-out/prompts.json \
+	  --keep 0.5 --keep 0.25 --keep 0.125 --calibration-images $(SWEEP)/calibration \
+	  --calibration-prompts $(SWEEP)/calibration/prompts.json --jobs 2 --out $(SWEEP)/report --overwrite
+
+why: $(STAMP)  ## Which tokens each score keeps on the shipped model, and what that costs.
+	PYTHONPATH=tests/fixtures $(BIN)/python tests/bench/why_direction.py
 
 bench-score: $(STAMP)  ## Entropy scores: primal and dual eigenvalues against the ONNX body.
 	env -u OMP_NUM_THREADS $(BIN)/python tests/bench/bench_score.py

@@ -46,6 +46,7 @@ from ep_export.engine_record import (
     engine_directory,
     write_record,
 )
+from ep_export.errors import UsageError
 from ep_export.fit import Estimate, VisionSize, estimate
 from ep_export.plan import Plan
 from ep_export.progress import Progress, silent
@@ -127,6 +128,11 @@ def compile_bundle(bundle: Bundle, request: CompileRequest, progress: Progress =
     check_graphs(bundle, target)
     if target.flavour is Flavour.ONNXRUNTIME:
         return CompileResult(Made.NOTHING, None, "ONNX Runtime runs the bundle as it is")
+    if request.plugin and target.flavour is not Flavour.TENSORRT:
+        raise UsageError(
+            f"{target.name} is a {target.flavour.value} target, which takes no plugins",
+            hint="leave out --plugin",
+        )
     out = request.out or engine_directory(bundle.path, target.name)
     limits = resolve_limits(bundle, request.limits)
     reason = _why_kit(target)

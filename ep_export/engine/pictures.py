@@ -27,6 +27,9 @@ TYPICAL_PICTURE = (640, 480)
 
 # Sides of pictures as width / height. Processors refuse or squash what is thinner; tiles change with it.
 _ASPECTS = (1.0, 4 / 3, 3 / 2, 16 / 9, 2.0, 3.0, 4.0, 6.0, 9.0, 16.0, 32.0, 64.0, 128.0)
+_COMMON = (
+    3.0  # of photographs and screens; thinner pictures may become many more tokens than their pixels say
+)
 _SMALLEST = 56 * 56
 _FRAMES = 3  # an odd number: where frames go in pairs, one is left over
 _QUESTION = "?"
@@ -38,7 +41,7 @@ class PictureShapes:
 
     Attributes:
         inputs: Encoder component -> its inputs' shapes.
-        visual_tokens: Of one picture: the fewest, of a typical one, the most.
+        visual_tokens: Of one picture: the fewest, of a typical one, the most of common shapes.
         prompt_tokens: Tokens a prompt has besides, with the shortest question.
     """
 
@@ -74,9 +77,8 @@ def picture_shapes(
 
     typical = _fitted(TYPICAL_PICTURE, max_pixels)
     sizes = [typical, *_sizes(min(_SMALLEST, max_pixels)), *_sizes(math.prod(typical)), *_sizes(max_pixels)]
-    pictures = [Image.new("RGB", size) for size in dict.fromkeys(sizes)]
-    made = (_sample(family, config, prompts, picture) for picture in pictures)
-    samples = [sample for sample in made if sample is not None]
+    made = {size: _sample(family, config, prompts, Image.new("RGB", size)) for size in dict.fromkeys(sizes)}
+    samples = [sample for sample in made.values() if sample is not None]
     if not samples:
         raise UserError(
             f"no picture of {max_pixels} pixels fits into the model's context", hint="lower --max-pixels"
@@ -87,7 +89,11 @@ def picture_shapes(
         Video((Image.new("RGB", size),) * _FRAMES, fps=1.0) for size in (typical, typical[::-1], square)
     ]
     frames = [sample for video in videos if (sample := _sample(family, config, prompts, video))]
-    tokens = [sample.visual_tokens for sample in samples]
+    tokens = [
+        sample.visual_tokens
+        for (width, height), sample in made.items()
+        if sample and max(width, height) <= _COMMON * min(width, height)
+    ] or [sample.visual_tokens for sample in samples]
     return PictureShapes(
         inputs=_inputs([*samples, *frames]),
         visual_tokens=(min(tokens), samples[0].visual_tokens, max(tokens)),

@@ -30,7 +30,7 @@ _HUES = {
     "fastv": "#b3261e",
     "divprune": "#4d7c0f",
     "dart": "#a16207",
-    "cdpruner": "#0e7490",
+    "cdpruner": "#0ea5e9",
     RANDOM: "#8a8f98",
     RECOMMENDED: "#e0218a",
 }

@@ -50,13 +50,15 @@ table{border-collapse:collapse;width:100%;font-size:.88rem;font-variant-numeric:
 th,td{padding:6px 10px;text-align:right;white-space:nowrap;border-top:1px solid var(--line)}
 thead th{border-top:0;color:var(--soft);font-weight:600}
 th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:var(--card)}
-td small{color:var(--soft)}td.best{font-weight:700}.up{color:var(--PASS)}.down{color:var(--FAIL)}
+td small{color:var(--soft);display:block;font-weight:400}td.best{font-weight:700}
+.up{color:var(--PASS)}.down{color:var(--FAIL)}
 tr.ours td,tr.ours th{background:color-mix(in srgb,#e0218a 9%,var(--card))}
 h3{margin:1.2em 0 .5em}details{margin:.8em 0}summary{cursor:pointer;color:var(--soft)}
 .gallery{display:grid;gap:10px;grid-template-columns:repeat(auto-fill,minmax(150px,1fr));margin-top:10px}
 .gallery figure{margin:0}.gallery figcaption{color:var(--ink);line-height:1.3}
 .gallery b{overflow-wrap:anywhere}.entry{margin:0 0 16px}
 header ul li{margin:.35em 0}
+@media(max-width:640px){th,td{padding:5px 7px}tbody th{white-space:normal;min-width:7.5em}}
 @media print{.panels{grid-template-columns:1fr 1fr 1fr}.gallery{grid-template-columns:repeat(5,1fr)}
 table{font-size:8pt}th,td{padding:3px 5px;white-space:normal}
 .panels figure,.gallery figure{break-inside:avoid}}
@@ -188,7 +190,9 @@ def _entry(out: Path, record: SweepRecord, entry: GalleryEntry) -> str:
     order = {method.key: number for number, method in enumerate(record.methods)}
     first = {RECOMMENDED: -2, RANDOM: -1}
     answers = sorted(entry.answers, key=lambda a: (-a.keep, first.get(a.method, order.get(a.method, 0))))
-    kept = "".join(_answer(record, entry, picture, answer) for answer in answers)
+    kept = "".join(
+        _kept_at(record, entry, picture, keep, answers) for keep in sorted({a.keep for a in answers})
+    )
     known = "" if entry.answer is None else f"<dt>Right answer</dt><dd>{html.escape(entry.answer)}</dd>"
     sign = "" if entry.full_right is None else " ✓" if entry.full_right else " ✗"
     whole = _image(picture.resize(_fit(picture.size)), "the picture")
@@ -196,8 +200,26 @@ def _entry(out: Path, record: SweepRecord, entry: GalleryEntry) -> str:
         '<article class="entry"><dl class="qa">'
         f"<dt>Question</dt><dd>{html.escape(entry.question)}</dd>{known}"
         f"<dt>Unpruned</dt><dd>{html.escape(entry.full_answer)}{sign}</dd></dl>"
-        f'<div class="gallery"><figure>{whole}<figcaption>the picture</figcaption></figure>{kept}</div>'
+        f'<div class="gallery"><figure>{whole}<figcaption>the picture</figcaption></figure></div>{kept}'
         "</article>"
+    )
+
+
+def _kept_at(
+    record: SweepRecord,
+    entry: GalleryEntry,
+    picture: Image.Image,
+    keep: float,
+    answers: Sequence[GalleryAnswer],
+) -> str:
+    """All answers at one keep, folded away but for the smallest keep, where methods differ most."""
+    shown = [answer for answer in answers if answer.keep == keep]
+    made = "".join(_answer(record, entry, picture, answer) for answer in shown)
+    right = sum(answer.right for answer in shown)
+    is_open = " open" if keep == min(answer.keep for answer in answers) else ""
+    return (
+        f"<details{is_open}><summary>keep {keep:g}: {right} of {len(shown)} right</summary>"
+        f'<div class="gallery">{made}</div></details>'
     )
 
 
@@ -210,10 +232,9 @@ def _answer(record: SweepRecord, entry: GalleryEntry, picture: Image.Image, answ
         drawn.append(_image(drawing.resize(_fit(drawing.size)), f"{len(cells)} of {kept.size} patches kept"))
     method = record.method(answer.method)
     sign = '<span class="up">✓</span>' if answer.right else '<span class="down">✗</span>'
-    where = f"layer {answer.layer}, keep {answer.keep:g}"
-    caption = (
-        f"{html.escape(method.title)}<br><small>{where}</small><br><b>{html.escape(answer.answer)}</b> {sign}"
-    )
+    where = f"before layer {answer.layer}" if answer.layer else "before the decoder"
+    said = html.escape(answer.answer) or "(empty)"
+    caption = f"{html.escape(method.title)}<br><small>{where}</small><br><b>{said}</b> {sign}"
     return f"<figure>{''.join(drawn)}<figcaption>{caption}</figcaption></figure>"
 
 

@@ -26,7 +26,11 @@ def matrix(record: SweepRecord, keep: float, value: str) -> str:
         keep: One of its keeps.
         value: "accuracy", "agreement" or "kl".
     """
-    layers = [layer for layer in record.swept_layers if any(r.layer == layer for r in record.rows)]
+    layers = [
+        layer
+        for layer in record.swept_layers
+        if any((row.layer, row.keep) == (layer, keep) for row in record.rows)
+    ]
     best = {layer: _best(record, keep, layer, value) for layer in layers}
     head = "".join(f"<th>{layer or 'before'}</th>" for layer in layers)
     lines = "".join(_line(record, method, keep, value, best) for method in record.methods)
@@ -68,10 +72,10 @@ def _cell(row: Row | None, value: str, best: float | None) -> str:
     sign = "" if row.method == RANDOM else _SIGNS[standing(row, RANDOM)]
     published = ' title="where its authors prune"' if row.published else ""
     if value == "kl":
-        text = f"{estimate.value:.3g} <small>{estimate.low:.2g} to {estimate.high:.2g}</small>"
+        text, interval = f"{estimate.value:.3g}", f"{estimate.low:.2g} to {estimate.high:.2g}"
     else:
-        text = f"{estimate.value:.1%} <small>{100 * estimate.low:.0f} to {100 * estimate.high:.0f}</small>"
-    return f"<td{kind}{published}>{text}{sign}</td>"
+        text, interval = f"{estimate.value:.1%}", f"{100 * estimate.low:.0f} to {100 * estimate.high:.0f}"
+    return f"<td{kind}{published}>{text}{sign}<small>{interval}</small></td>"
 
 
 def _best(record: SweepRecord, keep: float, layer: int, value: str) -> float | None:
@@ -93,5 +97,5 @@ def _saved(record: SweepRecord, layer: int, keep: float) -> str:
     if timed:
         low, high = timed[0], timed[-1]
         spread = f"{low:.2f}" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f} to {high:.2f}"
-        said += f"<br><small>prefill measured {spread} x</small>"
+        said += f"<small>prefill measured {spread} x</small>"
     return said

@@ -16,7 +16,7 @@ HEAVY = (
     "matplotlib",
     "numpy",
 )
-VERBS = ("models", "plan", "calibrate", "build", "export", "validate", "run", "inspect")
+VERBS = ("models", "targets", "plan", "calibrate", "build", "export", "compile", "validate", "run", "inspect")
 
 
 def test_help_imports_nothing_heavy():

@@ -4,11 +4,11 @@ There is no GPU here. The GPU, TensorRT and its compiler are stand-ins; tested i
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import onnx_ir as ir
 import pytest
-from bundles import export_tiny
 
 from ep_export.bundle import Bundle
 from ep_export.engine import compile as compiling
@@ -25,8 +25,10 @@ LIMITS = LimitsRequest(max_prompt=256, max_new_tokens=32, max_pixels=50_176)
 
 
 @pytest.fixture
-def bundle(tiny_checkpoint, tmp_path):
-    return export_tiny(tiny_checkpoint, tmp_path / "bundle", layer=2)
+def bundle(tiny_bundle, tmp_path):
+    """A copy that a test may change."""
+    shutil.copytree(tiny_bundle.path, tmp_path / "bundle")
+    return Bundle.open(tmp_path / "bundle")
 
 
 @pytest.fixture

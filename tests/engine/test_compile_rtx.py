@@ -181,6 +181,12 @@ class TestWithoutCompiling:
         error, _ = self.refused(bundle, "--target", str(later))
         assert "takes tensorrt-rtx 99, found" in error
 
+    def test_a_plugin_where_plugins_crash_the_compiler(self, bundle, tmp_path):
+        plugin = tmp_path / "plugin.so"
+        plugin.write_bytes(b"")
+        error, _ = self.refused(bundle, "--target", ADA, "--plugin", str(plugin), code=2)
+        assert "takes no plugins" in error
+
     def test_an_unknown_target(self, bundle):
         error, hint = self.refused(bundle, "--target", "rtx-adaa", code=2)
         assert "rtx-adaa" in error
