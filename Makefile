@@ -17,8 +17,8 @@ CPP := $(wildcard plugins/entropy_prune/*.h plugins/entropy_prune/*.c* plugins/e
 # Tiny models are slower on many threads than on one.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test lint format types unit plugin plugin-jetson test-plugin test-harness sweep why bench-accuracy bench-score \
-  bench-prefill bench-export fixture clean
+.PHONY: help setup demo test lint format types unit plugin plugin-jetson test-plugin test-harness engines sweep why \
+  bench-accuracy bench-score bench-prefill bench-export bench-families bench-engines fixture clean
 
 help:  ## What there is.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -44,8 +44,9 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
+# One process a core, whole files to a process: what a file's tests share is made once.
 unit: $(STAMP)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --dist loadfile
 
 # The plugin: TensorRT's headers and the Jetson's CUDA runtime come from hash-pinned packages, nvcc from CUDA or
 # NVIDIA's packages. Without the cross compiler (g++-aarch64-linux-gnu) the Jetson build is left out.
@@ -67,6 +68,15 @@ plugin-jetson: $(STAMP)
 test-plugin: plugin  ## Test the plugin without a GPU.
 	$(BIN)/python -m pip $(HASHED) plugins/requirements-test.txt
 	$(BIN)/python -m pytest -q tests/plugins
+
+# TensorRT-RTX compiles without a GPU; its packages take a quarter of a gigabyte, so they are asked for apart.
+RTX := $(VENV)/.rtx
+$(RTX): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[rtx]' -c constraints.txt
+	@touch $@
+
+engines: $(RTX)  ## Compile the shipped model for two GPUs, without one.
+	$(BIN)/python tests/bench/bench_engines.py small
 
 # lmms-eval wants torchvision and the judges of every task; these are what its core imports, installed aside.
 HARNESS := build/lmms-eval
@@ -102,6 +112,13 @@ bench-prefill: $(STAMP)  ## Measured prefill speed-up against the FLOPs model.
 
 bench-export: $(STAMP)  ## Build a 7B-shape checkpoint: DIR=build/bench LAYERS=28 (or 4).
 	env -u OMP_NUM_THREADS $(BIN)/python tests/bench/bench_export.py $(DIR) --layers $(LAYERS) --check $(CHECK)
+
+bench-families: $(STAMP)  ## Export 4 layers of every family's full size, weights as holes in files.
+	env -u OMP_NUM_THREADS $(BIN)/python tests/bench/bench_export.py $(DIR) --model families --layers 4 \
+	  --check memory --sparse
+
+bench-engines: $(RTX)  ## Compile 2 full-size layers of two 7B models, without a GPU (2 GB of disk, 6 GB of memory).
+	$(BIN)/python tests/bench/bench_engines.py full --dir $(DIR)
 
 fixture: $(STAMP)  ## Train the shipped model again (over an hour on two cores).
 	$(BIN)/python tests/fixtures/train_digit_reader.py --out $(MODEL)

@@ -35,7 +35,7 @@ FORMULAS: Mapping[str, str] = {
 _BYTES = {Precision.FP32: 4, Precision.FP16: 2, Precision.BF16: 2}
 _FLOAT32 = 4
 _CACHES_LIVE = 2
-# Matrices of [H, H] a token that the entropy series of degree 32 keeps: 5 small steps, 6 big ones, the Gram.
+# Matrices of [H, H] a token that the entropy series of degree 512 keeps: 9 squares, the Gram, base and sum.
 _SERIES_MATRICES = 12
 
 
