@@ -17,7 +17,7 @@ CPP := $(wildcard plugins/entropy_prune/*.h plugins/entropy_prune/*.c* plugins/e
 # Tiny models are slower on many threads than on one.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test lint format types unit plugin plugin-jetson test-plugin test-harness engines sweep why \
+.PHONY: help setup demo test lint format types unit plugin plugin-jetson test-plugin test-bridges engines sweep why \
   bench-accuracy bench-score bench-prefill bench-export bench-families bench-engines fixture clean
 
 help:  ## What there is.
@@ -78,12 +78,13 @@ $(RTX): $(STAMP)
 engines: $(RTX)  ## Compile the shipped model for two GPUs, without one.
 	$(BIN)/python tests/bench/bench_engines.py small
 
-# lmms-eval wants torchvision and the judges of every task; these are what its core imports, installed aside.
-HARNESS := build/lmms-eval
-test-harness: $(STAMP)  ## Test the lmms-eval bridge with lmms-eval itself.
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(HARNESS) \
-	  -r tests/harness/requirements.txt
-	PYTHONPATH=$(HARNESS) $(BIN)/python -m pytest -q tests/harness
+# What cannot be a dependency of a test environment: lmms-eval wants torchvision and the judges of every task,
+# tritonclient an older ml_dtypes. The parts that are needed of them are installed aside.
+ASIDE := build/bridges
+test-bridges: $(STAMP)  ## Test with lmms-eval itself, and with Triton's own schema.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(ASIDE) \
+	  -r tests/bridges.txt
+	PYTHONPATH=$(ASIDE) $(BIN)/python -m pytest -q tests/harness tests/package/test_triton.py
 
 format: $(STAMP)  ## Format the code.
 	$(BIN)/ruff check --fix-only .

@@ -34,8 +34,9 @@ PORTABLE = {
 MODERN = {"Attention", "RMSNormalization", "RotaryEmbedding"}
 IN_THE_FUNCTION = {
     "Abs", "Add", "Cast", "Concat", "Constant", "ConstantOfShape", "CumSum", "Div", "Equal", "Gather",
-    "Identity", "Less", "Log", "MatMul", "Max", "Mul", "Neg", "Range", "ReduceMean", "ReduceSum", "Reshape",
-    "ScatterElements", "Shape", "Slice", "Sqrt", "Squeeze", "Sub", "TopK", "Transpose", "Where",
+    "Identity", "Less", "Log", "MatMul", "Max", "Mul", "Neg", "Range", "Reciprocal", "ReduceMean",
+    "ReduceSum", "Reshape", "ScatterElements", "Shape", "Slice", "Sqrt", "Squeeze", "Sub", "TopK", "Transpose",
+    "Unsqueeze", "Where",
 }  # fmt: skip
 COMPONENTS = ("vision_encoder", "embed_tokens", "decoder_head", "decoder_tail")
 

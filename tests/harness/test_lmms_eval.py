@@ -1,6 +1,6 @@
 """lmms-eval's own command line runs the shipped model pruned and scores what our runtime answers.
 
-lmms-eval is no dependency: `make test-harness` installs it aside and sets its path.
+lmms-eval is no dependency: `make test-bridges` installs it aside and sets its path.
 """
 
 import importlib.util
@@ -54,7 +54,7 @@ def right(doc, results):
 """
 
 installed = pytest.mark.skipif(
-    importlib.util.find_spec("lmms_eval") is None, reason="lmms-eval is not installed: make test-harness"
+    importlib.util.find_spec("lmms_eval") is None, reason="lmms-eval is not installed: make test-bridges"
 )
 
 
