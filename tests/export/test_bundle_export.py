@@ -35,8 +35,8 @@ MODERN = {"Attention", "RMSNormalization", "RotaryEmbedding"}
 IN_THE_FUNCTION = {
     "Abs", "Add", "Cast", "Concat", "Constant", "ConstantOfShape", "CumSum", "Div", "Equal", "Gather",
     "Identity", "Less", "Log", "MatMul", "Max", "Mul", "Neg", "Range", "Reciprocal", "ReduceMean",
-    "ReduceSum", "Reshape", "ScatterElements", "Shape", "Slice", "Sqrt", "Squeeze", "Sub", "TopK", "Transpose",
-    "Unsqueeze", "Where",
+    "ReduceSum", "Reshape", "ScatterElements", "Shape", "Slice", "Sqrt", "Squeeze", "Sub", "TopK",
+    "Transpose", "Unsqueeze", "Where",
 }  # fmt: skip
 COMPONENTS = ("vision_encoder", "embed_tokens", "decoder_head", "decoder_tail")
 
