@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
 
 from ep_export.dims import DecoderDims
+from ep_export.documents import read_document, write_document
 from ep_export.errors import UserError
 from ep_export.policy import Evidence, Keep, Policy
 
@@ -32,8 +29,6 @@ __all__ = [
     "Precision",
     "TensorSpec",
     "WeightsMode",
-    "decode",
-    "encode",
     "hash_file",
     "list_files",
     "read_manifest",
@@ -43,8 +38,6 @@ __all__ = [
 FORMAT = 1
 MANIFEST = "manifest.json"
 _HASH_BLOCK = 1 << 22
-
-_T = TypeVar("_T")
 
 
 class Dialect(str, Enum):
@@ -232,105 +225,12 @@ def read_manifest(path: Path) -> Manifest:
         raise UserError(
             f"{path} is not a bundle: it has no {MANIFEST}", hint="give a directory made by `ep-export build`"
         )
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{file} is not readable JSON: {error}", hint="build the bundle again") from error
-    found = raw.get("format") if isinstance(raw, dict) else None
-    if isinstance(found, int) and found > FORMAT:
-        raise UserError(
-            f"{file} has format {found}, this ep-export reads up to {FORMAT}", hint="upgrade ep-export"
-        )
-    try:
-        return decode(Manifest, raw)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{file} is not a valid manifest: {error}", hint="build the bundle again") from error
+    return read_document(file, Manifest, what="manifest", newest=FORMAT, hint="build the bundle again")
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Write `manifest.json`, aside first and then renamed."""
-    aside = path / (MANIFEST + ".part")
-    aside.write_text(json.dumps(encode(manifest), indent=2) + "\n", encoding="utf-8")
-    aside.replace(path / MANIFEST)
-
-
-def encode(value: Any) -> Any:
-    """Frozen dataclasses, enums and tuples as plain JSON values."""
-    if isinstance(value, Enum):
-        return value.value
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): encode(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [encode(item) for item in value]
-    return value
-
-
-def decode(kind: type[_T], raw: Any) -> _T:
-    """The inverse of `encode`, strict: wrong types and missing fields are errors; extra fields are ignored.
-
-    Raises:
-        TypeError, ValueError, KeyError: `raw` does not describe a `kind`.
-    """
-    return typing.cast("_T", _decode(kind, raw, kind.__name__))
-
-
-def _decode(kind: Any, raw: Any, where: str) -> Any:
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        return _decode_union(args, raw, where)
-    if origin is tuple:
-        return _decode_tuple(args, raw, where)
-    if origin is not None and issubclass(origin, Mapping):
-        if not isinstance(raw, dict):
-            raise TypeError(f"{where}: expected an object, got {type(raw).__name__}")
-        return {str(key): _decode(args[1], item, f"{where}.{key}") for key, item in raw.items()}
-    if isinstance(kind, type) and issubclass(kind, Enum):
-        return kind(raw)
-    if dataclasses.is_dataclass(kind):
-        return _decode_dataclass(kind, raw, where)
-    if kind is float and type(raw) is int:
-        return float(raw)
-    if type(raw) is not kind:
-        raise TypeError(f"{where}: expected {kind.__name__}, got {type(raw).__name__}")
-    return raw
-
-
-def _decode_union(args: tuple[Any, ...], raw: Any, where: str) -> Any:
-    if raw is None and type(None) in args:
-        return None
-    for option in (a for a in args if a is not type(None)):
-        try:
-            return _decode(option, raw, where)
-        except (TypeError, ValueError):
-            continue
-    raise TypeError(f"{where}: unexpected {type(raw).__name__}")
-
-
-def _decode_tuple(args: tuple[Any, ...], raw: Any, where: str) -> tuple[Any, ...]:
-    if not isinstance(raw, list):
-        raise TypeError(f"{where}: expected a list, got {type(raw).__name__}")
-    if len(args) == 2 and args[1] is Ellipsis:
-        return tuple(_decode(args[0], item, f"{where}[{i}]") for i, item in enumerate(raw))
-    if len(args) != len(raw):
-        raise TypeError(f"{where}: expected {len(args)} values, got {len(raw)}")
-    return tuple(
-        _decode(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(args, raw, strict=True))
-    )
-
-
-def _decode_dataclass(kind: Any, raw: Any, where: str) -> Any:
-    if not isinstance(raw, dict):
-        raise TypeError(f"{where}: expected an object, got {type(raw).__name__}")
-    hints = typing.get_type_hints(kind)
-    values = {}
-    for f in dataclasses.fields(kind):
-        if f.name in raw:
-            values[f.name] = _decode(hints[f.name], raw[f.name], f"{where}.{f.name}")
-        elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-            raise KeyError(f"{where}.{f.name} is missing")
-    return kind(**values)
+    write_document(path / MANIFEST, manifest)
 
 
 def _check(path: Path, entry: FileEntry, verify: bool) -> None:

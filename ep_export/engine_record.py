@@ -7,12 +7,12 @@ TensorRT and one bundle, and TensorRT's own message about a wrong one helps nobo
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ep_export.bundle import MANIFEST, Bundle, Dialect, Manifest, Precision, decode, encode, hash_file
+from ep_export.bundle import MANIFEST, Bundle, Dialect, Manifest, Precision, hash_file
+from ep_export.documents import read_document, write_document
 from ep_export.errors import UserError
 from ep_export.targets import Flavour, version_numbers
 
@@ -183,22 +183,12 @@ def read_record(directory: Path) -> EngineRecord:
     hint = "compile again with `ep-export compile`"
     if not file.is_file():
         raise UserError(f"{directory} has no engines: {RECORD} is missing", hint=hint)
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(raw, dict) and isinstance(found := raw.get("format"), int) and found > FORMAT:
-            raise UserError(
-                f"{file} has format {found}, this ep-export reads up to {FORMAT}", hint="upgrade ep-export"
-            )
-        return decode(EngineRecord, raw)
-    except (KeyError, TypeError, ValueError, OSError) as error:
-        raise UserError(f"{file} is not a valid engine record: {error}", hint=hint) from error
+    return read_document(file, EngineRecord, what="engine record", newest=FORMAT, hint=hint)
 
 
 def write_record(directory: Path, record: EngineRecord) -> None:
     """Write `engine.json`, aside first and then renamed."""
-    aside = directory / (RECORD + ".part")
-    aside.write_text(json.dumps(encode(record), indent=2) + "\n", encoding="utf-8")
-    aside.replace(directory / RECORD)
+    write_document(directory / RECORD, record)
 
 
 def check_engine(

@@ -13,8 +13,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from ep_export.bundle import Dialect, Precision, decode
+from ep_export.bundle import Dialect, Precision
 from ep_export.data import data_dir
+from ep_export.documents import decode
 from ep_export.errors import UsageError, UserError, near_matches
 from ep_export.policy import Scorer
 

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "ep_export"
 # A module may import its own package and whatever stands on a lower line.
 LAYERS = (
     ("errors", "dims", "policy", "progress", "garbage"),
+    ("documents",),
     ("data", "staging", "bundle", "links", "testcards", "aliases"),
     ("targets",),
     ("families", "entropy", "engine_record"),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import textwrap
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ep_export.calibrate.record import RANDOM, Record
 from ep_export.policy import Select
@@ -11,7 +12,9 @@ from ep_export.policy import Select
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["plot"]
+__all__ = ["draw_entropy", "plot"]
+
+_Curve: TypeAlias = tuple[Sequence[float], Sequence[float]]
 
 _QUERY, _KEY, _MARK = "#1f5fa8", "#c4622d", "#2a2a2a"
 _SCORERS = {"paper": "#1f5fa8", "released": "#7a4fa3", "order2": "#2f8f83", "norm": "#c4622d"}
@@ -44,12 +47,23 @@ def plot(record: Record, path: Path) -> None:
     aside.replace(path)
 
 
-def _draw_entropy(axes: Any, record: Record) -> None:
-    curves = (
-        ("queries", record.query_entropy, record.query_spread, _QUERY, "o"),
-        ("keys", record.key_entropy, record.key_spread, _KEY, "s"),
-    )
-    for name, mean, spread, colour, marker in curves:
+def draw_entropy(
+    axes: Any, queries: _Curve, keys: _Curve, collapse: int | None, *, label: str, ink: str = _MARK
+) -> None:
+    """Entropy of the visual tokens by layer, the collapse marked where there is one.
+
+    Args:
+        axes: matplotlib axes.
+        queries: [L] mean over pictures and [L] standard deviation, in nats; either may be empty.
+        keys: The same of the keys.
+        collapse: The Entropy Collapse Layer, if there is one.
+        label: What stands beside its mark.
+        ink: Colour of the mark.
+    """
+    for name, (mean, spread), colour, marker in (
+        ("queries", queries, _QUERY, "o"),
+        ("keys", keys, _KEY, "s"),
+    ):
         if not mean:
             continue
         layers = range(len(mean))
@@ -58,25 +72,30 @@ def _draw_entropy(axes: Any, record: Record) -> None:
             low = [m - s for m, s in zip(mean, spread, strict=True)]
             high = [m + s for m, s in zip(mean, spread, strict=True)]
             axes.fill_between(layers, low, high, color=colour, alpha=0.15, linewidth=0)
-    if record.ecl is not None:
-        axes.axvline(record.ecl, color=_MARK, linestyle="--", linewidth=1.3)
-        label = f"collapse at layer {record.ecl}\n({record.confidence or 0:.0%} of resamples)"
+    if collapse is not None:
+        axes.axvline(collapse, color=ink, linestyle="--", linewidth=1.3)
         axes.annotate(
             label,
-            (record.ecl, 0.97),
+            (collapse, 0.97),
             xycoords=("data", "axes fraction"),
             xytext=(7, 0),
             textcoords="offset points",
             va="top",
             fontsize=9,
         )
+    axes.set_xlabel("layer")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(frameon=False, loc="best", fontsize=9.5)
+
+
+def _draw_entropy(axes: Any, record: Record) -> None:
+    queries, keys = (record.query_entropy, record.query_spread), (record.key_entropy, record.key_spread)
+    label = f"collapse at layer {record.ecl}\n({record.confidence or 0:.0%} of resamples)"
+    draw_entropy(axes, queries, keys, record.ecl, label=label)
     title = "entropy of the visual tokens by layer"
     note = textwrap.fill(record.collapse_finding, 72)
     axes.set_title(f"{title}\n{note}" if note else title, fontsize=9.5, loc="left")
-    axes.set_xlabel("layer")
     axes.set_ylabel("nats (band: one standard deviation over pictures)")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(frameon=False, loc="best")
     _bare(axes)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
-from ep_export.bundle import decode, encode
+from ep_export.documents import decode, encode
 from ep_export.errors import UserError
 
 if TYPE_CHECKING:

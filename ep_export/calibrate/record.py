@@ -5,14 +5,12 @@ A frozen structure as strict JSON: read with distrust, written whole or not at a
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from ep_export.bundle import decode, encode
+from ep_export.documents import read_document, write_document
 from ep_export.errors import UserError
 from ep_export.policy import EvidenceKind, Keep, Policy, Scorer, Select
 
@@ -141,22 +139,9 @@ def read_record(path: Path) -> Record:
         UserError: Missing, not JSON, another structure, a newer format, or values out of range.
     """
     hint = "make one with `ep-export calibrate`"
-    if not path.is_file():
-        raise UserError(f"calibration record {path} does not exist", hint=hint)
-    try:
-        raw: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"calibration record {path} is not readable JSON: {error}", hint=hint) from error
-    found = raw.get("format") if isinstance(raw, dict) else None
-    if isinstance(found, int) and found > RECORD_FORMAT:
-        message = f"calibration record {path} has format {found}, this ep-export reads up to {RECORD_FORMAT}"
-        raise UserError(message, hint="upgrade ep-export")
-    try:
-        record = decode(Record, raw)
-        _check(record)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is not a valid calibration record: {error}", hint=hint) from error
-    return record
+    return read_document(
+        path, Record, what="calibration record", newest=RECORD_FORMAT, hint=hint, check=_check
+    )
 
 
 def write_record(path: Path, record: Record) -> None:
@@ -165,14 +150,10 @@ def write_record(path: Path, record: Record) -> None:
     Raises:
         UserError: The directory cannot be written.
     """
-    text = json.dumps(encode(record), indent=2, allow_nan=False) + "\n"
-    aside = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(path)
+        write_document(path, record)
     except OSError as error:
-        aside.unlink(missing_ok=True)
         message = f"calibration record {path} cannot be written: {error.strerror}"
         raise UserError(message, hint="give an --out you may write to") from error
 

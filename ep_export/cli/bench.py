@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ep_export.cli.console import note, print_json, print_table, progress_bar
-from ep_export.cli.options import bundle_argument, json_option, keep_options, optional_keep
+from ep_export.cli.options import bundle_argument, image_option, json_option, keep_options, optional_keep
 
 if TYPE_CHECKING:
     from ep_export.benchmark import Benchmark, Spread
@@ -19,13 +19,7 @@ __all__ = ["bench"]
 
 @click.command()
 @bundle_argument
-@click.option(
-    "--image",
-    "images",
-    type=click.Path(path_type=Path),
-    multiple=True,
-    help="A picture; may repeat [a test card].",
-)
+@image_option
 @click.option("--prompt", default="What is in the picture?", show_default=True, help="The question.")
 @keep_options(required=False)
 @click.option(
@@ -51,7 +45,7 @@ def bench(
     threads: int | None,
     as_json: bool,
 ) -> None:
-    """Measure a bundle here, full against pruned, in one run."""
+    """Measure a bundle here, full against pruned, in one run. Without --image, about a test card."""
     from ep_export.benchmark import measure
     from ep_export.bundle import Bundle
     from ep_export.runtime import Session, open_picture

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from ep_export.bundle import encode
+from ep_export.documents import encode
 from ep_export.progress import Progress
 
 __all__ = ["note", "print_json", "print_table", "progress_bar"]

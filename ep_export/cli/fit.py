@@ -15,7 +15,7 @@ __all__ = ["fit_json", "print_fit"]
 
 def fit_json(guess: Estimate) -> dict[str, Any]:
     """An estimate for scripts."""
-    from ep_export.bundle import encode
+    from ep_export.documents import encode
     from ep_export.fit import FORMULAS
 
     fits = {

@@ -16,6 +16,7 @@ from ep_export.policy import DEFAULT_DEGREE, DEGREES, Budget, Keep, Select, Sour
 __all__ = [
     "bundle_argument",
     "export_options",
+    "image_option",
     "json_option",
     "keep_from",
     "keep_options",
@@ -43,6 +44,14 @@ model_option = click.option(
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 
 bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
+
+image_option = click.option(
+    "--image",
+    "images",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="A picture; may repeat, in prompt order.",
+)
 
 
 def keep_options(required: bool) -> Callable[[_F], _F]:

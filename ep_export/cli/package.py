@@ -29,7 +29,8 @@ def package(
     bundle: Path, triton: Path, target: str | None, gpu: bool, overwrite: bool, as_json: bool
 ) -> None:
     """Package a bundle for a Triton Inference Server."""
-    from ep_export.bundle import Bundle, encode
+    from ep_export.bundle import Bundle
+    from ep_export.documents import encode
     from ep_export.package import write_repository
     from ep_export.targets import find_target
 

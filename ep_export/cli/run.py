@@ -10,7 +10,7 @@ import click
 
 from ep_export.bundle import Bundle
 from ep_export.cli.console import note, print_json
-from ep_export.cli.options import bundle_argument, json_option, keep_options, optional_keep
+from ep_export.cli.options import bundle_argument, image_option, json_option, keep_options, optional_keep
 from ep_export.errors import UsageError
 
 if TYPE_CHECKING:
@@ -23,13 +23,7 @@ __all__ = ["run"]
 
 @click.command()
 @bundle_argument
-@click.option(
-    "--image",
-    "images",
-    type=click.Path(path_type=Path),
-    multiple=True,
-    help="A picture; may repeat, in prompt order.",
-)
+@image_option
 @click.option(
     "--video",
     "videos",

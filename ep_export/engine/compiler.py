@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 
-from ep_export.bundle import decode, encode
+from ep_export.documents import decode, encode
 from ep_export.engine.worker import Job, Outcome
 from ep_export.errors import UserError
 from ep_export.targets import Flavour, Target

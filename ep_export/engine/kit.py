@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import ep_export
-from ep_export.bundle import Bundle, FileEntry, Precision, encode, write_manifest
+from ep_export.bundle import Bundle, FileEntry, Precision, write_manifest
 from ep_export.data import data_dir
+from ep_export.documents import encode
 from ep_export.engine.kit_files import (
     SUMS,
     GoldenCase,

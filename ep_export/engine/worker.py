@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ep_export.bundle import decode, encode
+from ep_export.documents import decode, encode
 from ep_export.engine_record import Profile
 from ep_export.targets import Flavour
 

@@ -16,8 +16,9 @@ from pathlib import Path
 from string import Template
 
 import ep_export
-from ep_export.bundle import MANIFEST, Bundle, Component, encode
+from ep_export.bundle import MANIFEST, Bundle, Component
 from ep_export.data import data_dir
+from ep_export.documents import encode
 from ep_export.engine_record import ENGINES, RECORD, engine_directory, read_record
 from ep_export.errors import UsageError
 from ep_export.links import link_or_copy

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from ep_export.calibrate.figure import draw_entropy
 from ep_export.sweep.findings import RANDOM, RECOMMENDED, measure_of
 from ep_export.sweep.record import Row, SweepRecord
 
@@ -236,31 +237,9 @@ def _full_line(axes: Any, record: SweepRecord) -> None:
 
 def _draw_entropy(axes: Any, record: SweepRecord) -> None:
     found = record.entropies
-    curves = (
-        ("queries", found.query, found.query_spread, "#1f5fa8", "o"),
-        ("keys", found.key, found.key_spread, "#d0662a", "s"),
-    )
-    for name, mean, spread, colour, mark in curves:
-        layers = range(len(mean))
-        axes.plot(layers, mean, color=colour, marker=mark, markersize=4, linewidth=1.7, label=name)
-        low = [m - s for m, s in zip(mean, spread, strict=True)]
-        high = [m + s for m, s in zip(mean, spread, strict=True)]
-        axes.fill_between(layers, low, high, color=colour, alpha=0.15, linewidth=0)
-    if found.collapse is not None:
-        axes.axvline(found.collapse, color=_INK, linestyle="--", linewidth=1.2)
-        axes.annotate(
-            f"collapse at layer {found.collapse}",
-            (found.collapse, 0.97),
-            xycoords=("data", "axes fraction"),
-            xytext=(6, 0),
-            textcoords="offset points",
-            va="top",
-            fontsize=9,
-        )
-    axes.set_xlabel("layer")
+    queries, keys = (found.query, found.query_spread), (found.key, found.key_spread)
+    draw_entropy(axes, queries, keys, found.collapse, label=f"collapse at layer {found.collapse}", ink=_INK)
     axes.set_ylabel("nats", fontsize=9.5)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(frameon=False, loc="best", fontsize=9.5)
     _bare(axes)
 
 

@@ -6,16 +6,13 @@ two rows needs: who answered which question right. Pictures of the gallery lie b
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from ep_export.bundle import decode, encode
 from ep_export.dims import DecoderDims
-from ep_export.errors import UserError
+from ep_export.documents import read_document, write_document
 from ep_export.policy import Policy
 
 __all__ = [
@@ -421,32 +418,14 @@ def read_sweep(path: Path) -> SweepRecord:
     Raises:
         UserError: Missing, not JSON, another structure, a newer format, or values that contradict each other.
     """
-    hint = "make one with `ep-export sweep`"
     file = path / SWEEP_FILE if path.is_dir() else path
-    if not file.is_file():
-        raise UserError(f"sweep record {file} does not exist", hint=hint)
-    try:
-        raw: Any = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"sweep record {file} is not readable JSON: {error}", hint=hint) from error
-    found = raw.get("format") if isinstance(raw, dict) else None
-    if isinstance(found, int) and found > SWEEP_FORMAT:
-        message = f"sweep record {file} has format {found}, this ep-export reads up to {SWEEP_FORMAT}"
-        raise UserError(message, hint="upgrade ep-export")
-    try:
-        record = decode(SweepRecord, raw)
-        _check(record)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{file} is not a valid sweep record: {error}", hint=hint) from error
-    return record
+    hint = "make one with `ep-export sweep`"
+    return read_document(file, SweepRecord, what="sweep record", newest=SWEEP_FORMAT, hint=hint, check=_check)
 
 
 def write_sweep(path: Path, record: SweepRecord) -> None:
     """Write `sweep.json` into a directory, aside first and then renamed."""
-    file = path / SWEEP_FILE
-    aside = file.with_name(f".{file.name}.part")
-    aside.write_text(json.dumps(encode(record), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    aside.replace(file)
+    write_document(path / SWEEP_FILE, record, indent=1)
 
 
 def _check(record: SweepRecord) -> None:

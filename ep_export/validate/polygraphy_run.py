@@ -17,7 +17,8 @@ import torch
 from polygraphy.comparator import RunResults
 from polygraphy.json import save_json
 
-from ep_export.bundle import Bundle, Precision, encode
+from ep_export.bundle import Bundle, Precision
+from ep_export.documents import encode
 from ep_export.errors import UserError
 from ep_export.families import family_named
 from ep_export.families.base import Video

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from ep_export.bundle import encode
+from ep_export.documents import encode
 
 __all__ = ["Case", "KeptPicture", "Report", "Stage", "Verdict", "text_lines", "to_json"]
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from tiny import tiny_picture
 
-from ep_export.bundle import Bundle, encode, write_manifest
+from ep_export.bundle import Bundle, write_manifest
+from ep_export.documents import encode
 from ep_export.errors import UsageError, UserError
 from ep_export.plan import kept_tokens
 from ep_export.policy import Keep
