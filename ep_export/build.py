@@ -293,14 +293,19 @@ def what_to_ask(
         return cards, [flat[i % len(flat)] for i in range(len(cards))]
     pictures: list[Image.Image] = []
     asked: list[str] = []
+    first = ""
     for turn, file in enumerate(find_pictures(images)):
         if len(pictures) == max_pictures:
             break
         try:
             asked.append(questions_for(questions, file.name, turn)[0])
             pictures.append(open_picture(file.path))
-        except UserError:  # a folder may hold a broken file; calibration names it
+        except UserError as error:  # a folder may hold a broken file; calibration names it
+            first = first or f"{file.name}: {error}"
             del asked[len(pictures) :]
     if not pictures:
-        raise UserError(f"no picture in {images} can be read", hint="give a folder with readable pictures")
+        raise UserError(
+            f"no picture in {images} can be used; the first: {first}",
+            hint="give a folder with readable pictures, and questions that match them",
+        )
     return pictures, asked

@@ -19,6 +19,7 @@ from ep_export.errors import UserError
 from ep_export.policy import Evidence, Keep, Policy
 
 __all__ = [
+    "ENGINES",
     "FORMAT",
     "MANIFEST",
     "Bundle",
@@ -37,6 +38,8 @@ __all__ = [
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+ENGINES = "engines"
+"""Folder of what `compile` makes."""
 _HASH_BLOCK = 1 << 22
 
 
@@ -164,10 +167,13 @@ class Bundle:
             verify: Also compute every checksum (sizes are always checked).
 
         Raises:
-            UserError: Not a bundle, a newer format, or a missing, changed or escaping file.
+            UserError: Not a bundle, a newer format, or a missing (but for engines), changed or escaping file.
         """
         manifest = read_manifest(path)
         for entry in manifest.files:
+            # Engines may be left behind when a bundle moves: it runs without them.
+            if entry.path.startswith(f"{ENGINES}/") and not _inside(path, entry.path).exists():
+                continue
             _check(path, entry, verify)
         for component in manifest.components:
             _inside(path, component.file)

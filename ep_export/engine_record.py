@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ep_export.bundle import MANIFEST, Bundle, Dialect, Manifest, Precision, hash_file
+from ep_export.bundle import ENGINES, MANIFEST, Bundle, Dialect, Manifest, Precision, hash_file
 from ep_export.documents import read_document, write_document
 from ep_export.errors import UserError
 from ep_export.targets import Flavour, version_numbers
@@ -33,7 +33,6 @@ __all__ = [
     "write_record",
 ]
 
-ENGINES = "engines"
 RECORD = "engine.json"
 FORMAT = 1
 _WEIGHTS = "weights/"

@@ -188,9 +188,9 @@ def find_target(name: str) -> Target:
         return read_target(Path(name))
     names = [file.stem for file in _directory().glob("*.toml")]
     if name not in names:
-        raise UsageError(
-            f"there is no target {name!r}", hint=f"{near_matches(name, names)} See `ep-export targets`"
-        )
+        alike = [known for known in names if known.startswith(name)] if name else []
+        hint = f"did you mean {' or '.join(sorted(alike))}?" if alike else near_matches(name, names)
+        raise UsageError(f"there is no target {name!r}", hint=f"{hint}; `ep-export targets` tells them apart")
     return read_target(_directory() / f"{name}.toml")
 
 

@@ -120,7 +120,8 @@ def _told(request: PolicyRequest) -> tuple[Policy, Evidence]:
     if request.layer is None:
         raise UserError(
             "nothing says where this model can be pruned: no calibration record, no --layer",
-            hint="give --images DIR to measure it, --calibration FILE, or --layer K",
+            hint="measure it: `ep-export calibrate`, then --calibration FILE here (`build` with --images DIR "
+            "measures by itself); or give --layer K",
         )
     policy = Policy(
         layer=request.layer,

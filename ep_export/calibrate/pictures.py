@@ -48,6 +48,8 @@ def find_pictures(folder: Path, *, most: int | None = None, seed: int = 0) -> tu
     Raises:
         UserError: No such folder, or no file with a picture's suffix in it.
     """
+    if folder.is_file():
+        raise UserError(f"image folder {folder} is a file", hint="give the directory that holds the pictures")
     if not folder.is_dir():
         raise UserError(f"image folder {folder} does not exist", hint="give a directory with pictures")
     files = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()]

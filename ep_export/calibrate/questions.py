@@ -26,7 +26,9 @@ Questions = Sequence[str] | Mapping[str, Sequence[str]]
 
 
 def read_questions(path: Path) -> Questions:
-    """Questions from a JSON file: a list of strings, or an object file name -> string or list of strings.
+    """Questions from a JSON file: a list of strings, or an object file name -> entry or list of entries.
+
+    An entry is a question, or `{"question": ..., "answer": ...}` as a sweep reads it; the answer is not used.
 
     Raises:
         UserError: Missing, not JSON, empty, or of another structure.
@@ -34,10 +36,12 @@ def read_questions(path: Path) -> Questions:
     hint = 'expected ["question", ...] or {"picture.png": "question", ...}'
     try:
         raw: Any = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"prompts file {path} does not exist", hint="check the path") from error
     except (OSError, ValueError) as error:
         raise UserError(f"prompts file {path} is not readable JSON: {error}", hint=hint) from error
     if isinstance(raw, dict):
-        raw = {name: [asked] if isinstance(asked, str) else asked for name, asked in raw.items()}
+        raw = {name: _asked(entries) for name, entries in raw.items()}
     lists = list(raw.values()) if isinstance(raw, dict) else [raw]
     if not lists or not all(_is_questions(asked) for asked in lists):
         raise UserError(f"prompts file {path} holds no questions", hint=hint)
@@ -62,6 +66,11 @@ def questions_for(questions: Questions, name: str, turn: int) -> tuple[str, ...]
     if not asked:
         raise UserError(f"the prompts file asks nothing of {name}")
     return tuple(asked)
+
+
+def _asked(entries: Any) -> list[Any]:
+    listed = entries if isinstance(entries, list) else [entries]
+    return [entry.get("question") if isinstance(entry, dict) else entry for entry in listed]
 
 
 def _is_questions(asked: Any) -> bool:

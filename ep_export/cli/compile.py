@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ep_export.bundle import Bundle
+from ep_export.bundle import Bundle, Precision
 from ep_export.cli.console import note, print_json, print_table, progress_bar
 from ep_export.cli.options import bundle_argument, json_option
 from ep_export.targets import Target, find_target
@@ -98,6 +98,8 @@ def compile_verb(bundle: Path, name: str, verify: bool, as_json: bool, **options
     else:
         print_compiled(target, result)
         if result.directory:
+            _advise(target, opened.manifest.precision)
+        if result.directory:
             click.echo(str(result.directory))
 
 
@@ -144,6 +146,16 @@ def print_compiled(target: Target, result: CompileResult) -> None:
     else:
         note(f"a kit, because {result.reason}")
         note(f"copy it to the device and follow its README.md; {_limits(result)}")
+
+
+def _advise(target: Target, precision: Precision) -> None:
+    """A bundle is fp32 unless told, which is for a CPU: say so before somebody measures it on a GPU."""
+    best = target.best()
+    if precision is Precision.FP32 and best.precision is not Precision.FP32:
+        note(
+            f"the graphs are fp32, twice the bytes of {best.precision.value}: "
+            f"`ep-export build --target {target.name}` chooses {best}"
+        )
 
 
 def _engine_row(name: str, engine: EngineFile) -> tuple[str, ...]:

@@ -88,7 +88,7 @@ def _run(program: str) -> int:
         error.show()
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        return _fail("interrupted; no output was left half-written", "", EXIT_INTERRUPTED)
+        return _fail("interrupted; no output was left half-written", _after_interrupt(), EXIT_INTERRUPTED)
     except BrokenPipeError:
         # The reader of stdout left (`| head`); keep the interpreter from complaining when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -102,11 +102,22 @@ def _run(program: str) -> int:
     return result if isinstance(result, int) else 0
 
 
+def _after_interrupt() -> str:
+    resumable = {"calibrate", "sweep"}
+    return "the same command goes on with what was measured" if resumable & set(sys.argv[1:2]) else ""
+
+
 _FILE_ERRORS = {
     errno.ENOSPC: "free some space, or give an --out on another disk",
     errno.EDQUOT: "the disk quota is used up; free some space",
     errno.EACCES: "check the permissions",
     errno.EROFS: "the file system is read-only; give another --out",
+    # A file where a directory must be, or the other way round: paths a person gave, never the code's own.
+    errno.EEXIST: "a file is in the way; give another path",
+    errno.ENOENT: "a part of this path does not exist and cannot be made; give another one",
+    errno.ENOTDIR: "a part of this path is a file; give another one",
+    errno.EISDIR: "this is a directory; give a file",
+    errno.ENAMETOOLONG: "give a shorter name",
 }
 
 

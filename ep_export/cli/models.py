@@ -19,7 +19,7 @@ __all__ = ["models"]
 _WIDTH = 96  # lines of running text: fits an 100-column terminal, and a pipe has no width to ask for
 
 
-@click.command()
+@click.command(short_help="List known models and what was verified of each.")
 @json_option
 def models(as_json: bool) -> None:
     """List the models known by alias, and what was verified of each family."""

@@ -12,6 +12,7 @@ from ep_export.bundle import Bundle
 from ep_export.cli.console import note, print_json
 from ep_export.cli.options import bundle_argument, image_option, json_option, keep_options, optional_keep
 from ep_export.errors import UsageError
+from ep_export.policy import Keep
 
 if TYPE_CHECKING:
     from ep_export.bundle import Manifest
@@ -113,6 +114,8 @@ def run(
         )
     if (frames is not None or fps is not None) and not videos:
         raise UsageError("--frames and --fps are about videos, and there is none", hint="add --video PATH")
+    if show:
+        _check_drawing(show)
     wanted = optional_keep(keep, keep_tokens)
     visuals: list[Visual] = [open_picture(path) for path in images]
     visuals += [open_video(path, frames=frames, fps=fps) for path in videos]
@@ -138,12 +141,21 @@ def run(
     _footnotes(opened.manifest, answer, show)
 
 
+def _check_drawing(path: Path) -> None:
+    """Refuse a drawing that could not be written, before anything is answered."""
+    from PIL import Image
+
+    known = Image.registered_extensions()
+    if known.get(path.suffix.lower()) not in Image.SAVE:
+        raise UsageError(f"--show {path} has no ending of a picture", hint="give a name that ends in .png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+
 def _draw(path: Path, visual: Visual, answer: Generation) -> None:
     from ep_export.families.base import Video
     from ep_export.validate.picture import draw_kept
     from ep_export.validate.video_sheet import draw_kept_video
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(visual, Video):
         parts = [picture for picture in answer.pictures if picture.video == 0]
         draw_kept_video(visual, parts).save(path)
@@ -162,7 +174,7 @@ def _footnotes(manifest: Manifest, answer: Generation, show: Path | None) -> Non
         plan = make_plan(
             dims,
             policy,
-            answer.keep,
+            _at_most(answer.keep, answer.visual_tokens),
             visual_tokens=answer.visual_tokens,
             text_tokens=text_tokens,
         )
@@ -171,7 +183,16 @@ def _footnotes(manifest: Manifest, answer: Generation, show: Path | None) -> Non
         kept = f"kept {plan.kept_visual_tokens} of {plan.visual_tokens} visual tokens"
         where = f"from layer {policy.layer} of {dims.layers} on"
         note(f"{kept} {where}: {flops:.0%} fewer decoder prefill FLOPs, {kv:.0%} less visual KV cache")
-    total, decode = answer.timings_ms["total"], answer.timings_ms["decode_per_token"]
-    note(f"{len(answer.token_ids)} tokens in {total:.0f} ms ({decode:.1f} ms a decoded token)")
+    total, count = answer.timings_ms["total"], len(answer.token_ids)
+    if count > 1:
+        decode = answer.timings_ms["decode_per_token"]
+        note(f"{count} tokens in {total:.0f} ms ({decode:.1f} ms a decoded token)")
+    else:
+        note(f"1 token in {total:.0f} ms")
     if show:
         note(f"kept patches drawn in {show}")
+
+
+def _at_most(keep: Keep, visual_tokens: int) -> Keep:
+    """Where a picture has fewer tokens than were asked for, all of them are kept."""
+    return keep if keep.tokens is None else Keep(tokens=min(keep.tokens, visual_tokens))

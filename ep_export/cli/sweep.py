@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ep_export.cli.console import note, print_json, print_table, progress_bar
-from ep_export.cli.options import json_option, model_option
+from ep_export.cli.options import model_option
 from ep_export.errors import UsageError
 
 if TYPE_CHECKING:
@@ -25,15 +25,24 @@ def _list_methods(context: click.Context, _option: click.Parameter, wanted: bool
     from ep_export.methods import METHODS
 
     rows = [(method.key, method.title, method.idea, method.source) for method in METHODS]
+    if context.params.get("as_json"):
+        names = ("name", "title", "idea", "source")
+        print_json({"methods": [dict(zip(names, row, strict=True)) for row in rows]})
+        context.exit()
     print_table("", ("name", "method", "what it does", "source"), rows)
     context.exit()
 
 
-@click.command()
+# As `options.json_option`, but read before --list-methods prints, in whatever order they are given.
+_json_first = click.option(
+    "--json", "as_json", is_flag=True, is_eager=True, help="Print one JSON object on stdout."
+)
+
+
+@click.command(short_help="Compare ways of pruning on your pictures.")
 @click.option(
     "--list-methods",
     is_flag=True,
-    is_eager=True,
     expose_value=False,
     callback=_list_methods,
     help="Print what can be compared, and exit.",
@@ -106,7 +115,7 @@ def _list_methods(context: click.Context, _option: click.Parameter, wanted: bool
     "--out", type=click.Path(path_type=Path), metavar="DIR", help="Directory to write [./<model>-sweep]."
 )
 @click.option("--overwrite", is_flag=True, help="Replace an earlier sweep.")
-@json_option
+@_json_first
 def sweep(**options: Any) -> None:
     """Compare ways of pruning a model: answers, FLOPs, cache and time.
 

@@ -66,6 +66,8 @@ def read_asking(path: Path) -> Asking:
     """
     try:
         raw: Any = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"prompts file {path} does not exist", hint="check the path") from error
     except (OSError, ValueError) as error:
         raise UserError(f"prompts file {path} is not readable JSON: {error}", hint=_HINT) from error
     if isinstance(raw, dict) and raw:

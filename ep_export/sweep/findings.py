@@ -98,7 +98,8 @@ def _entropy_against_random(record: SweepRecord) -> Iterable[str]:
     title = record.method(PAPER).title
     parts = [f"better at {better}" if better else "", f"worse at {worse}" if worse else ""]
     told = " and ".join(part for part in parts if part) or "not told apart anywhere"
-    yield f"{title} against random tokens, {len(rows)} combinations of layer and keep: {told}."
+    count = "one combination" if len(rows) == 1 else f"{len(rows)} combinations"
+    yield f"{title} against random tokens, {count} of layer and keep: {told}."
 
 
 def _places(rows: Sequence[Row], side: int) -> str:

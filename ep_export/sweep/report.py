@@ -40,7 +40,8 @@ _JPEG_QUALITY = 80
 
 _MORE = """
 .panels{display:grid;gap:12px;grid-template-columns:repeat(auto-fit,minmax(min(100%,320px),1fr))}
-.panels figure{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:10px;margin:0}
+.panels figure{max-width:640px;background:var(--card);
+border:1px solid var(--line);border-radius:12px;padding:10px;margin:0}
 .panels svg{width:100%;height:auto;display:block}
 .panels figcaption{font-size:.85rem;font-weight:600;color:var(--ink);margin:2px 4px 6px}
 .legend{display:flex;flex-wrap:wrap;gap:4px 14px;list-style:none;padding:0;margin:.6em 0 1em;font-size:.85rem}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 
@@ -146,3 +147,19 @@ def test_a_link_out_of_the_bundle_is_refused(bundle, tmp_path_factory):
     (bundle / "embed_tokens.onnx").symlink_to(outside)
     with pytest.raises(UserError, match="outside itself"):
         Bundle.open(bundle)
+
+
+def test_engines_that_are_gone_do_not_keep_a_bundle_from_opening(tiny_bundle, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_bundle.path, copy)
+    engine = copy / "engines" / "somewhere" / "decoder_head.engine"
+    engine.parent.mkdir(parents=True)
+    engine.write_bytes(b"an engine")
+    manifest = read_manifest(copy)
+    write_manifest(copy, dataclasses.replace(manifest, files=list_files(copy)))
+    assert Bundle.open(copy).manifest.files != manifest.files
+    engine.write_bytes(b"another.")
+    with pytest.raises(UserError, match=r"decoder_head\.engine"):
+        Bundle.open(copy)
+    engine.unlink()
+    Bundle.open(copy)

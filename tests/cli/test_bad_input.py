@@ -189,6 +189,34 @@ def test_missing_image_folder(refused, tiny, tmp_path):
     )
 
 
+def test_image_folder_that_is_a_file(refused, tiny, tmp_path):
+    (tmp_path / "photo.png").write_bytes(b"")
+    said = refused(
+        "calibrate", "--model", str(tiny), "--keep", "0.5", "--images", str(tmp_path / "photo.png")
+    )
+    assert "is a file" in said
+
+
+def test_missing_prompts_file(refused, tiny, tmp_path):
+    here = ("--model", str(tiny), "--keep", "0.5", "--images", str(tmp_path))
+    for verb in ("calibrate", "sweep"):
+        assert "gone.json does not exist" in refused(verb, *here, "--prompts", str(tmp_path / "gone.json"))
+
+
+@pytest.mark.parametrize("out", ["file/out", "x" * 300])
+def test_output_that_cannot_be_made(refused, tiny, tmp_path, out):
+    (tmp_path / "file").write_text("in the way")
+    refused("export", "--model", str(tiny), "--keep", "0.5", "--layer", "1", "--out", str(tmp_path / out))
+
+
+def test_beginning_of_a_target_suggests_all_that_begin_so(refused, tiny):
+    said = refused(
+        "plan", "--model", str(tiny), "--keep", "0.5", "--layer", "1", "--target", "jetson", code=2
+    )
+    assert "jetson-orin-agx-64gb or" in said
+    assert "jetson-thor or" in said
+
+
 def test_output_that_exists_is_refused_before_any_work(refused, tiny, tmp_path):
     (tmp_path / "out").mkdir()
     assert "--overwrite" in refused(*build(tiny, tmp_path))
@@ -270,3 +298,34 @@ def test_ctrl_c_leaves_nothing_behind(tiny, tmp_path):
     assert "interrupted" in said
     assert "Traceback" not in said
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+
+
+def test_more_tokens_than_a_picture_has_keeps_all(tiny_bundle, tmp_path):
+    picture = tmp_path / "picture.png"
+    tiny_picture(84, 84).save(picture)
+    ask = ("run", str(tiny_bundle.path), "--image", str(picture), "--prompt", "What", "--max-new-tokens", "1")
+    result = ep_export(*ask, "--keep-tokens", "99999")
+    assert (result.code, "kept 9 of 9 visual tokens" in result.err) == (0, True), result.err
+    assert "1 token in" in result.err
+
+
+@pytest.mark.parametrize(
+    ("show", "said"), [("kept.txt", "no ending of a picture"), ("/proc/x/kept.png", "cannot be made")]
+)
+def test_a_drawing_that_cannot_be_written_is_refused_before_the_answer(tiny_bundle, tmp_path, show, said):
+    picture = tmp_path / "picture.png"
+    tiny_picture(84, 84).save(picture)
+    ask = ("run", str(tiny_bundle.path), "--image", str(picture), "--prompt", "What", "--show", show)
+    result = ep_export(*ask)
+    assert result.code != 0
+    assert result.out == ""
+    assert said in result.err
+    assert "Traceback" not in result.err
+
+
+def test_questions_with_answers_serve_a_calibration_too(tmp_path):
+    from ep_export.calibrate.questions import read_questions
+
+    file = tmp_path / "prompts.json"
+    file.write_text('{"a.png": {"question": "What?", "answer": "a cat"}, "b.png": ["Where?", "Who?"]}')
+    assert read_questions(file) == {"a.png": ["What?"], "b.png": ["Where?", "Who?"]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ def verb(tmp_path):
         (["--keep", "0.25", "--layer", "5"], 2, "keep 0.25 is impossible at every layer"),
         (["--keep", "0.5", "--methods", "fastvv"], 2, "hint: did you mean fastv"),
         (["--keep", "0.5", "--calibration-prompts", "x.json"], 2, "add --calibration-images"),
-        (["--keep", "0.5", "--prompts", "none.json"], 1, "none.json is not readable JSON"),
+        (["--keep", "0.5", "--prompts", "none.json"], 1, "none.json does not exist"),
         (["--keep", "0.5", "--calibration", "none.json"], 1, "none.json does not exist"),
         (["--keep", "0.5", "--device", "abacus"], 1, "device abacus cannot be used"),
         ([], 2, "Missing option '--keep'"),
@@ -53,3 +54,9 @@ def test_methods_are_listed_with_their_sources() -> None:
     assert result.code == 0
     for text in ("paper-highest", "fastv", "arXiv 2403.06764", "divprune", "arXiv 2503.02175", "random"):
         assert text in result.out
+
+
+@pytest.mark.parametrize("order", [("--list-methods", "--json"), ("--json", "--list-methods")])
+def test_methods_are_json_when_asked_in_either_order(order) -> None:
+    names = [method["name"] for method in json.loads(ep_export("sweep", *order).out)["methods"]]
+    assert {"paper-highest", "divprune", "random"} <= set(names)

@@ -84,7 +84,7 @@ def test_other_structures_are_refused(tmp_path, content) -> None:
 
 
 def test_a_missing_file_and_an_empty_folder_are_refused(tmp_path, folder) -> None:
-    with pytest.raises(UserError, match="not readable JSON"):
+    with pytest.raises(UserError, match=r"none\.json does not exist"):
         read_asking(tmp_path / "none.json")
     with pytest.raises(UserError, match="nothing can be asked"):
         find_items(folder, asking(tmp_path, {"z.png": "What?"}))
