@@ -35,7 +35,7 @@ class LlavaOnevision(LlavaNext):
     model_types = ("llava_onevision",)
     verified = (
         "random tiny weights in every key layout against Hugging Face, full and pruned: one and several "
-        "pictures, a video, both; packing in the published tile sizes; 4 layers of the 7B shape traced; "
+        "pictures, a video, both; packing in the published tile sizes; 4 layers of the 7B shape exported; "
         "published weights, and frames resized by torchvision: not available here"
     )
 

@@ -32,7 +32,7 @@ class Qwen2VL(Family):
     model_types = ("qwen2_vl",)
     verified = (
         "random tiny weights in every key layout against Hugging Face, pictures and videos, full and pruned; "
-        "4 layers of the 7B shape traced; published weights: not available here"
+        "4 layers of the 7B shape exported; published weights: not available here"
     )
 
     def dims(self, config: PreTrainedConfig) -> DecoderDims:

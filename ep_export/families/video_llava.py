@@ -28,8 +28,8 @@ class VideoLlava(Llava):
     model_types = ("video_llava",)
     verified = (
         "random tiny weights in every key layout against Hugging Face, full and pruned: pictures, a video, "
-        "both; 4 layers of the 7B shape with both towers traced; published weights, and frames resized by "
-        "torchvision: not available here"
+        "both; 4 layers of the 7B shape with both towers exported; published weights, and frames resized "
+        "by torchvision: not available here"
     )
 
     def default_visual_tokens(self, config: PreTrainedConfig) -> int:
