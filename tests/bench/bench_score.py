@@ -23,6 +23,8 @@ from ep_export.export.prune_node import scores_model
 from ep_export.policy import DEFAULT_DEGREE, DEGREES, Scorer
 
 LIMIT = 64
+# Threads of the method before spin for some milliseconds, on the cores that the next one needs.
+PAUSE_SECONDS = 0.05
 
 
 def centred_rows(states: torch.Tensor) -> torch.Tensor:
@@ -105,6 +107,7 @@ def interleaved(methods: dict[str, Callable[[], object]], repeat: int) -> dict[s
     samples: dict[str, list[float]] = {name: [] for name in methods}
     for _ in range(repeat):
         for name, method in methods.items():
+            time.sleep(PAUSE_SECONDS)
             start = time.perf_counter()
             method()
             samples[name].append(1e3 * (time.perf_counter() - start))

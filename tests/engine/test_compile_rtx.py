@@ -235,6 +235,7 @@ class TestBuild:
         assert (manifest.dialect, manifest.precision) == (Dialect.MODERN, Precision.BF16)
         assert (out / "engines" / ADA / RECORD).is_file()
 
+    @needs_compiler
     def test_what_the_target_cannot_take_is_refused_before_the_build(self, tiny_checkpoint, tmp_path):
         options = ("--keep", "0.75", "--layer", "1", "--out", str(tmp_path / "bundle"))
         build = ("build", "--model", str(tiny_checkpoint), *options)
