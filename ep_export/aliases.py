@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["ALIASES", "Alias", "find_alias"]
+__all__ = ["ALIASES", "Alias", "find_alias", "short_name"]
 
 _CONFIGS = Path(__file__).parent / "families" / "configs"
 
@@ -68,3 +68,8 @@ def find_alias(model: str) -> Alias | None:
         if wanted in (alias.name, alias.hub_id.lower()):
             return alias if alias.same_as is None else find_alias(alias.same_as)
     return None
+
+
+def short_name(model: str) -> str:
+    """A model's name without the directories before it, for titles."""
+    return model.rstrip("/").rsplit("/", maxsplit=1)[-1] or model

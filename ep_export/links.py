@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ep_export.errors import UserError
 
-__all__ = ["link_or_copy"]
+__all__ = ["copy", "link", "link_or_copy"]
 
 # What os.link says on another file system, on one without hard links or with too many, or
 # (protected_hardlinks) when the file belongs to someone else.
@@ -33,18 +33,40 @@ def link_or_copy(source: Path, target: Path) -> bool:
     """
     source = source.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
+    if not link(source, target):
+        return True
+    copy(source, target, hint="write to the file system the bundle lies on, where files are linked instead")
+    return False
+
+
+def link(source: Path, target: Path) -> str:
+    """Make `target` the same file as `source`, which is no symbolic link.
+
+    Returns:
+        Why the system allows no hard link here; empty when it was made.
+    """
     try:
         os.link(source, target)
     except OSError as error:
         if error.errno not in _NO_LINK:
             raise
-    else:
-        return True
+        return error.strerror or str(error)
+    return ""
+
+
+def copy(source: Path, target: Path, *, hint: str) -> int:
+    """Copy a file, when it fits on the disk.
+
+    Returns:
+        Its bytes.
+
+    Raises:
+        UserError: It does not fit; `hint` is the error's.
+    """
     size, free = source.stat().st_size, shutil.disk_usage(target.parent).free
     if size > free:
         raise UserError(
-            f"no space to copy {source.name}: {size / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free",
-            hint="write to the file system the bundle lies on, where files are linked instead",
+            f"no space to copy {source.name}: {size / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free", hint=hint
         )
     shutil.copyfile(source, target)
-    return False
+    return size

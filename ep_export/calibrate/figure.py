@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from ep_export.aliases import short_name
 from ep_export.calibrate.record import RANDOM, Record
 from ep_export.policy import Select
 
@@ -40,7 +41,7 @@ def plot(record: Record, path: Path) -> None:
         _draw_candidates(axes[1], record)
     keep = f", keep {record.keep}" if record.keep is not None else ""
     figure.suptitle(
-        f"{_short(record.model)}: {record.images} pictures{keep}", fontsize=12.5, fontweight="bold"
+        f"{short_name(record.model)}: {record.images} pictures{keep}", fontsize=12.5, fontweight="bold"
     )
     aside = path.with_name(f".{path.name}.part")
     figure.savefig(aside, format="png")
@@ -156,8 +157,3 @@ def _bare(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#dddddd", linewidth=0.7)
     axes.set_axisbelow(True)
-
-
-def _short(model: str) -> str:
-    """A model's name without the directories before it."""
-    return model.rstrip("/").rsplit("/", maxsplit=1)[-1] or model

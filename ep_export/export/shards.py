@@ -7,10 +7,7 @@ to the blobs first.
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import os
-import shutil
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -19,22 +16,12 @@ from threading import Event
 from ep_export.bundle import WeightsMode
 from ep_export.checkpoint import TensorRef
 from ep_export.errors import UserError
+from ep_export.links import copy, link
 
 __all__ = ["FOLDER", "Shards"]
 
 FOLDER = "weights"
 _HASH_BLOCK = 1 << 22
-# What os.link says when the bundle lies on another file system, or the file system has no hard links or too
-# many of them, or (protected_hardlinks) the file belongs to someone else.
-_NO_LINK = (
-    errno.EXDEV,
-    errno.EPERM,
-    errno.EOPNOTSUPP,
-    errno.ENOTSUP,
-    errno.EMLINK,
-    errno.EACCES,
-    errno.ENOSYS,
-)
 
 
 class Shards:
@@ -91,24 +78,12 @@ class Shards:
         return digest.hexdigest()
 
     def _place(self, source: Path, target: Path) -> None:
-        blob = source.resolve()
         if self.mode is WeightsMode.LINK:
-            try:
-                os.link(blob, target)
-            except OSError as error:
-                if error.errno not in _NO_LINK:
-                    raise
-                self.mode = WeightsMode.COPY
-                self.warnings.append(
-                    f"weights were copied: {blob.parent} allows no hard links here ({error.strerror})"
-                )
-            else:
+            blob = source.resolve()
+            refused = link(blob, target)
+            if not refused:
                 return
-        free, size = shutil.disk_usage(target.parent).free, blob.stat().st_size
-        if size > free:
-            raise UserError(
-                f"no space to copy {source.name}: {size / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free",
-                hint="put the bundle on the checkpoint's file system, where weights are linked instead",
-            )
-        shutil.copyfile(blob, target)
-        self.bytes_copied += size
+            self.mode = WeightsMode.COPY
+            self.warnings.append(f"weights were copied: {blob.parent} allows no hard links here ({refused})")
+        hint = "put the bundle on the checkpoint's file system, where weights are linked instead"
+        self.bytes_copied += copy(source, target, hint=hint)

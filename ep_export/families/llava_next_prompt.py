@@ -12,7 +12,7 @@ from ep_export.errors import UserError
 from ep_export.families.base import Picture
 from ep_export.families.chat_prompts import ChatPrompts
 from ep_export.families.clip_features import clip_features
-from ep_export.families.tiles import pack_index, tile_grid, token_cells
+from ep_export.families.tiles import pack_index, tile_grid, tile_resolutions, token_cells
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -33,14 +33,7 @@ class LlavaNextPrompts(ChatPrompts):
 
         super().__init__(processor, config, image_processor=LlavaNextImageProcessorPil)
         self._features = clip_features(config)
-        self._resolutions = [list(each) for each in config.image_grid_pinpoints]
-        found = [list(each) for each in self._images.image_grid_pinpoints]
-        if found != self._resolutions:
-            raise UserError(
-                f"preprocessor_config.json in {processor} fits pictures into {found}, the model's config "
-                f"into {self._resolutions}",
-                hint="copy both files from the checkpoint again",
-            )
+        self._resolutions = tile_resolutions(processor, config, self._images)
 
     def _process(self, pixels: NDArray[np.uint8]) -> Picture:
         # The channel axis is named: a picture three pixels high must not be taken for channels first.

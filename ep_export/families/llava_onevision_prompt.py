@@ -16,7 +16,7 @@ from ep_export.families.chat_prompts import ChatPrompts, Parts
 from ep_export.families.clip_features import siglip_features
 from ep_export.families.llava_onevision_tiles import pack_frame, pack_picture, pack_whole
 from ep_export.families.processor_files import load_image_processor
-from ep_export.families.tiles import tile_grid
+from ep_export.families.tiles import tile_grid, tile_resolutions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -62,14 +62,7 @@ class LlavaOnevisionPrompts(ChatPrompts):
         self._features = siglip_features(config)
         self._most = most_tiles(config)
         self._alone = True
-        self._resolutions = [list(each) for each in config.image_grid_pinpoints]
-        found = [list(each) for each in self._images.image_grid_pinpoints]
-        if found != self._resolutions:
-            raise UserError(
-                f"preprocessor_config.json in {processor} fits pictures into {found}, the model's config "
-                f"into {self._resolutions}",
-                hint="copy both files from the checkpoint again",
-            )
+        self._resolutions = tile_resolutions(processor, config, self._images)
 
     def _groups(self, visuals: Sequence[Visual]) -> tuple[Parts, ...]:
         """As the base's; Hugging Face cuts a picture into tiles only where it is alone in its prompt."""

@@ -9,11 +9,40 @@ feature stands where, so that the graph only gathers. Equal to `pack_image_featu
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["feature_grid", "grid_cells", "pack_index", "tile_grid", "token_cells"]
+from ep_export.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+__all__ = ["feature_grid", "grid_cells", "pack_index", "tile_grid", "tile_resolutions", "token_cells"]
+
+
+def tile_resolutions(processor: Path, config: PreTrainedConfig, images: Any) -> list[list[int]]:
+    """What pictures may be fitted into, (height, width) each, on which model and image processor must agree.
+
+    Args:
+        processor: The directory the image processor was loaded from.
+        config: The model's config.
+        images: The image processor.
+
+    Raises:
+        UserError: They do not agree.
+    """
+    expected = [list(each) for each in config.image_grid_pinpoints]
+    found = [list(each) for each in images.image_grid_pinpoints]
+    if found != expected:
+        raise UserError(
+            f"preprocessor_config.json in {processor} fits pictures into {found}, the model's config "
+            f"into {expected}",
+            hint="copy both files from the checkpoint again",
+        )
+    return expected
 
 
 def tile_grid(size: tuple[int, int], resolutions: Sequence[Sequence[int]], tile: int) -> tuple[int, int]:

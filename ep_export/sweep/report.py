@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ep_export.aliases import short_name
 from ep_export.bundle import hash_file
 from ep_export.errors import UserError
 from ep_export.sweep.charts import (
@@ -25,7 +24,7 @@ from ep_export.sweep.charts import (
 from ep_export.sweep.findings import RANDOM, RECOMMENDED, estimate_text, findings
 from ep_export.sweep.record import GalleryAnswer, GalleryEntry, SweepRecord
 from ep_export.sweep.tables import cost_table, matrix
-from ep_export.validate.picture import draw_kept
+from ep_export.validate.picture import draw_kept, inline_image
 from ep_export.validate.style import STYLE
 
 if TYPE_CHECKING:
@@ -84,7 +83,7 @@ def write_report(out: Path, record: SweepRecord) -> Path:
     if record.gallery:
         sections.append(_gallery(out, record))
     sections.append(_about(record))
-    title = html.escape(f"Sweep of {_short(record.model)}")
+    title = html.escape(f"Sweep of {short_name(record.model)}")
     body = "\n".join(sections)
     page = (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -104,7 +103,7 @@ def _head(record: SweepRecord) -> str:
     asked = f"{record.dataset.questions} questions, {len(record.rows)} ways of pruning"
     return (
         f'<header><p class="kicker">Pruning compared · {html.escape(asked)} · {html.escape(record.date)}</p>'
-        f"<h1>{html.escape(_short(record.model))}</h1><ul>{items}</ul></header>"
+        f"<h1>{html.escape(short_name(record.model))}</h1><ul>{items}</ul></header>"
     )
 
 
@@ -196,7 +195,7 @@ def _entry(out: Path, record: SweepRecord, entry: GalleryEntry) -> str:
     )
     known = "" if entry.answer is None else f"<dt>Right answer</dt><dd>{html.escape(entry.answer)}</dd>"
     sign = "" if entry.full_right is None else " ✓" if entry.full_right else " ✗"
-    whole = _image(picture.resize(_fit(picture.size)), "the picture")
+    whole = inline_image(picture.resize(_fit(picture.size)), "the picture", quality=_JPEG_QUALITY)
     return (
         '<article class="entry"><dl class="qa">'
         f"<dt>Question</dt><dd>{html.escape(entry.question)}</dd>{known}"
@@ -230,7 +229,8 @@ def _answer(record: SweepRecord, entry: GalleryEntry, picture: Image.Image, answ
         kept = np.zeros(part.token_grid[0] * part.token_grid[1], dtype=np.bool_)
         kept[list(cells)] = True
         drawing = draw_kept(picture, part.token_grid, kept, view=part.view)
-        drawn.append(_image(drawing.resize(_fit(drawing.size)), f"{len(cells)} of {kept.size} patches kept"))
+        caption = f"{len(cells)} of {kept.size} patches kept"
+        drawn.append(inline_image(drawing.resize(_fit(drawing.size)), caption, quality=_JPEG_QUALITY))
     method = record.method(answer.method)
     sign = '<span class="up">✓</span>' if answer.right else '<span class="down">✗</span>'
     where = f"before layer {answer.layer}" if answer.layer else "before the decoder"
@@ -242,16 +242,6 @@ def _answer(record: SweepRecord, entry: GalleryEntry, picture: Image.Image, answ
 def _fit(size: tuple[int, int]) -> tuple[int, int]:
     scale = _THUMBNAIL / max(size)
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
-
-
-def _image(picture: Image.Image, alt: str) -> str:
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=_JPEG_QUALITY, optimize=True)
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    return (
-        f'<img src="data:image/jpeg;base64,{data}" width="{picture.width}" height="{picture.height}"'
-        f' alt="{html.escape(alt)}" loading="lazy">'
-    )
 
 
 def _about(record: SweepRecord) -> str:
@@ -288,8 +278,3 @@ def _recommended(record: SweepRecord) -> Sequence[str]:
         + ("" if each.held_out else ", some of which are asked about here")
         for each in record.recommended
     ]
-
-
-def _short(model: str) -> str:
-    """A model's name without the directories before it."""
-    return model.rstrip("/").rsplit("/", maxsplit=1)[-1] or model

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ep_export.validate.picture import draw_kept
+from ep_export.validate.picture import draw_kept, inline_image
 from ep_export.validate.report import Case, KeptPicture, Report, Stage, Verdict
 from ep_export.validate.style import STYLE
 
@@ -137,14 +135,9 @@ def _case(case: Case, pictures: Sequence[Image.Image]) -> str:
 def _figure(shown: KeptPicture, picture: Image.Image) -> str:
     kept = np.array(shown.kept, dtype=np.bool_)
     drawing = draw_kept(picture, shown.token_grid, kept, view=shown.view)
-    buffer = io.BytesIO()
-    drawing.save(buffer, "JPEG", quality=_JPEG_QUALITY, optimize=True)
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
     caption = f"{int(kept.sum())} of {kept.size} patches kept"
-    return (
-        f'<figure><img src="data:image/jpeg;base64,{data}" width="{drawing.width}" height="{drawing.height}"'
-        f' alt="{caption}"><figcaption>{caption}</figcaption></figure>'
-    )
+    image = inline_image(drawing, caption, quality=_JPEG_QUALITY)
+    return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
 
 
 def _about(report: Report) -> str:

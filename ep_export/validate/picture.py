@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import html
+import io
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,7 +13,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["draw_kept"]
+__all__ = ["draw_kept", "inline_image"]
 
 _LONG_SIDE = 1120
 """Pixels of the drawing's longer side: crisp on a phone at 3x and on a printed half page."""
@@ -66,6 +69,23 @@ def draw_kept(
     pixels = _lines(pixels, mask, cell)
     drawing = Images.fromarray(np.clip(pixels.round(), 0, 255).astype(np.uint8))
     return _captioned(drawing, caption) if caption else drawing
+
+
+def inline_image(picture: Image.Image, alt: str, *, quality: int) -> str:
+    """A picture as an HTML element that holds its own bytes, as JPEG.
+
+    Args:
+        picture: RGB.
+        alt: What it shows, as plain text.
+        quality: JPEG quality, 1 to 95.
+    """
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=quality, optimize=True)
+    data = base64.b64encode(buffer.getvalue()).decode("ascii")
+    return (
+        f'<img src="data:image/jpeg;base64,{data}" width="{picture.width}" height="{picture.height}"'
+        f' alt="{html.escape(alt)}">'
+    )
 
 
 def _dimmed(pixels: NDArray[np.float64]) -> NDArray[np.float64]:
