@@ -1,4 +1,4 @@
-"""The main job as one function: checkpoint -> policy -> export -> validate -> a whole bundle or none.
+"""The main job: target, checkpoint, schedule, plan and fit once each, then export, validation, engines.
 
 Enters: a `BuildRequest`. Leaves: a `BuildResult`. The steps are two, so that a person can see the plan
 before time is spent: `prepare` finds out what would be done (and calibrates when only that can tell), `build`
@@ -10,17 +10,15 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ep_export.bundle import MANIFEST, Bundle, Dialect, Precision, WeightsMode, list_files, write_manifest
-from ep_export.calibrate import GENERIC_QUESTIONS, calibrate, plot, read_questions
-from ep_export.calibrate.choose import PolicyRequest, needs_calibration, resolve_policy
-from ep_export.calibrate.pictures import find_pictures
-from ep_export.calibrate.questions import questions_for
-from ep_export.calibrate.record import Record, write_record
+from ep_export.calibrate import calibrate, plot
+from ep_export.calibrate.choose import ScheduleRequest, needs_calibration, resolve_schedule
+from ep_export.calibrate.record import Record, write_calibration
 from ep_export.checkpoint import Checkpoint, open_checkpoint
 from ep_export.engine.compile import (
     CompileRequest,
@@ -29,10 +27,12 @@ from ep_export.engine.compile import (
     check_compiler,
     compile_bundle,
 )
-from ep_export.errors import UserError
+from ep_export.errors import UsageError, UserError
 from ep_export.fit import vision_size
-from ep_export.plan import Plan, make_plan
-from ep_export.policy import Evidence, Keep, Policy
+from ep_export.measure.pictures import find_pictures
+from ep_export.measure.prompts import GENERIC_QUESTIONS, questions_for, read_questions
+from ep_export.plan import Plan, make_plan, settled_keep
+from ep_export.policy import Evidence, Keep
 from ep_export.progress import Progress, silent
 from ep_export.runtime.pictures import open_picture
 from ep_export.staging import refuse_existing, staged
@@ -42,10 +42,18 @@ from ep_export.testcards import make_cards
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ep_export.calibrate.questions import Questions
+    from ep_export.measure.prompts import Questions
     from ep_export.validate import Report
 
-__all__ = ["BuildRequest", "BuildResult", "Prepared", "build", "prepare", "validate_bundle", "what_to_ask"]
+__all__ = [
+    "BuildRequest",
+    "BuildResult",
+    "Prepared",
+    "build",
+    "pictures_and_questions",
+    "prepare",
+    "validate_bundle",
+]
 
 TEXT_TOKENS = 86
 """Text tokens of the plan that is shown before a build: about those of the paper's benchmarks."""
@@ -63,8 +71,8 @@ class BuildRequest:
 
     Attributes:
         model: Alias, hub id or directory.
-        keep: Amount kept, as an average over layers.
-        policy: What was said about the policy.
+        keep: Amount kept, as an average over layers; None where the cuts say it.
+        schedule: What was said about where and how to prune.
         out: The bundle to write.
         overwrite: Replace an earlier bundle.
         dialect: Operators used.
@@ -77,8 +85,8 @@ class BuildRequest:
     """
 
     model: str
-    keep: Keep
-    policy: PolicyRequest
+    keep: Keep | None
+    schedule: ScheduleRequest
     out: Path
     overwrite: bool
     dialect: Dialect
@@ -92,11 +100,10 @@ class BuildRequest:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything decided before the export starts."""
+    """Everything decided before the export starts; the plan holds schedule and keep."""
 
     request: BuildRequest
     checkpoint: Checkpoint
-    policy: Policy
     evidence: Evidence
     plan: Plan
     record: Record | None
@@ -112,29 +119,30 @@ class BuildResult:
 
 
 def prepare(request: BuildRequest, progress: Progress = silent) -> Prepared:
-    """Open the checkpoint, settle the policy, plan the budgets. Only a calibration writes: its journal.
+    """Settle target, checkpoint, schedule, plan and fit. Only a calibration writes: its journal.
 
     Raises:
-        UserError: See `open_checkpoint`, `resolve_policy`, `calibrate`; or the output exists.
-        UsageError: The keep is below what the layer allows.
+        UserError: See `open_checkpoint`, `resolve_schedule`, `calibrate`; or the output exists.
+        UsageError: The keep is not within what the cuts allow.
     """
     refuse_existing(request.out, overwrite=request.overwrite, marker=MANIFEST)
     if request.compile:
         check_compiler(request.compile)
     checkpoint = open_checkpoint(request.model)
+    layers = checkpoint.dims.layers
     record = _fresh_record(request, checkpoint, progress)
-    policy, evidence = resolve_policy(checkpoint, request.policy, fresh=record, keep=request.keep)
+    schedule, evidence = resolve_schedule(checkpoint, request.schedule, fresh=record, keep=request.keep)
     plan = make_plan(
         checkpoint.dims,
-        policy,
-        request.keep,
+        schedule,
+        settled_keep(request.keep, schedule, layers=layers),
         visual_tokens=checkpoint.family.default_visual_tokens(checkpoint.config),
         text_tokens=TEXT_TOKENS,
     )
     if request.compile:
         graphs = Graphs(request.dialect, request.precision)
         check_ahead(request.compile, plan, vision_size(checkpoint.config), graphs)
-    return Prepared(request, checkpoint, policy, evidence, plan, record)
+    return Prepared(request, checkpoint, evidence, plan, record)
 
 
 def build(prepared: Prepared, *, check: bool = True, progress: Progress = silent) -> BuildResult:
@@ -158,9 +166,9 @@ def build(prepared: Prepared, *, check: bool = True, progress: Progress = silent
         bundle = export_bundle(
             prepared.checkpoint,
             aside,
-            policy=prepared.policy,
+            schedule=prepared.plan.schedule,
             evidence=prepared.evidence,
-            keep=request.keep,
+            keep=prepared.plan.keep,
             dialect=request.dialect,
             precision=request.precision,
             weights=request.weights,
@@ -181,8 +189,13 @@ def build(prepared: Prepared, *, check: bool = True, progress: Progress = silent
 
 def _fresh_record(request: BuildRequest, checkpoint: Checkpoint, progress: Progress) -> Record | None:
     """Calibrate when nothing else can say where to prune and pictures were given."""
-    if request.images is None or not needs_calibration(checkpoint, request.policy):
+    if request.images is None or not needs_calibration(checkpoint, request.schedule):
         return None
+    if request.keep is None:
+        raise UsageError(
+            "how much to keep is not given, and a calibration compares at one keep",
+            hint="add --keep 0.25, or --keep-tokens N",
+        )
     try:
         return calibrate(
             checkpoint,
@@ -208,6 +221,7 @@ def validate_bundle(
     *,
     images: Path | None = None,
     prompts: Path | None = None,
+    policies: Sequence[str] = (),
     max_pictures: int = MAX_PICTURES,
     max_new_tokens: int = MAX_NEW_TOKENS,
     out: Path | None = None,
@@ -220,6 +234,7 @@ def validate_bundle(
         checkpoint: What it was built from.
         images: Folder of pictures; test cards when None.
         prompts: Questions file; generic questions when None.
+        policies: See `Manifest.scheduled`.
         max_pictures: Pictures compared, the first by name.
         max_new_tokens: Longest answer compared.
         out: Directory of the report. None: the bundle's own, and its manifest records the outcome.
@@ -233,9 +248,15 @@ def validate_bundle(
     if bundle.manifest.precision is Precision.BF16:
         raise UserError(f"bundle {bundle.path} cannot be validated: {NO_BF16}", hint=NO_BF16_HINT)
 
-    pictures, asked = what_to_ask(images, prompts, max_pictures)
+    pictures, questions = pictures_and_questions(images, prompts, max_pictures)
     report = validate(
-        bundle, checkpoint, pictures=pictures, prompts=asked, max_new_tokens=max_new_tokens, progress=progress
+        bundle,
+        checkpoint,
+        pictures=pictures,
+        prompts=questions,
+        policies=policies,
+        max_new_tokens=max_new_tokens,
+        progress=progress,
     )
     directory = out or bundle.path / REPORT
     directory.mkdir(parents=True, exist_ok=True)
@@ -264,12 +285,12 @@ def _check(bundle: Bundle, prepared: Prepared, progress: Progress) -> Report:
 
 def _keep_record(bundle: Bundle, record: Record) -> None:
     """The calibration a policy stands on travels with the bundle."""
-    write_record(bundle.path / REPORT / "calibration.json", record)
+    write_calibration(bundle.path / REPORT / "calibration.json", record)
     plot(record, bundle.path / REPORT / "calibration.png")
     relist(bundle)
 
 
-def what_to_ask(
+def pictures_and_questions(
     images: Path | None, prompts: Path | None, max_pictures: int
 ) -> tuple[list[Image.Image], list[str]]:
     """Pictures and one question for each: those a bundle is validated on.
@@ -286,26 +307,24 @@ def what_to_ask(
     if images is None:
         cards = list(make_cards())
         flat = (
-            [q for asked in questions.values() for q in asked]
+            [q for several in questions.values() for q in several]
             if isinstance(questions, Mapping)
             else questions
         )
         return cards, [flat[i % len(flat)] for i in range(len(cards))]
-    pictures: list[Image.Image] = []
-    asked: list[str] = []
-    first = ""
+    pairs: list[tuple[Image.Image, str]] = []
+    broken: list[str] = []
     for turn, file in enumerate(find_pictures(images)):
-        if len(pictures) == max_pictures:
+        if len(pairs) == max_pictures:
             break
         try:
-            asked.append(questions_for(questions, file.name, turn)[0])
-            pictures.append(open_picture(file.path))
+            question = questions_for(questions, file.name, turn)[0]
+            pairs.append((open_picture(file.path), question))
         except UserError as error:  # a folder may hold a broken file; calibration names it
-            first = first or f"{file.name}: {error}"
-            del asked[len(pictures) :]
-    if not pictures:
+            broken.append(f"{file.name}: {error}")
+    if not pairs:
         raise UserError(
-            f"no picture in {images} can be used; the first: {first}",
+            f"no picture in {images} can be used; the first: {broken[0]}",
             hint="give a folder with readable pictures, and questions that match them",
         )
-    return pictures, asked
+    return [picture for picture, _ in pairs], [question for _, question in pairs]

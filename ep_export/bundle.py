@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path, PurePosixPath
 
 from ep_export.dims import DecoderDims
 from ep_export.documents import read_document, write_document
-from ep_export.errors import UserError
-from ep_export.policy import Evidence, Keep, Policy
+from ep_export.errors import UsageError, UserError
+from ep_export.plan import check_schedule
+from ep_export.policy import Chooser, Evidence, Keep, Schedule
 
 __all__ = [
     "ENGINES",
@@ -28,6 +29,7 @@ __all__ = [
     "FileEntry",
     "Manifest",
     "Precision",
+    "Role",
     "TensorSpec",
     "WeightsMode",
     "hash_file",
@@ -36,7 +38,7 @@ __all__ = [
     "write_manifest",
 ]
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 ENGINES = "engines"
 """Folder of what `compile` makes."""
@@ -74,14 +76,43 @@ class TensorSpec:
     shape: tuple[int | str, ...]
 
 
+class Role(str, Enum):
+    """What a component does."""
+
+    VISION = "vision"  # one picture, or one part of a video -> visual embeddings
+    EMBED = "embed"  # token ids -> embeddings
+    DECODER = "decoder"  # a span of decoder layers; the last one also norm and lm_head
+    PRUNE = "prune"  # chooses and gathers visual tokens between two spans
+
+
 @dataclass(frozen=True)
 class Component:
-    """One ONNX file of the bundle and its interface."""
+    """One ONNX file of the bundle and its interface.
+
+    Attributes:
+        name: Unique in the bundle.
+        file: Path in the bundle.
+        role: What it does.
+        inputs: In the graph's order.
+        outputs: In the graph's order.
+        layers: Of a decoder span: its first layer and the one after its last.
+        cut: Of a prune component: which cut of the schedule, from 0.
+        chooser: Of a prune component: what it computes.
+    """
 
     name: str
     file: str
+    role: Role
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    layers: tuple[int, int] | None = None
+    cut: int | None = None
+    chooser: Chooser | None = None
+
+    @property
+    def layer_range(self) -> range:
+        """The layers of a decoder span; empty for other components."""
+        return range(*self.layers) if self.layers else range(0)
 
 
 @dataclass(frozen=True)
@@ -103,10 +134,10 @@ class Manifest:
         model_sha256: Hash over the checkpoint's config and tensor index (see `Checkpoint.fingerprint`).
         family: Name under `ep_export.families`.
         dims: The decoder's dimensions.
-        policy: Where and how tokens are pruned.
-        evidence: What the policy stands on.
+        schedule: Where and how tokens are pruned unless a run says otherwise.
+        evidence: What the schedule stands on.
         keep: Default amount kept; the runtime may override it.
-        degree: Degree of the entropy series in the EntropyPrune body.
+        degree: Degree of the entropy series in prune components.
         dialect: Operators used.
         precision: Arithmetic type.
         opset: ONNX opset of the default domain.
@@ -124,7 +155,7 @@ class Manifest:
     model_sha256: str
     family: str
     dims: DecoderDims
-    policy: Policy
+    schedule: Schedule
     evidence: Evidence
     keep: Keep
     degree: int
@@ -149,6 +180,82 @@ class Manifest:
             if component.name == name:
                 return component
         raise UserError(f"bundle has no component {name!r}", hint="build it again with `ep-export build`")
+
+    def with_role(self, role: Role) -> tuple[Component, ...]:
+        """Components of a role, in the manifest's order."""
+        return tuple(component for component in self.components if component.role is role)
+
+    @property
+    def embed(self) -> Component:
+        """The embedding table."""
+        return self.with_role(Role.EMBED)[0]
+
+    @property
+    def spans(self) -> tuple[Component, ...]:
+        """The decoder's spans, from the first layer to the last."""
+        return tuple(sorted(self.with_role(Role.DECODER), key=lambda span: span.layer_range.start))
+
+    @property
+    def policies(self) -> tuple[str, ...]:
+        """Names of the choosers that every cut has, in the manifest's order."""
+        prunes = self.with_role(Role.PRUNE)
+        names = [{p.chooser.name for p in prunes if p.chooser and p.cut == cut} for cut in self.cuts]
+        common = set.intersection(*names)
+        return tuple(dict.fromkeys(p.chooser.name for p in prunes if p.chooser and p.chooser.name in common))
+
+    @property
+    def cuts(self) -> range:
+        """Numbers of the cuts."""
+        return range(len(self.schedule.cuts))
+
+    def prune(self, cut: int, policy: str) -> Component:
+        """The prune component of a cut that computes a policy.
+
+        Raises:
+            UserError: The bundle has none; names those it has.
+        """
+        here = [p for p in self.with_role(Role.PRUNE) if p.cut == cut and p.chooser is not None]
+        for component in here:
+            if component.chooser is not None and component.chooser.name == policy:
+                return component
+        known = ", ".join(p.chooser.name for p in here if p.chooser is not None)
+        raise UserError(
+            f"bundle has no policy {policy!r} at cut {cut} (layer {self.schedule.cuts[cut].layer}), "
+            f"it has {known}",
+            hint=f"add it: `ep-export policy add BUNDLE --policy {policy}`",
+        )
+
+    def scheduled(self, policies: Sequence[str] = ()) -> Schedule:
+        """The schedule with other policies.
+
+        Args:
+            policies: None: the bundle's own. One: it at every cut. Else one for every cut.
+
+        Raises:
+            UserError: The bundle has no such policy.
+            UsageError: Neither one nor one for every cut.
+        """
+        if not policies:
+            return self.schedule
+        count = len(self.schedule.cuts)
+        if len(policies) not in {1, count}:
+            raise UsageError(
+                f"{len(policies)} policies for {count} cuts", hint="give --policy once, or once for every cut"
+            )
+        names = policies if len(policies) == count else [policies[0]] * count
+        choosers = [self.prune(cut, name).chooser for cut, name in enumerate(names)]
+        return self.schedule.with_choosers([chooser for chooser in choosers if chooser is not None])
+
+    def stages(self, schedule: Schedule) -> tuple[Component, ...]:
+        """What a prefill runs after the embeddings, in order: spans, and a prune component at every cut.
+
+        Args:
+            schedule: From `scheduled`.
+        """
+        prunes = {cut.layer: self.prune(i, cut.chooser.name) for i, cut in enumerate(schedule.cuts)}
+        order = [(span.layer_range.start, 1, span) for span in self.spans]
+        order += [(layer, 0, prune) for layer, prune in prunes.items()]
+        return tuple(component for *_, component in sorted(order, key=lambda entry: entry[:2]))
 
 
 @dataclass(frozen=True)
@@ -224,14 +331,48 @@ def read_manifest(path: Path) -> Manifest:
     """Parse and type-check `manifest.json` without touching the other files.
 
     Raises:
-        UserError: Not a bundle, not JSON, wrong types, or a newer format.
+        UserError: Not a bundle, not JSON, wrong types, components that do not make a decoder, or another
+            format.
     """
     file = path / MANIFEST
     if not file.is_file():
         raise UserError(
             f"{path} is not a bundle: it has no {MANIFEST}", hint="give a directory made by `ep-export build`"
         )
-    return read_document(file, Manifest, what="manifest", newest=FORMAT, hint="build the bundle again")
+    return read_document(
+        file,
+        Manifest,
+        what="manifest",
+        newest=FORMAT,
+        oldest=FORMAT,
+        hint="build the bundle again with `ep-export build`; weights are linked again, not copied",
+        check=_check_manifest,
+    )
+
+
+def _check_manifest(manifest: Manifest) -> None:
+    """What the types alone do not say.
+
+    Raises:
+        ValueError: The components are not one embedding, spans that follow each other from layer 0 to L, and
+            for every cut the prune component of its chooser; or two have one name.
+    """
+    names = [component.name for component in manifest.components]
+    if len(set(names)) != len(names):
+        raise ValueError("two components have one name")
+    if len(manifest.with_role(Role.EMBED)) != 1:
+        raise ValueError("expected one component with the role embed")
+    spans = tuple(span.layer_range for span in manifest.spans)
+    if spans != manifest.schedule.spans(manifest.dims.layers):
+        raise ValueError("the decoder's components are not the layers between the cuts")
+    for prune in manifest.with_role(Role.PRUNE):
+        if prune.chooser is None or prune.cut not in manifest.cuts:
+            raise ValueError(f"component {prune.name} names no chooser, or no cut")
+    try:
+        check_schedule(manifest.schedule, manifest.dims.layers)
+        manifest.stages(manifest.schedule)
+    except UserError as error:
+        raise ValueError(str(error)) from error
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -11,11 +12,79 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ep_export.errors import UserError
+from ep_export.errors import UserError, reason
 
-__all__ = ["decode", "encode", "read_document", "write_document"]
+__all__ = [
+    "decode",
+    "encode",
+    "parse_json",
+    "read_document",
+    "read_json",
+    "read_json_object",
+    "write_document",
+]
 
 _T = TypeVar("_T")
+
+# Several times the largest index or vocabulary published; parsed, a longer file takes gigabytes.
+_MOST_BYTES = 1 << 28
+
+
+def parse_json(text: bytes, *, unique_keys: bool = False) -> Any:
+    """JSON from anywhere as plain values, all of which can be computed with, printed and written again.
+
+    Args:
+        text: UTF-8.
+        unique_keys: Refuse an object in which a key stands twice; else its last value counts.
+
+    Raises:
+        ValueError: No JSON, nested too deeply, a number that is not finite or too large for a float, or a
+            lone surrogate, which no file name and no output can hold.
+    """
+    hook = _unique if unique_keys else None
+    try:
+        raw = json.loads(
+            text.decode(), parse_constant=_not_finite, parse_float=_finite, object_pairs_hook=hook
+        )
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if b"\\ud" in text.lower():
+        json.dumps(raw, ensure_ascii=False).encode()
+    return raw
+
+
+def read_json(file: Path, *, hint: str, what: str = "") -> Any:
+    """A JSON file, see `parse_json`.
+
+    Args:
+        file: The file.
+        hint: How to come by a good one.
+        what: What errors call it, before its path.
+
+    Raises:
+        UserError: It cannot be read, is over 256 MiB, or is no JSON.
+    """
+    name = f"{what} {file}".lstrip()
+    try:
+        if not file.is_file():  # a pipe would be waited for
+            raise UserError(f"{name} is not a file", hint=hint)
+        if file.stat().st_size > _MOST_BYTES:
+            raise UserError(f"{name} is over {_MOST_BYTES >> 20} MiB, too large for what it holds", hint=hint)
+        return parse_json(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name} is not readable JSON: {reason(error)}", hint=hint) from error
+
+
+def read_json_object(file: Path, *, hint: str) -> dict[str, Any]:
+    """A JSON file whose top level is an object.
+
+    Raises:
+        UserError: It is not; see `read_json`.
+    """
+    raw = read_json(file, hint=hint)
+    if not isinstance(raw, dict):
+        raise UserError(f"{file} holds a JSON {type(raw).__name__}, expected an object", hint=hint)
+    return raw
 
 
 def read_document(
@@ -24,6 +93,7 @@ def read_document(
     *,
     what: str,
     newest: int,
+    oldest: int = 1,
     hint: str,
     check: Callable[[_T], None] | None = None,
 ) -> _T:
@@ -34,6 +104,7 @@ def read_document(
         kind: The dataclass it holds.
         what: What errors call it, e.g. "sweep record".
         newest: The highest `format` that this version reads.
+        oldest: The lowest.
         hint: How to come by a good file.
         check: Raises ValueError for values that types alone do not refuse.
 
@@ -42,14 +113,13 @@ def read_document(
     """
     if not file.is_file():
         raise UserError(f"{what} {file} does not exist", hint=hint)
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{what} {file} is not readable JSON: {error}", hint=hint) from error
+    raw = read_json(file, what=what, hint=hint)
     found = raw.get("format") if isinstance(raw, dict) else None
     if isinstance(found, int) and found > newest:
         message = f"{what} {file} has format {found}, this ep-export reads up to {newest}"
         raise UserError(message, hint="upgrade ep-export")
+    if isinstance(found, int) and found < oldest:
+        raise UserError(f"{what} {file} has format {found}, this ep-export reads {oldest} and up", hint=hint)
     try:
         value = decode(kind, raw)
         if check is not None:
@@ -112,7 +182,7 @@ def _decode(kind: Any, raw: Any, where: str) -> Any:
     if dataclasses.is_dataclass(kind):
         return _decode_dataclass(kind, raw, where)
     if kind is float and type(raw) is int:
-        return float(raw)
+        return _finite(raw)
     if type(raw) is not kind:
         raise TypeError(f"{where}: expected {kind.__name__}, got {type(raw).__name__}")
     return raw
@@ -152,3 +222,26 @@ def _decode_dataclass(kind: Any, raw: Any, where: str) -> Any:
         elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             raise KeyError(f"{where}.{f.name} is missing")
     return kind(**values)
+
+
+def _finite(number: str | int) -> float:
+    try:
+        value = float(number)
+    except OverflowError as error:
+        raise ValueError("a number is too large") from error
+    if not math.isfinite(value):
+        raise ValueError(f"{number} is too large a number")
+    return value
+
+
+def _not_finite(name: str) -> Any:
+    raise ValueError(f"{name} is no number")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in values:
+            raise ValueError(f"key {key!r} appears twice")
+        values[key] = value
+    return values

@@ -1,7 +1,8 @@
 """What an engine directory says about itself: `engines/<target>/engine.json`, written last.
 
 A compiler writes it, a runner reads it before it loads an engine: engines serve one GPU, one version of
-TensorRT and one bundle, and TensorRT's own message about a wrong one helps nobody.
+TensorRT and one bundle, and TensorRT's own message about a wrong one helps nobody. Checksums say from what
+every engine was compiled, so that compiling again makes only what changed.
 """
 
 from __future__ import annotations
@@ -11,7 +12,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ep_export.bundle import ENGINES, MANIFEST, Bundle, Dialect, Manifest, Precision, hash_file
+from ep_export.bundle import (
+    ENGINES,
+    MANIFEST,
+    Bundle,
+    Component,
+    Dialect,
+    Manifest,
+    Precision,
+    Role,
+    hash_file,
+)
 from ep_export.documents import read_document, write_document
 from ep_export.errors import UserError
 from ep_export.targets import Flavour, version_numbers
@@ -22,19 +33,21 @@ __all__ = [
     "EngineFile",
     "EngineRecord",
     "Limits",
+    "PluginFile",
     "Profile",
     "ShapeRange",
-    "bundle_fingerprint",
     "check_engine",
     "check_engine_files",
     "compiled_targets",
     "engine_directory",
+    "engine_of",
     "read_record",
+    "source_sha256",
     "write_record",
 ]
 
 RECORD = "engine.json"
-FORMAT = 1
+FORMAT = 2
 _WEIGHTS = "weights/"
 # An engine is good for the release that built it; the fourth number of a version is a build of that release.
 _RELEASE_NUMBERS = 3
@@ -61,7 +74,7 @@ class Profile:
     """One optimisation profile of a component.
 
     Attributes:
-        name: "prefill" and "decode" for head and tail, "all" for the others.
+        name: "prefill" and "decode" of a decoder span, "prefill" of a prune component, "all" of the others.
         inputs: Input name -> its shapes; every input of the component is there.
     """
 
@@ -81,7 +94,7 @@ class Limits:
         max_prompt: Longest prompt in tokens, visual ones included.
         max_new_tokens: Longest answer in tokens.
         max_pixels: Largest picture, width times height; what it means in visual tokens is the family's.
-        max_kept_tokens: Most visual tokens that stay after layer K-1, over all pictures of a prompt.
+        max_kept_tokens: Most visual tokens that go on at a cut, over all pictures of a prompt.
     """
 
     max_prompt: int
@@ -100,18 +113,39 @@ class EngineFile:
     """One engine.
 
     Attributes:
+        role: What its component does.
         file: Its name, beside the record.
         sha256: Of the file.
         bytes: Its size.
         build_seconds: Wall time of its compilation.
         profiles: In the order of the engine's own profile indices.
+        source: What it was compiled from; see `source_sha256`.
+        plugin: Whether it holds the EntropyPrune plugin, which must then be loaded before it.
     """
 
+    role: Role
     file: str
     sha256: str
     bytes: int
     build_seconds: float
     profiles: tuple[Profile, ...]
+    source: str
+    plugin: bool = False
+
+
+@dataclass(frozen=True)
+class PluginFile:
+    """The library of the EntropyPrune plugin.
+
+    Attributes:
+        file: Its name, beside the record.
+        sha256: Of the file.
+        bytes: Its size.
+    """
+
+    file: str
+    sha256: str
+    bytes: int
 
 
 @dataclass(frozen=True)
@@ -124,13 +158,13 @@ class EngineRecord:
         flavour: What runs them.
         version: Of TensorRT or TensorRT-RTX that built them.
         cuda: CUDA version of that software.
-        bundle: See `bundle_fingerprint`.
         model: As in the manifest.
         dialect: Of the graphs.
         precision: Of the graphs.
         limits: What they were compiled for.
-        components: Component name -> its engine; all components of the bundle.
-        plugin: Whether the engines hold the EntropyPrune plugin, which must then be loaded before them.
+        components: Component name -> its engine: every component but prune components of other policies.
+        on_cpu: Prune components that stay ONNX files of the bundle and run in ONNX Runtime on the CPU.
+        plugin: The library that some of the engines need; None where none does.
         made_by: Package name -> version.
         format: Version of this structure.
     """
@@ -140,15 +174,20 @@ class EngineRecord:
     flavour: Flavour
     version: str
     cuda: str
-    bundle: str
     model: str
     dialect: Dialect
     precision: Precision
     limits: Limits
     components: Mapping[str, EngineFile]
-    plugin: bool
+    on_cpu: tuple[str, ...]
+    plugin: PluginFile | None
     made_by: Mapping[str, str]
     format: int = FORMAT
+
+    @property
+    def files(self) -> tuple[EngineFile | PluginFile, ...]:
+        """Everything it vouches for."""
+        return (*self.components.values(), *((self.plugin,) if self.plugin else ()))
 
 
 def engine_directory(bundle: Path, target: str) -> Path:
@@ -161,13 +200,16 @@ def compiled_targets(bundle: Path) -> tuple[str, ...]:
     return tuple(sorted(file.parent.name for file in (bundle / ENGINES).glob(f"*/{RECORD}")))
 
 
-def bundle_fingerprint(manifest: Manifest) -> str:
-    """Hash over what engines are made of: the checksums of the component and weight files, by path."""
-    graphs = {component.file for component in manifest.components}
+def source_sha256(manifest: Manifest, component: Component) -> str:
+    """Hash over what an engine is compiled from, out of the manifest's checksums: nothing is read.
+
+    That is the component's file and, but for prune components, which have none, all weights.
+    """
+    weighty = component.role is not Role.PRUNE
     made_of = sorted(
         f"{entry.path} {entry.sha256}\n"
         for entry in manifest.files
-        if entry.path in graphs or entry.path.startswith(_WEIGHTS)
+        if entry.path == component.file or (weighty and entry.path.startswith(_WEIGHTS))
     )
     return hashlib.sha256("".join(made_of).encode()).hexdigest()
 
@@ -176,13 +218,13 @@ def read_record(directory: Path) -> EngineRecord:
     """Read and type-check a record; the engines are not touched.
 
     Raises:
-        UserError: There is none, or it is not readable, or of a newer format.
+        UserError: There is none, or it is not readable, or of another format.
     """
     file = directory / RECORD
     hint = "compile again with `ep-export compile`"
     if not file.is_file():
         raise UserError(f"{directory} has no engines: {RECORD} is missing", hint=hint)
-    return read_document(file, EngineRecord, what="engine record", newest=FORMAT, hint=hint)
+    return read_document(file, EngineRecord, what="engine record", newest=FORMAT, oldest=FORMAT, hint=hint)
 
 
 def write_record(directory: Path, record: EngineRecord) -> None:
@@ -227,23 +269,43 @@ def check_engine(
             f"{what} are for SM {record.sm}, expected SM {sm}, which this GPU is",
             hint=f"compile for this GPU (see `ep-export targets`): {again} T",
         )
-    found = bundle_fingerprint(bundle.manifest)
-    if record.bundle != found:
-        raise UserError(
-            f"{what} were built from another bundle ({record.model}, {record.bundle[:12]}), "
-            f"expected this one ({bundle.manifest.model}, {found[:12]})",
-            hint=f"compile this bundle: {again} {record.target}",
-        )
-    missing = sorted({c.name for c in bundle.manifest.components} - set(record.components))
-    if missing:
-        raise UserError(
-            f"{what} lack {missing[0]}, expected one for every component of {bundle.path / MANIFEST}",
-            hint=f"compile again: {again} {record.target}",
-        )
+    manifest = bundle.manifest
+    components = [c for c in manifest.components if c.role is not Role.PRUNE or c.name in record.components]
+    for component in components:
+        engine = record.components.get(component.name)
+        if engine is None:
+            raise UserError(
+                f"{what} lack {component.name}, expected one for every component of {bundle.path / MANIFEST}",
+                hint=f"compile again: {again} {record.target} --overwrite",
+            )
+        if engine.source != source_sha256(manifest, component):
+            raise UserError(
+                f"{what} were built from another bundle ({record.model}): {component.name} or its weights "
+                f"differ from those of {bundle.path} ({manifest.model})",
+                hint=f"compile this bundle: {again} {record.target} --overwrite",
+            )
+
+
+def engine_of(record: EngineRecord, bundle: Bundle, component: Component) -> EngineFile | None:
+    """The engine of a component; None where ONNX Runtime runs the bundle's own file on the CPU.
+
+    Raises:
+        UserError: It was not compiled: a policy that was added later.
+    """
+    if component.name in record.on_cpu:
+        return None
+    if component.name in record.components:
+        return record.components[component.name]
+    policy = component.chooser.name if component.chooser else ""
+    raise UserError(
+        f"engines for {record.target} lack {component.name}, which nobody has compiled yet",
+        hint=f"only it is then compiled: ep-export compile {bundle.path} --target {record.target}"
+        + (f" --policy {policy}" if policy else ""),
+    )
 
 
 def check_engine_files(directory: Path, record: EngineRecord, *, verify: bool = True) -> None:
-    """Check that the engines a record names are there, whole and inside the directory.
+    """Check that the engines and the plugin a record names are there, whole and inside the directory.
 
     Args:
         directory: Where the record lies.
@@ -251,21 +313,26 @@ def check_engine_files(directory: Path, record: EngineRecord, *, verify: bool = 
         verify: Also compute checksums (sizes are always checked).
 
     Raises:
-        UserError: An engine is missing, changed, or named by a path.
+        UserError: One is missing, changed, or named by a path.
     """
+    for entry in record.files:
+        _check_file(directory, entry, verify)
+
+
+def _check_file(directory: Path, entry: EngineFile | PluginFile, verify: bool) -> None:
     hint = "compile again with `ep-export compile`, or copy the engines again whole"
-    for engine in record.components.values():
-        if Path(engine.file).name != engine.file:
-            raise UserError(f"{directory / RECORD} names a path outside itself: {engine.file!r}", hint=hint)
-        file = directory / engine.file
-        if not file.is_file():
-            raise UserError(f"engine {file} is missing", hint=hint)
-        if file.stat().st_size != engine.bytes:
-            raise UserError(
-                f"engine {file} has {file.stat().st_size} bytes, its record says {engine.bytes}", hint=hint
-            )
-        if verify and hash_file(file) != engine.sha256:
-            raise UserError(f"engine {file} was changed: its SHA-256 differs from its record's", hint=hint)
+    what = "engine" if isinstance(entry, EngineFile) else "plugin"
+    if Path(entry.file).name != entry.file:
+        raise UserError(f"{directory / RECORD} names a path outside itself: {entry.file!r}", hint=hint)
+    file = directory / entry.file
+    if not file.is_file():
+        raise UserError(f"{what} {file} is missing", hint=hint)
+    if file.stat().st_size != entry.bytes:
+        raise UserError(
+            f"{what} {file} has {file.stat().st_size} bytes, its record says {entry.bytes}", hint=hint
+        )
+    if verify and hash_file(file) != entry.sha256:
+        raise UserError(f"{what} {file} was changed: its SHA-256 differs from its record's", hint=hint)
 
 
 def _release(version: str) -> tuple[int, ...]:

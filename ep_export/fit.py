@@ -6,28 +6,32 @@ target's published figures; nothing is measured, and `FORMULAS` says how each fi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ep_export.bundle import Dialect, Precision
-from ep_export.plan import Plan, layer_flops
+from ep_export.plan import Plan, layer_flops, span_tokens
+from ep_export.policy import MaxMin, Scorer, TopK
 from ep_export.targets import Graphs, Target
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from ep_export.dims import DecoderDims
+    from ep_export.policy import Chooser
 
 __all__ = ["FORMULAS", "Estimate", "Figures", "VisionSize", "estimate", "vision_size"]
 
 FORMULAS: Mapping[str, str] = {
-    "weights": "parameters of decoder layers, embedding table, lm_head and vision encoder x bytes of each",
+    "weights": "parameters of decoder layers, vision encoder, embedding table and lm_head x bytes of each; "
+    "the last two lie in an engine each, so a tied table is there twice",
     "KV cache": "2 (a step's caches go in and come out) x 2 x KV heads x head_dim x bytes, for every layer "
     "and token of prompt and answer",
-    "activations": "tokens x (3 d + 2 (H + KV heads) head_dim + 3 m) x bytes, for encoder, head and tail, "
-    "plus masks, score matrices and, in the portable dialect, attention weights; fused kernels need less",
-    "prefill": "head, then tail: max(FLOPs / peak FLOPs, (weights + cache) / bandwidth); a lower bound",
+    "activations": "tokens x (3 d + 2 (H + KV heads) head_dim + 3 m) x bytes, for the encoder and every span "
+    "of layers, plus masks, what policies compute and, in the portable dialect, attention weights; fused "
+    "kernels need less",
+    "prefill": "span by span: max(FLOPs / peak FLOPs, (weights + cache) / bandwidth); a lower bound",
     "decode": "(weights + cache half-way through the answer) / bandwidth; a lower bound",
 }
 """How each figure is made, for people and for scripts."""
@@ -44,7 +48,7 @@ class VisionSize:
     """What the vision encoder adds; zeros where its config has other names than those known.
 
     Attributes:
-        parameters: Of blocks, patch embedding and projector, rounded up (gated feed-forward).
+        parameters: Of blocks, patch embedding and projector; norms and biases are left out.
         hidden_size: Width.
         heads: Attention heads.
         ffn_size: Feed-forward width.
@@ -90,7 +94,7 @@ class Estimate:
         weight_bytes: Of all engines.
         full: Without pruning.
         pruned: With it.
-        vision_counted: Whether the encoder's size was found in the config.
+        vision_counted: Whether the encoder's size is in the config.
     """
 
     target: str
@@ -103,6 +107,10 @@ class Estimate:
     pruned: Figures
     vision_counted: bool
 
+    def fits(self, figures: Figures) -> bool:
+        """Whether `full` or `pruned` fits into what is left for engines."""
+        return figures.total_bytes <= self.available_bytes
+
 
 def vision_size(config: PreTrainedConfig) -> VisionSize:
     """The encoder's numbers from the `vision_config` of a checkpoint."""
@@ -114,11 +122,17 @@ def vision_size(config: PreTrainedConfig) -> VisionSize:
     ffn = _first(vision, "intermediate_size") or int(hidden * float(getattr(vision, "mlp_ratio", 0) or 0))
     if not (hidden and depth and heads and ffn):
         return VisionSize(0, 0, 0, 0, 1)
-    merged = (_first(vision, "spatial_merge_size") or 1) ** 2
+    # Qwen merges squares of patches in a network of its own, SmolVLM in one matrix.
+    side = _first(vision, "spatial_merge_size") or _first(config, "scale_factor") or 1
+    merged, shuffled = side**2, hasattr(config, "scale_factor")
     patch = _first(vision, "patch_size") ** 2 * 3 * (_first(vision, "temporal_patch_size") or 1)
     out = config.get_text_config().hidden_size
-    projector = (merged * hidden) ** 2 + merged * hidden * out + (out**2 if merged == 1 else 0)
-    blocks = depth * (4 * hidden**2 + 3 * hidden * ffn)
+    projector = merged * hidden * out
+    if not shuffled:
+        projector += (merged * hidden) ** 2 if merged > 1 else out**2
+    # Of the towers here, those with SiLU have a gate, and no other has.
+    feed_forward = (3 if getattr(vision, "hidden_act", "") == "silu" else 2) * hidden * ffn
+    blocks = depth * (4 * hidden**2 + feed_forward)
     return VisionSize(blocks + hidden * patch + projector, hidden, heads, ffn, merged)
 
 
@@ -145,9 +159,14 @@ def estimate(
     if target.memory_bytes is None or target.bandwidth_bytes_per_second is None:
         return None
     graphs = graphs or target.graphs[0]
-    prompt, kept = plan.visual_tokens + plan.text_tokens, plan.kept_visual_tokens + plan.text_tokens
-    parameters = plan.dims.layers * _layer_parameters(plan.dims) + 2 * _table(plan.dims) + vision.parameters
+    dims, schedule, visual = plan.dims, plan.schedule, plan.visual_tokens
+    parameters = dims.layers * _layer_parameters(dims) + 2 * _table(dims) + vision.parameters
     case = _Case(plan, target, vision, graphs, new_tokens, weight_bytes=_BYTES[graphs.precision] * parameters)
+    nothing_dropped = (visual,) * len(schedule.cuts)
+    full, pruned = (
+        tuple(span_tokens(schedule, dims.layers, visual, kept))
+        for kept in (nothing_dropped, plan.kept_visual_tokens)
+    )
     return Estimate(
         target=target.name,
         graphs=graphs,
@@ -155,10 +174,14 @@ def estimate(
         memory_bytes=target.memory_bytes,
         available_bytes=target.memory_bytes - target.reserved_bytes,
         weight_bytes=case.weight_bytes,
-        full=_figures(case, (prompt, prompt)),
-        pruned=_figures(case, (prompt, kept)),
+        full=_figures(case, full),
+        pruned=_figures(case, pruned),
         vision_counted=bool(vision.parameters),
     )
+
+
+_Spans: TypeAlias = tuple[tuple[range, int], ...]
+"""The decoder's spans in order: layers, and the visual tokens they see."""
 
 
 @dataclass(frozen=True)
@@ -175,19 +198,23 @@ class _Case:
         """Bytes of one number."""
         return _BYTES[self.graphs.precision]
 
+    def lengths(self, spans: _Spans) -> Iterator[tuple[int, int]]:
+        """Of every span: how many layers, and the prompt's tokens there."""
+        for layers, visual in spans:
+            yield len(layers), visual + self.plan.text_tokens
 
-def _figures(case: _Case, lengths: tuple[int, int]) -> Figures:
-    """For a prompt of so many tokens in head and tail."""
+
+def _figures(case: _Case, spans: _Spans) -> Figures:
     dims = case.plan.dims
-    kv = _CACHES_LIVE * _kv_bytes(case, lengths, case.new_tokens)
-    activations = _activations(case, lengths)
+    kv = _CACHES_LIVE * _kv_bytes(case, spans, case.new_tokens)
+    activations = _activations(case, spans)
     read = case.size * (dims.layers * _layer_parameters(dims) + _table(dims))
-    read += _kv_bytes(case, lengths, case.new_tokens // 2)
+    read += _kv_bytes(case, spans, case.new_tokens // 2)
     return Figures(
         kv_bytes=kv,
         activation_bytes=activations,
         total_bytes=case.weight_bytes + kv + activations,
-        prefill_seconds=_prefill(case, lengths),
+        prefill_seconds=_prefill(case, spans),
         decode_seconds=read / _bandwidth(case.target),
     )
 
@@ -209,23 +236,38 @@ def _table(dims: DecoderDims) -> int:
     return dims.vocab_size * dims.hidden_size
 
 
-def _kv_bytes(case: _Case, lengths: tuple[int, int], new_tokens: int) -> int:
-    """Caches of head and tail, once."""
-    dims, before = case.plan.dims, case.plan.policy.layer
-    head, tail = (length + new_tokens for length in lengths)
-    positions = before * head + (dims.layers - before) * tail
+def _kv_bytes(case: _Case, spans: _Spans, new_tokens: int) -> int:
+    """Caches of all layers, once."""
+    dims = case.plan.dims
+    positions = sum(layers * (length + new_tokens) for layers, length in case.lengths(spans))
     return 2 * dims.kv_heads * dims.head_dim * case.size * positions
 
 
-def _activations(case: _Case, lengths: tuple[int, int]) -> int:
-    """Working memory of encoder, head and tail, which are loaded together."""
-    dims, vision, visual_tokens = case.plan.dims, case.vision, case.plan.visual_tokens
+def _activations(case: _Case, spans: _Spans) -> int:
+    """Working memory of encoder, spans and prune components, which are loaded together."""
+    dims, vision, plan = case.plan.dims, case.vision, case.plan
     width = 3 * dims.hidden_size + 2 * (dims.heads + dims.kv_heads) * dims.head_dim + 3 * dims.ffn_size
-    decoder = sum(n * width * case.size + _attention(n, dims.heads, case.graphs) for n in lengths)
-    series = visual_tokens * dims.heads**2 * _FLOAT32 * _SERIES_MATRICES
-    patches = visual_tokens * vision.patches_per_token
+    decoder = sum(
+        length * width * case.size + _attention(length, dims.heads, case.graphs)
+        for _, length in case.lengths(spans)
+    )
+    seen_before = {layers.stop: visual for layers, visual in spans}
+    choosing = sum(
+        _chooser_bytes(cut.chooser, seen_before.get(cut.layer, plan.visual_tokens), dims)
+        for cut in plan.schedule.cuts
+    )
+    patches = plan.visual_tokens * vision.patches_per_token
     encoder = patches * (7 * vision.hidden_size + 3 * vision.ffn_size) * case.size
-    return decoder + series + encoder + _attention(patches, vision.heads, case.graphs)
+    return decoder + choosing + encoder + _attention(patches, vision.heads, case.graphs)
+
+
+def _chooser_bytes(chooser: Chooser, visual_tokens: int, dims: DecoderDims) -> int:
+    """What a policy computes on the tokens that arrive, in float32."""
+    if isinstance(chooser, TopK) and chooser.scorer is not Scorer.NORM:
+        return visual_tokens * dims.heads**2 * _SERIES_MATRICES * _FLOAT32
+    if isinstance(chooser, MaxMin):  # the states, and the same normalised
+        return 2 * visual_tokens * dims.hidden_size * _FLOAT32
+    return 0
 
 
 def _attention(tokens: int, heads: int, graphs: Graphs) -> int:
@@ -234,16 +276,16 @@ def _attention(tokens: int, heads: int, graphs: Graphs) -> int:
     return (1 + spelled_out) * tokens**2 * _FLOAT32 if heads else 0
 
 
-def _prefill(case: _Case, lengths: tuple[int, int]) -> float:
-    """Roofline of head and tail, one after the other; lm_head reads the last position alone."""
-    dims, before = case.plan.dims, case.plan.policy.layer
+def _prefill(case: _Case, spans: _Spans) -> float:
+    """Roofline of the spans, one after the other; lm_head reads the last position alone."""
+    dims = case.plan.dims
     peak = case.target.peak_flops[case.graphs.precision.value]
     seconds = 0.0
-    parts = ((before, lengths[0], 0), (dims.layers - before, lengths[1], _table(dims)))
-    for layers, tokens, lm_head in parts:
-        flops = layers * layer_flops(dims, tokens) + 2 * lm_head
+    for number, (layers, tokens) in enumerate(case.lengths(spans)):
+        table = _table(dims) if number == len(spans) - 1 else 0
+        flops = layers * layer_flops(dims, tokens) + 2 * table
         cache = 2 * dims.kv_heads * dims.head_dim * tokens * layers
-        moved = case.size * (layers * _layer_parameters(dims) + lm_head + cache)
+        moved = case.size * (layers * _layer_parameters(dims) + table + cache)
         seconds += max(flops / peak, moved / _bandwidth(case.target))
     return seconds
 

@@ -1,6 +1,6 @@
-"""What a keep ratio means: tokens kept, prefill FLOPs and KV-cache bytes, from the config's numbers alone.
+"""What a keep means: tokens kept at every cut, prefill FLOPs and KV-cache bytes, from the config alone.
 
-Dimensions, a policy and a keep enter; a `Plan` leaves. Nothing is loaded and torch is not needed.
+Dimensions, a schedule and a keep enter; a `Plan` leaves. Nothing is loaded and torch is not needed.
 """
 
 from __future__ import annotations
@@ -11,12 +11,26 @@ from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from ep_export.errors import UsageError
+from ep_export.policy import Keep, Nothing, Source, TopK
 
 if TYPE_CHECKING:
-    from ep_export.dims import DecoderDims
-    from ep_export.policy import Keep, Policy
+    from collections.abc import Iterator, Sequence
 
-__all__ = ["Pair", "Plan", "check_keep", "check_layer", "kept_tokens", "layer_flops", "make_plan"]
+    from ep_export.dims import DecoderDims
+    from ep_export.policy import Cut, Schedule
+
+__all__ = [
+    "Pair",
+    "Plan",
+    "average_keep",
+    "check_keep",
+    "check_schedule",
+    "kept_tokens",
+    "layer_flops",
+    "make_plan",
+    "settled_keep",
+    "span_tokens",
+]
 
 _SLACK = Fraction(1, 10**9)
 """A ratio typed as 0.3333333333333333 means 1/3: this keeps its last digit from costing a token."""
@@ -32,32 +46,32 @@ class Pair:
 
 @dataclass(frozen=True)
 class Plan:
-    """Budgets of one prompt under one policy.
+    """Budgets of one prompt under one schedule.
 
     Attributes:
         dims: The decoder's dimensions.
-        policy: Where and how tokens are pruned.
+        schedule: Where and how tokens are pruned.
         keep: What was asked for, as an average over layers.
         visual_tokens: N, visual tokens of the prompt.
         text_tokens: All other tokens of the prompt.
-        kept_visual_tokens: k, visual tokens that reach layer K.
+        kept_visual_tokens: For every cut the visual tokens that go on.
         prefill_flops: Decoder layers only, multiply and add counted separately (see `layer_flops`).
         visual_kv_bytes: Cache of visual tokens over all layers, in bytes.
     """
 
     dims: DecoderDims
-    policy: Policy
+    schedule: Schedule
     keep: Keep
     visual_tokens: int
     text_tokens: int
-    kept_visual_tokens: int
+    kept_visual_tokens: tuple[int, ...]
     prefill_flops: Pair
     visual_kv_bytes: Pair
 
 
 def make_plan(
     dims: DecoderDims,
-    policy: Policy,
+    schedule: Schedule,
     keep: Keep,
     *,
     visual_tokens: int,
@@ -68,14 +82,14 @@ def make_plan(
 
     Args:
         dims: The decoder's dimensions.
-        policy: Its `layer` is K.
+        schedule: Its cuts.
         keep: Average over layers.
         visual_tokens: N.
         text_tokens: Prompt tokens that are not visual.
         kv_bytes_per_element: 2 for a float16 or bfloat16 cache, 4 for float32.
 
     Raises:
-        UsageError: Keep or layer out of range, or negative token counts.
+        UsageError: Keep or schedule impossible, or negative token counts.
     """
     if visual_tokens < 0 or text_tokens < 0:
         raise UsageError(
@@ -86,50 +100,129 @@ def make_plan(
             f"keep is {keep.tokens} tokens, more than the {visual_tokens} visual tokens there are",
             hint=f"give at most {visual_tokens}",
         )
-    kept = kept_tokens(keep, layers=dims.layers, layer=policy.layer, visual_tokens=visual_tokens)
-    before, after = policy.layer, dims.layers - policy.layer
-    full = layer_flops(dims, visual_tokens + text_tokens)
-    pruned = layer_flops(dims, kept + text_tokens)
+    kept = kept_tokens(keep, schedule, layers=dims.layers, visual_tokens=visual_tokens)
+    spans = list(span_tokens(schedule, dims.layers, visual_tokens, kept))
+    flops = sum(len(span) * layer_flops(dims, visual + text_tokens) for span, visual in spans)
     kv = 2 * dims.kv_heads * dims.head_dim * kv_bytes_per_element
     return Plan(
         dims=dims,
-        policy=policy,
+        schedule=schedule,
         keep=keep,
         visual_tokens=visual_tokens,
         text_tokens=text_tokens,
         kept_visual_tokens=kept,
-        prefill_flops=Pair(dims.layers * full, before * full + after * pruned),
-        visual_kv_bytes=Pair(dims.layers * visual_tokens * kv, (before * visual_tokens + after * kept) * kv),
+        prefill_flops=Pair(dims.layers * layer_flops(dims, visual_tokens + text_tokens), flops),
+        visual_kv_bytes=Pair(
+            dims.layers * visual_tokens * kv, sum(len(span) * visual * kv for span, visual in spans)
+        ),
     )
 
 
-def kept_tokens(keep: Keep, *, layers: int, layer: int, visual_tokens: int) -> int:
-    """Visual tokens k that layers K..L-1 see, so that the average over all layers is `keep`.
+def span_tokens(
+    schedule: Schedule, layers: int, visual_tokens: int, kept: Sequence[int]
+) -> Iterator[tuple[range, int]]:
+    """Every span of layers between cuts, with the visual tokens it sees.
 
-    k = floor((L r N - K N) / (L - K)), at least 1: the graphs have no zero-sized tensors. `Keep.tokens` is
-    r N directly; where a picture has no more tokens than that, all are kept.
+    Args:
+        schedule: The cuts.
+        layers: L.
+        visual_tokens: N.
+        kept: For every cut the visual tokens that go on; see `kept_tokens`.
+    """
+    counts = dict(zip((cut.layer for cut in schedule.cuts), kept, strict=True))
+    for span in schedule.spans(layers):
+        yield span, counts.get(span.start, visual_tokens)
+
+
+def kept_tokens(keep: Keep, schedule: Schedule, *, layers: int, visual_tokens: int) -> tuple[int, ...]:
+    """Visual tokens that go on after every cut, so that the average over all layers is `keep`.
+
+    One cut at layer K: k = floor((L r N - K N) / (L - K)). Several cuts: all shares are scaled by one factor,
+    none beyond all tokens, until their average over the layers is r; at the schedule's own average
+    (`average_keep`) that is k = floor(share N). At least 1 each, but for `Nothing`: graphs that choose have
+    no zero-sized tensors. `Keep.tokens` is r N directly; where a picture has no more tokens than that, all
+    are kept.
 
     Args:
         keep: Average over layers.
+        schedule: The cuts.
         layers: L.
-        layer: K, 1 <= K < L.
-        visual_tokens: N; 0 gives 0.
+        visual_tokens: N; 0 gives zeros.
 
     Raises:
-        UsageError: `keep` is not in (0, 1], not finite, or below K / L, which layers 0..K-1 use up alone.
+        UsageError: `keep` is not in (0, 1], not finite, or not within what the cuts can reach; or the
+            schedule is impossible (see `check_schedule`).
     """
     check_keep(keep)
-    check_layer(layer, layers)
+    check_schedule(schedule, layers)
     if visual_tokens == 0:
-        return 0
+        return (0,) * len(schedule.cuts)
     if keep.tokens is not None:
-        average = Fraction(min(keep.tokens, visual_tokens))
+        average = Fraction(min(keep.tokens, visual_tokens), visual_tokens)
     else:
-        average = Fraction(repr(keep.ratio)) * visual_tokens  # repr: 0.1 means one tenth
-    share = (layers * average - layer * visual_tokens) / (layers - layer) + _SLACK
-    if share < 0:
-        raise _too_small(keep, layers, layer, visual_tokens)
-    return max(1, math.floor(share))
+        average = _exact(keep.ratio)
+    return tuple(
+        0 if isinstance(cut.chooser, Nothing) else max(1, math.floor(share * visual_tokens + _SLACK))
+        for cut, share in zip(
+            schedule.cuts, _scaled_shares(average, keep, schedule, layers, visual_tokens), strict=True
+        )
+    )
+
+
+def average_keep(schedule: Schedule, *, layers: int) -> Keep:
+    """The average over all layers of a schedule whose cuts all have a share.
+
+    Raises:
+        UsageError: A cut has none, or the schedule is impossible.
+    """
+    check_schedule(schedule, layers)
+    if any(cut.share is None for cut in schedule.cuts):
+        raise UsageError("a cut has no share", hint="give --keep, or --cut LAYER:SHARE for every cut")
+    total = schedule.cuts[0].layer + sum(
+        count * _exact(cut.share) for cut, count in _layers_after(schedule, layers)
+    )
+    return Keep(ratio=float(total / layers))
+
+
+def settled_keep(keep: Keep | None, schedule: Schedule, *, layers: int) -> Keep:
+    """What is kept: as told, else what the shares of the cuts come to.
+
+    Raises:
+        UsageError: Neither says it.
+    """
+    if keep is not None:
+        return keep
+    if any(cut.share is None for cut in schedule.cuts):
+        raise UsageError(
+            "how much to keep is not given", hint="add --keep 0.25, or --keep-tokens N, or --cut LAYER:SHARE"
+        )
+    return average_keep(schedule, layers=layers)
+
+
+def check_schedule(schedule: Schedule, layers: int) -> None:
+    """Refuse cuts that no model of so many layers can follow.
+
+    Raises:
+        UsageError: No cut, a layer out of range, cuts out of order or equal, shares out of range, missing or
+            growing, tokens scored before there is a layer, or a cut after every token is gone.
+    """
+    if not schedule.cuts:
+        raise UsageError("the schedule has no cut", hint="give --layer, or --cut LAYER:SHARE")
+    for cut in schedule.cuts:
+        _check_cut(cut, layers, alone=len(schedule.cuts) == 1)
+    for cut, after in zip(schedule.cuts, schedule.cuts[1:], strict=False):
+        if cut.layer >= after.layer:
+            raise UsageError(
+                f"cut at layer {after.layer} follows one at layer {cut.layer}, expected a later layer",
+                hint="give cuts in the order of their layers",
+            )
+        if isinstance(cut.chooser, Nothing):
+            raise UsageError(f"cut at layer {after.layer} has no visual token left to choose from")
+        if cut.share is not None and after.share is not None and after.share > cut.share:
+            raise UsageError(
+                f"share {after.share:g} at layer {after.layer} is more than the {cut.share:g} before it",
+                hint="shares are of the prompt's visual tokens: they can only shrink",
+            )
 
 
 def layer_flops(dims: DecoderDims, tokens: int) -> int:
@@ -165,23 +258,85 @@ def check_keep(keep: Keep) -> None:
         raise UsageError(f"keep is {keep.ratio:g}, expected 0 < keep <= 1", hint="try --keep 0.25")
 
 
-def check_layer(layer: int, layers: int) -> None:
-    """Refuse a split that leaves one half of the decoder empty.
+def _check_cut(cut: Cut, layers: int, *, alone: bool) -> None:
+    first = 1 if _needs_states(cut) else 0
+    if not first <= cut.layer < layers:
+        last = layers - 1
+        hint = f"give a layer from {first} to {last}" if last >= first else "this model is too small to prune"
+        raise UsageError(
+            f"layer is {cut.layer}, expected {first} to {last} in a model of {layers}", hint=hint
+        )
+    nothing = isinstance(cut.chooser, Nothing)
+    if cut.share is None:
+        if alone or nothing:
+            return
+        raise UsageError(
+            f"cut at layer {cut.layer} has no share",
+            hint="with several cuts, give --cut LAYER:SHARE for each",
+        )
+    if nothing and cut.share != 0:
+        raise UsageError(f"share {cut.share:g} at layer {cut.layer} keeps nothing", hint="give share 0")
+    if not nothing and not 0 < cut.share <= 1:
+        raise UsageError(
+            f"share is {cut.share:g} at layer {cut.layer}, expected 0 < share <= 1",
+            hint="to drop all visual tokens there, give the policy nothing",
+        )
 
-    Raises:
-        UsageError: Not 1 <= layer < layers.
-    """
-    if not 1 <= layer < layers:
-        hint = f"give a layer from 1 to {layers - 1}" if layers > 1 else "this model is too small to prune"
-        raise UsageError(f"layer is {layer}, expected 1 to {layers - 1} in a model of {layers}", hint=hint)
+
+def _needs_states(cut: Cut) -> bool:
+    """Whether the chooser reads projections of the layer before."""
+    return isinstance(cut.chooser, TopK) and cut.chooser.source is not Source.HIDDEN
 
 
-def _too_small(keep: Keep, layers: int, layer: int, visual_tokens: int) -> UsageError:
-    tokens = -(-layer * visual_tokens // layers)
-    ratio = math.ceil(layer / layers * 1e4) / 1e4  # rounded up, so that the hint itself is accepted
+def _layers_after(schedule: Schedule, layers: int) -> list[tuple[Cut, int]]:
+    """Every cut with the number of layers from it to the next one."""
+    ends = [*(cut.layer for cut in schedule.cuts[1:]), layers]
+    return [(cut, end - cut.layer) for cut, end in zip(schedule.cuts, ends, strict=True)]
+
+
+def _scaled_shares(
+    average: Fraction, keep: Keep, schedule: Schedule, layers: int, visual_tokens: int
+) -> list[Fraction]:
+    """Shares of all cuts, scaled by one factor and capped at 1, whose average over layers is `average`."""
+    parts = [
+        (Fraction(0) if isinstance(cut.chooser, Nothing) else _exact(cut.share or 1), count)
+        for cut, count in _layers_after(schedule, layers)
+    ]
+    left = layers * average - schedule.cuts[0].layer
+    most = sum(count for share, count in parts if share)
+    if not -_SLACK <= left <= most + _SLACK:
+        raise _out_of_reach(keep, schedule, layers, visual_tokens, most)
+    shares = [share for share, _ in parts]
+    full: set[int] = set()
+    while True:
+        weight = sum(share * count for i, (share, count) in enumerate(parts) if i not in full)
+        room = left - sum(count for i, (_, count) in enumerate(parts) if i in full)
+        factor = room / weight if weight else Fraction(0)
+        over = {i for i, share in enumerate(shares) if i not in full and share * factor > 1}
+        if not over:
+            return [Fraction(1) if i in full else share * factor for i, share in enumerate(shares)]
+        full |= over
+
+
+def _out_of_reach(keep: Keep, schedule: Schedule, layers: int, visual_tokens: int, most: int) -> UsageError:
+    first = schedule.cuts[0].layer
+    asked = keep.tokens / visual_tokens if keep.tokens is not None else keep.ratio
+    if asked is not None and asked * layers > first:
+        largest = math.floor((first + most) / layers * 1e4) / 1e4
+        return UsageError(
+            f"keep is {keep}, above the largest possible, {largest:g}: the cuts drop the rest anyway",
+            hint=f"give --keep {largest:g} or less, or a later --cut",
+        )
+    tokens = -(-first * visual_tokens // layers)
+    ratio = math.ceil(first / layers * 1e4) / 1e4  # rounded up, so that the hint itself is accepted
     smallest = f"{tokens} of {visual_tokens} tokens" if keep.tokens is not None else f"{ratio:g}"
     flag = f"--keep-tokens {tokens}" if keep.tokens is not None else f"--keep {ratio:g}"
     return UsageError(
-        f"keep is {keep}, below the smallest possible, {smallest}: {layer} of {layers} layers see all tokens",
+        f"keep is {keep}, below the smallest possible, {smallest}: {first} of {layers} layers see all tokens",
         hint=f"give {flag} or more, or an earlier --layer",
     )
+
+
+def _exact(ratio: float | None) -> Fraction:
+    """The number a person typed: 0.1 means one tenth."""
+    return Fraction(repr(float(ratio or 0)))

@@ -6,6 +6,7 @@ the same device under other software is one more small file.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from ep_export.bundle import Dialect, Precision
 from ep_export.data import data_dir
 from ep_export.documents import decode
 from ep_export.errors import UsageError, UserError, near_matches
-from ep_export.policy import Scorer
+from ep_export.policy import Chooser, Select, chooser_named
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -25,6 +26,7 @@ else:
     import tomli as tomllib
 
 __all__ = [
+    "CHOOSERS",
     "Flavour",
     "Graphs",
     "Platform",
@@ -101,7 +103,8 @@ class Target:
         peak_flops: Precision -> dense FLOPs a second with float32 accumulation, a multiply and an add counted
             as two; empty for cpu.
         graphs: What it takes, the best first.
-        scorers: Token scores it computes in the node's body.
+        choosers: Policies its compiler takes in standard operators, by the beginnings of their names: "norm"
+            stands for every policy that scores by norm; all where a file says nothing.
         verified: How far the target was verified here: "kit", "compiled" or "run", a colon, a sentence.
         sources: Figure -> where it is published.
     """
@@ -118,7 +121,7 @@ class Target:
     bandwidth_bytes_per_second: float | None
     peak_flops: Mapping[str, float]
     graphs: tuple[Graphs, ...]
-    scorers: tuple[Scorer, ...]
+    choosers: tuple[str, ...]
     verified: str
     sources: Mapping[str, str]
 
@@ -133,9 +136,9 @@ class Target:
         return tuple(dict.fromkeys(graphs.dialect for graphs in self.graphs))
 
     @property
-    def inlines_body(self) -> bool:
-        """Whether the body of EntropyPrune is compiled, because the flavour knows no plugins."""
-        return self.flavour is Flavour.TENSORRT_RTX
+    def takes_plugins(self) -> bool:
+        """Whether its engines may hold the EntropyPrune plugin in place of the node's body."""
+        return self.flavour is Flavour.TENSORRT
 
     @property
     def strips_body(self) -> bool:
@@ -161,6 +164,10 @@ class Target:
     def takes(self, dialect: Dialect, precision: Precision) -> bool:
         """Whether graphs of this kind compile for it."""
         return Graphs(dialect, precision) in self.graphs
+
+    def takes_chooser(self, chooser: Chooser) -> bool:
+        """Whether its compiler takes a chooser's standard operators; the plugin is another matter."""
+        return any(f"{chooser.name}-".startswith(f"{start}-") for start in self.choosers)
 
 
 _PLUGIN_WINS = (10, 7)
@@ -188,8 +195,8 @@ def find_target(name: str) -> Target:
         return read_target(Path(name))
     names = [file.stem for file in _directory().glob("*.toml")]
     if name not in names:
-        alike = [known for known in names if known.startswith(name)] if name else []
-        hint = f"did you mean {' or '.join(sorted(alike))}?" if alike else near_matches(name, names)
+        alike = sorted(known for known in names if name.lower() in known) if name else []
+        hint = f"targets with that in their name: {', '.join(alike)}" if alike else near_matches(name, names)
         raise UsageError(f"there is no target {name!r}", hint=f"{hint}; `ep-export targets` tells them apart")
     return read_target(_directory() / f"{name}.toml")
 
@@ -222,6 +229,9 @@ def version_numbers(version: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
+CHOOSERS = ("paper", "released", "order2", "norm", "divprune", "random", "nothing")
+"""What `choosers` of a target is where its file says nothing: the beginnings of all policies' names."""
+
 _KEYS = frozenset(Target.__dataclass_fields__) - {"name"} | {_EXTENDS}
 _DEFAULTS: Mapping[str, Any] = {
     "sm": None,
@@ -232,7 +242,7 @@ _DEFAULTS: Mapping[str, Any] = {
     "reserved_bytes": 0,
     "bandwidth_bytes_per_second": None,
     "peak_flops": {},
-    "scorers": [scorer.value for scorer in Scorer],
+    "choosers": list(CHOOSERS),
 }
 
 
@@ -283,10 +293,19 @@ def _check(target: Target, file: Path) -> None:
         complaint = (
             f"verified is {target.verified!r}, expected it to begin with {', '.join(_VERIFIED)} and a colon"
         )
+    elif unknown := [start for start in target.choosers if not _begins_policies(start)]:
+        complaint = f"choosers has {unknown[0]!r}, which begins no policy's name"
     elif unsourced := _figures(target) - set(target.sources):
         complaint = f"no source for {sorted(unsourced)[0]}"
     if complaint:
         raise UserError(f"{file} is not a valid target: {complaint}", hint="see engines/README.md")
+
+
+def _begins_policies(start: str) -> bool:
+    for name in (start, f"{start}-{Select.HIGHEST.value}"):
+        with contextlib.suppress(UsageError):
+            return bool(chooser_named(name))
+    return False
 
 
 def _figures(target: Target) -> set[str]:

@@ -5,28 +5,40 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ep_export.bundle import Bundle, Dialect, Precision, WeightsMode
-from ep_export.policy import Budget, Evidence, EvidenceKind, Keep, Policy, Scorer, Select, Source
+from ep_export.policy import Chooser, Cut, Evidence, EvidenceKind, Keep, Schedule, TopK
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
-__all__ = ["export_tiny"]
+__all__ = ["export_tiny", "two_cuts"]
 
 
 def export_tiny(
     checkpoint: Path,
     out: Path,
     *,
-    layer: int,
+    layer: int = 1,
+    chooser: Chooser | None = None,
+    schedule: Schedule | None = None,
     keep: float = 0.75,
-    scorer: Scorer = Scorer.PAPER,
-    select: Select = Select.HIGHEST,
-    source: Source = Source.QUERY,
-    budget: Budget = Budget.JOINT,
+    policies: Sequence[Chooser] = (),
     dialect: Dialect = Dialect.PORTABLE,
     precision: Precision = Precision.FP32,
 ) -> Bundle:
-    """Export a checkpoint directory into `out`, which is created."""
+    """Export a checkpoint directory into `out`, which is created.
+
+    Args:
+        checkpoint: The directory.
+        out: Must not exist.
+        layer: Of the one cut, where no schedule is given.
+        chooser: Of the one cut; without, the default one.
+        schedule: In place of the one cut.
+        keep: Default of the bundle.
+        policies: Further choosers at every cut.
+        dialect: Operators.
+        precision: Arithmetic type.
+    """
     from ep_export.checkpoint import open_checkpoint
     from ep_export.export import export_bundle
 
@@ -34,10 +46,19 @@ def export_tiny(
     return export_bundle(
         open_checkpoint(str(checkpoint)),
         out,
-        policy=Policy(layer, scorer, select, source, budget),
+        schedule=schedule or Schedule((Cut(layer, chooser or TopK()),)),
         evidence=Evidence(EvidenceKind.TOLD, "a test"),
         keep=Keep(ratio=keep),
         dialect=dialect,
         precision=precision,
         weights=WeightsMode.LINK,
+        policies=policies,
     )
+
+
+def two_cuts(
+    first: int, second: int, *choosers: Chooser, shares: tuple[float, float] = (0.6, 0.3)
+) -> Schedule:
+    """A schedule of two cuts; `choosers` is none (the default at both), or one for each."""
+    pairs = zip((first, second), choosers or (TopK(), TopK()), shares, strict=True)
+    return Schedule(tuple(Cut(layer, chooser, share) for layer, chooser, share in pairs))

@@ -1,11 +1,13 @@
-"""A family's bundle beside the Hugging Face model it was made from: what every family has to show."""
+"""A family's bundles beside the Hugging Face model they were made from: what every family has to show."""
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,11 +18,12 @@ from bundles import export_tiny
 from kept_sets import difference_from_exact
 
 from ep_export.checkpoint import open_checkpoint
-from ep_export.entropy import KeptDifference
+from ep_export.choosers import KeptDifference
 from ep_export.families.base import Picture, PromptInputs, Visual
-from ep_export.policy import Keep
-from ep_export.reference import PruneSpec, load_model, prune
-from ep_export.runtime import Session, open_picture, open_video
+from ep_export.plan import average_keep, kept_tokens
+from ep_export.policy import Cut, Keep, MaxMin, Schedule
+from ep_export.reference import PruneSpec, kept_as, load_model, prune
+from ep_export.runtime import Prefill, Session, open_picture, open_video
 
 __all__ = ["QUESTION", "FamilyPair", "FamilyTests"]
 
@@ -28,27 +31,51 @@ QUESTION = "which digits are in the picture?"
 TOKENS = 6
 LOGIT_TOLERANCE = 1e-3  # float32 through two runtimes that sum in different orders
 FEATURE_TOLERANCE = 1e-4
+ONE_CUT, TWO_CUTS = (0.3,), (0.6, 0.3)
+"""Shares of the visual tokens that go on at every cut."""
 _WITHOUT_TORCH = Path(__file__).parent / "runtime" / "without_torch.py"
 
 
 class FamilyPair:
-    """An exported checkpoint and its Hugging Face model."""
+    """An exported checkpoint and its Hugging Face model.
 
-    def __init__(self, checkpoint: Path, out: Path, **policy: Any) -> None:
+    `bundle` and `session` have one cut; those with two, where DivPrune follows at a later layer or goes
+    before, are made when first asked for.
+    """
+
+    def __init__(self, checkpoint: Path, out: Path, **settings: Any) -> None:
         opened = open_checkpoint(str(checkpoint))
         self.family = opened.family
-        self.bundle = export_tiny(checkpoint, out, **policy)
+        self.bundle = export_tiny(checkpoint, out, **settings)
         self.session = Session.open(self.bundle, threads=1)
         self.model = load_model(opened)
-        self.policy = self.bundle.manifest.policy
+        self._checkpoint, self._settings = checkpoint, settings
+
+    @functools.cached_property
+    def twice(self) -> Session:
+        """The same with two cuts, so three spans."""
+        settings = {name: self._settings[name] for name in ("dialect",) if name in self._settings}
+        out = self.bundle.path.with_name("two-cuts")
+        cut, layers = self.bundle.manifest.schedule.cuts[0], self.bundle.manifest.dims.layers
+        cuts = [(cut.layer, cut.chooser), (cut.layer + 1, MaxMin())]
+        if cut.layer == layers - 1:
+            cuts = [(cut.layer - 1, MaxMin()), (cut.layer, cut.chooser)]
+        schedule = Schedule(
+            tuple(Cut(layer, each, share) for (layer, each), share in zip(cuts, TWO_CUTS, strict=True))
+        )
+        keep = average_keep(schedule, layers=layers).ratio
+        bundle = export_tiny(self._checkpoint, out, schedule=schedule, keep=keep, **settings)
+        return Session.open(bundle, threads=1)
+
+    def with_cuts(self, count: int) -> Session:
+        return self.session if count == 1 else self.twice
 
     def prompt(self, visuals: Sequence[Visual]) -> PromptInputs:
         return self.session.prompts.build(visuals, QUESTION)
 
-    def logits(self, prompt: PromptInputs) -> np.ndarray:
+    def output(self, prompt: PromptInputs) -> Any:
         with torch.inference_mode():
-            output = self.model(**self.family.reference_inputs(prompt, self.model.config))
-        return output.logits[0, -1].numpy()
+            return self.model(**self.family.reference_inputs(prompt, self.model.config))
 
     def tokens(self, prompt: PromptInputs) -> list[int]:
         """`generate` with the checkpoint's own generation settings."""
@@ -57,32 +84,37 @@ class FamilyPair:
             ids = self.model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)
         return ids[0, prompt.input_ids.shape[1] :].tolist()
 
-    def check_everything_kept(self, visuals: Sequence[Visual]) -> None:
-        """Keep 1.0 answers as Hugging Face, token for token."""
-        prompt = self.prompt(visuals)
-        made = self.session.prefill(prompt, Keep(ratio=1.0))
-        assert np.abs(made.logits - self.logits(prompt)).max() < LOGIT_TOLERANCE
+    def check_everything_kept(self, visuals: Sequence[Visual], cuts: int = 1) -> None:
+        """Keep 1.0 answers as Hugging Face, token for token, through as many spans as there are."""
+        session, prompt, everything = self.with_cuts(cuts), self.prompt(visuals), Keep(ratio=1.0)
+        made = session.prefill(prompt, everything)
+        assert len(made.cuts) == (cuts if visuals else 0)
         assert np.array_equal(made.kept_index, np.arange(prompt.input_ids.shape[1]))
-        answer = self.session.generate(visuals, QUESTION, max_new_tokens=TOKENS, keep=Keep(ratio=1.0))
+        assert_computes(made, self.output(prompt))
+        answer = session.generate(visuals, QUESTION, max_new_tokens=TOKENS, keep=everything)
         assert list(answer.token_ids) == self.tokens(prompt)
 
-    def check_pruned(self, visuals: Sequence[Visual], share: float) -> None:
-        """`share` of what layers 0..K-1 leave to choose: kept set, logits and answer as the oracle's."""
-        layers = self.bundle.manifest.dims.layers
-        keep = Keep(ratio=(self.policy.layer + share * (layers - self.policy.layer)) / layers)
-        prompt = self.prompt(visuals)
-        made = self.session.prefill(prompt, keep)
-        kept = made.kept_index[np.isin(made.kept_index, prompt.visual_index)]
-        with prune(self.model, PruneSpec(self.policy, keep)) as trace:
-            self.logits(prompt)
+    def check_pruned(self, visuals: Sequence[Visual], shares: Sequence[float] = ONE_CUT) -> None:
+        """Kept sets at every cut, logits, caches and answer as the oracle's, which keeps what we keep."""
+        session, prompt = self.with_cuts(len(shares)), self.prompt(visuals)
+        manifest = session.bundle.manifest
+        pairs = zip(manifest.schedule.cuts, shares, strict=True)
+        schedule = Schedule(tuple(replace(cut, share=share) for cut, share in pairs))
+        keep = average_keep(schedule, layers=manifest.dims.layers)
+        made = session.prefill(prompt, keep)
+        kept = [cut.kept_index for cut in made.cuts]
+        with prune(self.model, PruneSpec(schedule, keep), select=kept_as(kept)) as trace:
+            expected, tokens = self.output(prompt), self.tokens(prompt)
+        assert_computes(made, expected)
+        budgets = kept_tokens(
+            keep, schedule, layers=manifest.dims.layers, visual_tokens=len(prompt.visual_index)
+        )
         assert np.array_equal(trace.visual_index, prompt.visual_index)
-        assert kept.shape[0] == int(share * prompt.visual_index.shape[0])
-        assert difference_from_exact(trace, kept, self.bundle.manifest) is not KeptDifference.DIFFERENT
-        ours = torch.from_numpy(kept)
-        with prune(self.model, PruneSpec(self.policy, keep), select=lambda *_: ours):
-            expected, tokens = self.logits(prompt), self.tokens(prompt)
-        assert np.abs(made.logits - expected).max() < LOGIT_TOLERANCE
-        answer = self.session.generate(visuals, QUESTION, max_new_tokens=TOKENS, keep=keep)
+        for cut, index, ours, budget in zip(schedule.cuts, kept, trace.cuts, budgets, strict=True):
+            assert np.isin(index, prompt.visual_index).sum() == budget
+            difference = difference_from_exact(ours, index, cut.chooser, manifest.degree)
+            assert difference is not KeptDifference.DIFFERENT
+        answer = session.generate(visuals, QUESTION, max_new_tokens=TOKENS, keep=keep)
         assert list(answer.token_ids) == tokens
         assert answer.kept_index == tuple(made.kept_index.tolist())
 
@@ -114,10 +146,20 @@ class FamilyPair:
         layer = self.family.decoder(self.model).layers[0]
         hook = layer.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
         try:
-            self.logits(prompt)
+            self.output(prompt)
         finally:
             hook.remove()
         return seen[0][0, torch.from_numpy(prompt.visual_index)].numpy()
+
+
+def assert_computes(made: Prefill, expected: Any) -> None:
+    """Logits and every layer's cache as in Hugging Face's output."""
+    assert np.abs(made.logits - expected.logits[0, -1].numpy()).max() < LOGIT_TOLERANCE
+    for i, layer in enumerate(expected.past_key_values.layers):
+        for part, theirs in (("key", layer.keys), ("value", layer.values)):
+            ours = made.caches[f"past_key_values.{i}.{part}"].numpy()
+            assert ours.shape == theirs.shape
+            assert np.abs(ours - theirs.numpy()).max() < LOGIT_TOLERANCE
 
 
 class FamilyTests:
@@ -134,18 +176,22 @@ class FamilyTests:
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         names = metafunc.fixturenames
         if "shown" in names:  # of text alone nothing is pruned
-            shown = {name: v for name, v in self.prompts.items() if v or "share" not in names}
+            shown = {name: v for name, v in self.prompts.items() if v or "shares" not in names}
             metafunc.parametrize("shown", shown.values(), ids=shown)
-        if "share" in names:
-            metafunc.parametrize("share", [0.5, 0.25])
+        if "cuts" in names:
+            metafunc.parametrize("cuts", [1, 2], ids=["two spans", "three spans"])
+        if "shares" in names:
+            metafunc.parametrize("shares", [ONE_CUT, TWO_CUTS], ids=["one cut", "two cuts"])
 
-    def test_everything_kept_answers_as_huggingface(self, pair: FamilyPair, shown: Sequence[Visual]) -> None:
-        pair.check_everything_kept(shown)
+    def test_everything_kept_answers_as_huggingface(
+        self, pair: FamilyPair, shown: Sequence[Visual], cuts: int
+    ) -> None:
+        pair.check_everything_kept(shown, cuts)
 
     def test_pruned_answers_as_the_oracle(
-        self, pair: FamilyPair, shown: Sequence[Visual], share: float
+        self, pair: FamilyPair, shown: Sequence[Visual], shares: Sequence[float]
     ) -> None:
-        pair.check_pruned(shown, share)
+        pair.check_pruned(shown, shares)
 
     def test_vision_features_equal_huggingface(self, pair: FamilyPair) -> None:
         pair.check_vision(self.shapes)

@@ -1,30 +1,31 @@
-"""How a bundle's kept set differs from the exact scores' choice."""
+"""How a bundle's kept set differs from the exact choice."""
 
 from __future__ import annotations
 
 import numpy as np
+import torch
 
-from ep_export.bundle import Manifest
-from ep_export.entropy import KeptDifference, approximation_spread, kept_difference, series_scores
-from ep_export.reference import PruneTrace
+from ep_export.choosers import EXACT_TOLERANCE, KeptDifference, difference
+from ep_export.entropy import approximation_spread, series_scores, token_scores
+from ep_export.policy import Chooser, TopK
+from ep_export.reference import CutTrace
 
 __all__ = ["difference_from_exact"]
 
-EXACT_TOLERANCE = 2e-6  # float32 scores of the same formula, in the same unit
 
+def difference_from_exact(
+    trace: CutTrace, kept_index: np.ndarray, chooser: Chooser, degree: int
+) -> KeptDifference:
+    """Compare what goes on after a cut, prompt positions, with the exact choice of what arrived there.
 
-def difference_from_exact(trace: PruneTrace, kept: np.ndarray, manifest: Manifest) -> KeptDifference:
-    """Compare `kept`, visual positions, with the oracle's; near-ties are what the series itself may swap."""
-    policy = manifest.policy
-    index, theirs = trace.visual_index.numpy(), trace.kept_index.numpy()
-    ours = series_scores(trace.states, policy.scorer, manifest.degree)
-    return kept_difference(
-        trace.scores,
-        theirs[np.isin(theirs, index)],
-        kept,
-        kept.shape[0],
-        visual_index=index,
-        select=policy.select,
-        budget=policy.budget,
-        tolerance=approximation_spread(trace.scores, ours) + EXACT_TOLERANCE,
-    )
+    Near-ties are what float32 scores of the same formula, or the series itself, may swap.
+    """
+    arrived = trace.arrived.numpy()
+    local = np.flatnonzero(np.isin(arrived, kept_index))
+    local = local[np.isin(local, trace.tokens.visual_index.numpy())]
+    tolerance = EXACT_TOLERANCE
+    if isinstance(chooser, TopK):
+        states = trace.tokens.states
+        exact, series = token_scores(states, chooser.scorer), series_scores(states, chooser.scorer, degree)
+        tolerance += approximation_spread(exact, series)
+    return difference(chooser, trace.tokens, torch.from_numpy(local), len(local), tolerance=tolerance)

@@ -12,14 +12,16 @@ PACKAGE = Path(__file__).parents[1] / "ep_export"
 
 # A module may import its own package and whatever stands on a lower line.
 LAYERS = (
-    ("errors", "dims", "policy", "progress", "garbage"),
-    ("documents",),
-    ("data", "staging", "bundle", "links", "testcards", "aliases"),
-    ("targets",),
+    ("errors",),
+    ("dims", "policy", "progress", "garbage"),
+    ("documents", "plan", "graph"),
+    ("data", "ownership", "bundle", "links", "testcards", "aliases"),
+    ("targets", "staging"),
     ("families", "entropy", "engine_record"),
-    ("checkpoint", "plan", "plugin", "methods"),
-    ("reference", "runtime", "fit"),
-    ("calibrate", "export", "benchmark", "package"),
+    ("checkpoint", "plugin", "choosers"),
+    ("reference", "runtime", "fit", "methods"),
+    ("export", "benchmark", "package", "measure"),
+    ("calibrate",),
     ("validate", "harness"),
     ("engine",),
     ("build", "catalog", "sweep"),

@@ -63,6 +63,7 @@ while (($#)); do
 done
 if [[ ! $DEVICE =~ ^[0-9]+$ ]]; then misused "--device is $DEVICE, expected a number"; fi
 if [[ -n $WORKSPACE && ! $WORKSPACE =~ ^[0-9]+$ ]]; then misused "--workspace is $WORKSPACE, expected MiB"; fi
+if ((!PLUGIN)) && [[ -n $PLUGIN_FILE ]]; then misused "--plugin and --no-plugin exclude each other"; fi
 
 # --- the kit itself: before anything of it is used --------------------------------------------------------------
 check_files() {
@@ -87,6 +88,8 @@ if ((${#WANTED[@]} == 0)); then WANTED=("${COMPONENTS[@]}"); fi
 for name in "${WANTED[@]}"; do
   if [[ " $COMPONENT_NAMES " != *" $name "* ]]; then misused "there is no component $name: $COMPONENT_NAMES"; fi
 done
+if [[ -z $PLUGIN_COMPONENTS ]]; then PLUGIN=0; fi # no policy of this kit has one
+takes_plugin() { ((PLUGIN)) && [[ " $PLUGIN_COMPONENTS " == *" $1 "* ]]; } # NAME
 
 # --- this machine -----------------------------------------------------------------------------------------------
 PROBLEMS=0
@@ -233,7 +236,9 @@ check_tools() {
     problem python3 "python3 was not found; it writes $ENGINES/engine.json" "sudo apt install python3"
   fi
   if ((!PLUGIN)); then
-    if ((STRIPPED)); then
+    if [[ -z $PLUGIN_COMPONENTS ]]; then
+      ok plugin "not needed"
+    elif ((STRIPPED)); then
       problem plugin "--no-plugin needs TensorRT 10.7 or later: below that a body wins over the plugin, so this kit has none" \
         "leave --no-plugin out"
     elif ((!BODY_FITS)); then
@@ -356,7 +361,7 @@ build_component() { # NAME
   local -a options=() shapes
   mapfile -t options < <(common_options)
   mapfile -t shapes <"kit/$name.args"
-  if ((PLUGIN)) && [[ $name == "$PRUNING" ]]; then
+  if takes_plugin "$name"; then
     # --staticPlugins only opens the library, which suits plugins that register themselves; ours is registered by
     # TensorRT, through the library's getCreators, so that one binary serves TensorRT 10.3 to 11
     options+=("--dynamicPlugins=$LIBRARY")
@@ -365,7 +370,7 @@ build_component() { # NAME
   inputs=$({
     grep -e "  $onnx\$" -e '  weights/' SHA256SUMS
     printf '%s\n' "${shapes[@]}" "${options[@]}" "$VERSION $FOUND_SM"
-    if ((PLUGIN)) && [[ $name == "$PRUNING" ]]; then checksum "$LIBRARY"; fi
+    if takes_plugin "$name"; then checksum "$LIBRARY"; fi
   } | sha256sum | cut -d ' ' -f 1)
   if [[ -f $engine && $(stamp_of "$STAMPS/$name" inputs) == "$inputs" &&
     $(stamp_of "$STAMPS/$name" output) == "$(checksum "$engine")" ]]; then
@@ -395,5 +400,6 @@ for name in "${COMPONENTS[@]}"; do
     exit 0
   fi
 done
+if ((!PLUGIN)); then rm -f "$LIBRARY"; fi
 python3 kit/write_record.py "$ENGINES" "$VERSION" "$FOUND_SM" "$PLUGIN"
 printf 'done: %s\nnext: ./verify.sh\n' "$HERE/$ENGINES"

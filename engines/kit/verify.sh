@@ -131,7 +131,7 @@ used() { # LOG: how much of what is allowed the worst output of a case needs
 }
 
 DIFFERENT=0 BROKEN=0
-show() { printf '%-9s %-26s %s\n' "$1" "$2" "$3"; }
+show() { printf '%-9s %-32s %s\n' "$1" "$2" "$3"; }
 
 compare_case() { # CASE COMPONENT PROFILE
   local case=$1 component=$2 profile=$3 log=logs/verify-$1.log verdict=PASS note="" status=0
@@ -147,8 +147,8 @@ compare_case() { # CASE COMPONENT PROFILE
       BROKEN=1
       return
     fi
-    note=$("$PYTHON" kit/check_choice.py "golden/$case.choice.json" "$wanted" "logs/$case.got.json" \
-      "logs/$case.wanted.json" 2>>"$log") || status=$?
+    note=$("$PYTHON" kit/check_choice.py "golden/$case.choice.json" "golden/$case.inputs.json" "$wanted" \
+      "logs/$case.got.json" "logs/$case.wanted.json" 2>>"$log") || status=$?
     if ((status == 3)); then
       show FAIL "$case" "$note"
       DIFFERENT=1

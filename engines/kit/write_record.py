@@ -19,28 +19,37 @@ RECORD = "engine.json"
 def write(engines: pathlib.Path, version: str, sm: str, plugin: bool) -> None:
     """Fill in what only the device knows, and put the record into place in one step."""
     record = json.loads(TEMPLATE.read_text(encoding="utf-8"))
-    record.update(version=version, sm=sm, plugin=plugin)
+    record.update(version=version, sm=sm)
     record["made_by"]["TensorRT"] = version
     for name, component in record["components"].items():
-        file = engines / component["file"]
-        component.update(
-            sha256=checksum(file), bytes=file.stat().st_size, build_seconds=float(stamp(engines, name))
-        )
+        component.update(content(engines, component), build_seconds=float(stamp(engines, name)))
+        component["plugin"] = component["plugin"] and plugin
+    if plugin:
+        record["plugin"].update(content(engines, record["plugin"]))
+    else:
+        record["plugin"] = None
     aside = engines / (RECORD + ".part")
     aside.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     aside.replace(engines / RECORD)
 
 
 def check(engines: pathlib.Path) -> int:
-    """Compare the engines with their record."""
+    """Compare the engines and the plugin with their record."""
     record = json.loads((engines / RECORD).read_text(encoding="utf-8"))
-    for component in record["components"].values():
-        file = engines / component["file"]
-        if not file.is_file() or checksum(file) != component["sha256"]:
+    plugin = [record["plugin"]] if record["plugin"] else []
+    for entry in [*record["components"].values(), *plugin]:
+        file = engines / entry["file"]
+        if not file.is_file() or checksum(file) != entry["sha256"]:
             print(f"error: {file} is missing or was changed since it was built", file=sys.stderr)
             print("hint: ./build.sh builds it again", file=sys.stderr)
             return 1
     return 0
+
+
+def content(engines: pathlib.Path, entry: dict) -> dict:
+    """Checksum and size of the file an entry names."""
+    file = engines / entry["file"]
+    return {"sha256": checksum(file), "bytes": file.stat().st_size}
 
 
 def stamp(engines: pathlib.Path, name: str) -> str:

@@ -7,28 +7,25 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ep_export.calibrate.choose import PolicyRequest, find_published, needs_calibration, resolve_policy
-from ep_export.calibrate.questions import GENERIC_QUESTIONS, read_questions
-from ep_export.calibrate.record import Candidate, Provenance, Record, read_record, write_record
+from ep_export.calibrate.choose import ScheduleRequest, find_published, needs_calibration, resolve_schedule
+from ep_export.calibrate.record import Candidate, Provenance, Record, read_calibration, write_calibration
 
 if TYPE_CHECKING:
     from ep_export.calibrate.figure import plot
     from ep_export.calibrate.run import calibrate
 
 __all__ = [
-    "GENERIC_QUESTIONS",
     "Candidate",
-    "PolicyRequest",
     "Provenance",
     "Record",
+    "ScheduleRequest",
     "calibrate",
     "find_published",
     "needs_calibration",
     "plot",
-    "read_questions",
-    "read_record",
-    "resolve_policy",
-    "write_record",
+    "read_calibration",
+    "resolve_schedule",
+    "write_calibration",
 ]
 
 

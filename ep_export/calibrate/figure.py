@@ -7,19 +7,29 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ep_export.aliases import short_name
-from ep_export.calibrate.record import RANDOM, Record
-from ep_export.policy import Select
+from ep_export.calibrate.record import RANDOM, Candidate, Record
+from ep_export.policy import MaxMin, Select
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["draw_entropy", "plot"]
+__all__ = ["HUES", "draw_entropy", "hue_of", "is_our_plot", "plot"]
 
 _Curve: TypeAlias = tuple[Sequence[float], Sequence[float]]
 
 _QUERY, _KEY, _MARK = "#1f5fa8", "#c4622d", "#2a2a2a"
-_SCORERS = {"paper": "#1f5fa8", "released": "#7a4fa3", "order2": "#2f8f83", "norm": "#c4622d"}
 _FLOOR = "#8a8a8a"
+_SPREAD = 0.09  # between neighbouring marks of a layer
+_SOFTWARE = "ep-export calibrate"  # in the PNG's own metadata: whose it is
+
+HUES = {
+    "paper": "#1f5fa8",
+    "released": "#7a4fa3",
+    "order2": "#2f8f83",
+    "norm": "#c4622d",
+    MaxMin().name: "#4d7c0f",
+}
+"""Colour of every score, and of choosers without one; both ends of a score share it."""
 
 
 def plot(record: Record, path: Path) -> None:
@@ -27,7 +37,7 @@ def plot(record: Record, path: Path) -> None:
 
     Args:
         record: A measured record.
-        path: The .png to write.
+        path: The picture to write.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -44,8 +54,22 @@ def plot(record: Record, path: Path) -> None:
         f"{short_name(record.model)}: {record.images} pictures{keep}", fontsize=12.5, fontweight="bold"
     )
     aside = path.with_name(f".{path.name}.part")
-    figure.savefig(aside, format="png")
-    aside.replace(path)
+    try:
+        figure.savefig(aside, format="png", metadata={"Software": _SOFTWARE})
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def is_our_plot(path: Path) -> bool:
+    """Whether `plot` wrote a file."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as picture:
+            return picture.info.get("Software") == _SOFTWARE
+    except (OSError, SyntaxError, ValueError):  # what Pillow raises on what is no picture
+        return False
 
 
 def draw_entropy(
@@ -100,32 +124,31 @@ def _draw_entropy(axes: Any, record: Record) -> None:
     _bare(axes)
 
 
+def hue_of(policy: str) -> str | None:
+    """The colour of a policy; None for one without."""
+    return HUES.get(_score(policy))
+
+
+def _score(policy: str) -> str:
+    """A policy's name without the end of the scores it keeps."""
+    return policy.removesuffix(f"-{Select.HIGHEST.value}").removesuffix(f"-{Select.LOWEST.value}")
+
+
 def _draw_candidates(axes: Any, record: Record) -> None:
     """KL by layer: a group of marks for each layer, filled for highest and open for lowest."""
-    from matplotlib.lines import Line2D
-
     layers = sorted({candidate.layer for candidate in record.candidates})
-    offsets = {
-        (scorer, select): (2 * i + j - 3.5) * 0.09
-        for i, scorer in enumerate(_SCORERS)
-        for j, select in enumerate(Select)
-    }
+    names = list(dict.fromkeys(c.policy for c in record.candidates if c.policy != RANDOM))
+    offsets = {name: (i - (len(names) - 1) / 2) * _SPREAD for i, name in enumerate(names)}
+    best = record.recommended.cuts[0] if record.recommended is not None else None
     for candidate in record.candidates:
         at = layers.index(candidate.layer)
-        low, high = candidate.kl_low or candidate.kl, candidate.kl_high or candidate.kl
-        if candidate.scorer == RANDOM:
-            axes.fill_between([at - 0.44, at + 0.44], low, high, color=_FLOOR, alpha=0.25, linewidth=0)
-            axes.hlines(candidate.kl, at - 0.44, at + 0.44, color=_FLOOR, linewidth=1.4)
+        if candidate.policy == RANDOM:
+            _draw_floor(axes, at, candidate)
             continue
-        colour = _SCORERS[candidate.scorer]
-        x = at + offsets[candidate.scorer, candidate.select or Select.HIGHEST]
-        axes.vlines(x, low, high, color=colour, linewidth=1.4, alpha=0.7)
-        face = colour if candidate.select is Select.HIGHEST else "white"
-        axes.plot(x, candidate.kl, "o", color=colour, markerfacecolor=face, markersize=6)
-        if record.recommended is not None and candidate.is_policy(record.recommended):
-            axes.plot(
-                x, candidate.kl, "o", markersize=14, markerfacecolor="none", color=_MARK, markeredgewidth=1.6
-            )
+        _draw_mark(axes, at + offsets[candidate.policy], candidate)
+        if best is not None and candidate.is_cut(best):
+            ring = {"markerfacecolor": "none", "color": _MARK, "markeredgewidth": 1.6}
+            axes.plot(at + offsets[candidate.policy], candidate.kl, "o", markersize=14, **ring)
     axes.set_xticks(range(len(layers)), [str(layer) for layer in layers])
     axes.set_xlim(-0.6, len(layers) - 0.4)
     if all((candidate.kl_low or 0) > 0 for candidate in record.candidates):
@@ -134,23 +157,44 @@ def _draw_candidates(axes: Any, record: Record) -> None:
     axes.set_ylabel("KL per answer token, nats (bars: 95% interval)")
     note = textwrap.fill(record.recommendation, 72)
     axes.set_title(f"fidelity to the unpruned model, lower is better\n{note}", fontsize=9.5, loc="left")
-    handles = [
-        Line2D([], [], marker="o", linestyle="", color=colour, label=name)
-        for name, colour in _SCORERS.items()
-    ]
+    _draw_legend(axes, names, recommended=best is not None)
+    _bare(axes)
+
+
+def _interval(candidate: Candidate) -> tuple[float, float]:
+    return candidate.kl_low or candidate.kl, candidate.kl_high or candidate.kl
+
+
+def _draw_floor(axes: Any, at: float, candidate: Candidate) -> None:
+    low, high = _interval(candidate)
+    axes.fill_between([at - 0.44, at + 0.44], low, high, color=_FLOOR, alpha=0.25, linewidth=0)
+    axes.hlines(candidate.kl, at - 0.44, at + 0.44, color=_FLOOR, linewidth=1.4)
+
+
+def _draw_mark(axes: Any, x: float, candidate: Candidate) -> None:
+    low, high = _interval(candidate)
+    colour = hue_of(candidate.policy) or _MARK
+    face = "white" if candidate.policy.endswith(Select.LOWEST.value) else colour
+    axes.vlines(x, low, high, color=colour, linewidth=1.4, alpha=0.7)
+    axes.plot(x, candidate.kl, "o", color=colour, markerfacecolor=face, markersize=6)
+
+
+def _draw_legend(axes: Any, names: Sequence[str], *, recommended: bool) -> None:
+    from matplotlib.lines import Line2D
+
+    dot: dict[str, Any] = {"marker": "o", "linestyle": ""}
+    scores = dict.fromkeys(map(_score, names))
+    handles = [Line2D([], [], color=HUES.get(score, _MARK), label=score, **dot) for score in scores]
     handles += [
-        Line2D(
-            [], [], marker="o", linestyle="", color=_MARK, markerfacecolor="white", label="open: lowest kept"
-        ),
+        Line2D([], [], color=_MARK, markerfacecolor="white", label="open: lowest kept", **dot),
         Line2D([], [], color=_FLOOR, linewidth=4, alpha=0.5, label="random tokens"),
     ]
-    if record.recommended is not None:
-        ring: dict[str, Any] = {"marker": "o", "markersize": 11, "markerfacecolor": "none", "color": _MARK}
-        handles.append(Line2D([], [], linestyle="", label="recommended", **ring))
+    if recommended:
+        ring: dict[str, Any] = {"markersize": 11, "markerfacecolor": "none", "color": _MARK}
+        handles.append(Line2D([], [], label="recommended", **ring, **dot))
     axes.legend(
         handles=handles, frameon=False, fontsize=8.5, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.13)
     )
-    _bare(axes)
 
 
 def _bare(axes: Any) -> None:

@@ -11,24 +11,32 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ep_export.documents import read_document, write_document
-from ep_export.errors import UserError
-from ep_export.policy import EvidenceKind, Keep, Policy, Scorer, Select
+from ep_export.errors import UserError, reason
+from ep_export.plan import check_schedule
+from ep_export.policy import Cut, EvidenceKind, Keep, Random, Schedule, chooser_named
 
-__all__ = ["RANDOM", "RECORD_FORMAT", "Candidate", "Provenance", "Record", "read_record", "write_record"]
+__all__ = [
+    "RANDOM",
+    "RECORD_FORMAT",
+    "Candidate",
+    "Provenance",
+    "Record",
+    "read_calibration",
+    "write_calibration",
+]
 
-RECORD_FORMAT = 1
-RANDOM = "random"
-"""Scorer name of the floor: tokens kept at random, several seeds averaged."""
+RECORD_FORMAT = 2
+RANDOM = Random().name
+"""Policy of the floor: tokens kept at random, several draws averaged."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """How one way of pruning compares with the unpruned model on the pictures.
+    """How one cut compares with the unpruned model on the pictures.
 
     Attributes:
         layer: K.
-        scorer: A `Scorer` value, or "random" for the floor.
-        select: Which end of the scores is kept; None for random.
+        policy: Name of its chooser; "random" for the floor.
         keep: Average over layers that was measured, as a ratio.
         kl: Mean KL(full || pruned) in nats over the answer positions, each picture weighing the same.
         kl_low: Lower end of its 95% interval over pictures (bootstrap).
@@ -37,17 +45,16 @@ class Candidate:
     """
 
     layer: int
-    scorer: str
-    select: Select | None
+    policy: str
     keep: float
     kl: float
     top1_agreement: float
     kl_low: float | None = None
     kl_high: float | None = None
 
-    def is_policy(self, policy: Policy) -> bool:
-        """Whether this measured that policy (candidates score the queries, jointly over pictures)."""
-        return (self.layer, self.scorer, self.select) == (policy.layer, policy.scorer.value, policy.select)
+    def is_cut(self, cut: Cut) -> bool:
+        """Whether this measured that cut."""
+        return (self.layer, self.policy) == (cut.layer, cut.chooser.name)
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,7 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Record:
-    """Everything calibration found out about one model.
+    """What calibration says about one model.
 
     Attributes:
         model: Alias, hub id or directory name.
@@ -86,14 +93,15 @@ class Record:
         ecl: The Entropy Collapse Layer K, None when there is no collapse.
         confidence: Share of bootstrap resamples of the pictures with the sharpest drop at the same layer.
         candidates: The fidelity table, empty when not measured.
-        recommended: The policy to use, None when nothing beats random.
+        recommended: The schedule to use, None when nothing beats random.
         provenance: Where this comes from.
         fingerprint: `Checkpoint.fingerprint` of the measured weights.
+        processor: `processor_fingerprint` of the tokenizer and picture processor it was measured with.
         query_spread: [L] standard deviation over pictures.
         key_spread: [L] the same of the keys.
         collapse_finding: One sentence: why there is or is no collapse.
-        recommendation: One sentence: why this policy, or none.
-        recommended_confidence: Share of bootstrap resamples in which the recommended policy is the best one.
+        recommendation: One sentence: why this schedule, or none.
+        recommended_confidence: Share of bootstrap resamples in which the recommended cut is the best one.
         keep: What was asked for.
         skipped: Files that could not be used, with the reason.
         format: Version of this structure.
@@ -107,9 +115,10 @@ class Record:
     ecl: int | None
     confidence: float | None
     candidates: tuple[Candidate, ...]
-    recommended: Policy | None
+    recommended: Schedule | None
     provenance: Provenance
     fingerprint: str | None = None
+    processor: str | None = None
     query_spread: tuple[float, ...] = ()
     key_spread: tuple[float, ...] = ()
     collapse_finding: str = ""
@@ -119,32 +128,35 @@ class Record:
     skipped: tuple[str, ...] = ()
     format: int = RECORD_FORMAT
 
-    def candidate_for(self, policy: Policy) -> Candidate | None:
-        """The measurement of that policy, if it was one of the candidates."""
-        from ep_export.policy import Source
-
-        if policy.source is not Source.QUERY:
+    def candidate_for(self, schedule: Schedule) -> Candidate | None:
+        """The measurement of that schedule, if it is one cut that was among the candidates."""
+        if len(schedule.cuts) != 1:
             return None
-        return next((c for c in self.candidates if c.is_policy(policy)), None)
+        return next((c for c in self.candidates if c.is_cut(schedule.cuts[0])), None)
 
     def random_floor(self, layer: int) -> Candidate | None:
         """The random floor at that layer, if it was measured."""
-        return next((c for c in self.candidates if c.scorer == RANDOM and c.layer == layer), None)
+        return next((c for c in self.candidates if c.policy == RANDOM and c.layer == layer), None)
 
 
-def read_record(path: Path) -> Record:
+def read_calibration(path: Path) -> Record:
     """Read a record and check that it is whole and makes sense.
 
     Raises:
-        UserError: Missing, not JSON, another structure, a newer format, or values out of range.
+        UserError: Missing, not JSON, another structure, another format, or values out of range.
     """
-    hint = "make one with `ep-export calibrate`"
     return read_document(
-        path, Record, what="calibration record", newest=RECORD_FORMAT, hint=hint, check=_check
+        path,
+        Record,
+        what="calibration record",
+        newest=RECORD_FORMAT,
+        oldest=RECORD_FORMAT,
+        hint="calibrate again with `ep-export calibrate`",
+        check=_check,
     )
 
 
-def write_record(path: Path, record: Record) -> None:
+def write_calibration(path: Path, record: Record) -> None:
     """Write a record, aside first and then renamed.
 
     Raises:
@@ -154,7 +166,7 @@ def write_record(path: Path, record: Record) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_document(path, record)
     except OSError as error:
-        message = f"calibration record {path} cannot be written: {error.strerror}"
+        message = f"calibration record {path} cannot be written: {error.strerror or reason(error)}"
         raise UserError(message, hint="give an --out you may write to") from error
 
 
@@ -162,7 +174,7 @@ def _check(record: Record) -> None:
     """What the types alone do not say.
 
     Raises:
-        ValueError: A layer out of range, an unknown scorer, or a curve of the wrong length or not finite.
+        ValueError: A cut that is impossible, an unknown policy, or a curve of the wrong length or not finite.
     """
     for name in ("query_entropy", "key_entropy", "query_spread", "key_spread"):
         curve = getattr(record, name)
@@ -170,12 +182,12 @@ def _check(record: Record) -> None:
             raise ValueError(f"{name} has {len(curve)} values for {record.layers} layers")
         if not all(math.isfinite(value) for value in curve):
             raise ValueError(f"{name} has values that are not finite")
-    layers = [candidate.layer for candidate in record.candidates]
-    layers += [record.recommended.layer] if record.recommended else []
-    layers += [record.ecl] if record.ecl is not None else []
-    if any(not 1 <= layer < record.layers for layer in layers):
-        raise ValueError(f"layer {max(layers)} or {min(layers)} is outside 1 to {record.layers - 1}")
-    scorers = {RANDOM, *(scorer.value for scorer in Scorer)}
-    for candidate in record.candidates:
-        if candidate.scorer not in scorers:
-            raise ValueError(f"scorer {candidate.scorer!r} is unknown")
+    if record.ecl is not None and not 1 <= record.ecl < record.layers:
+        raise ValueError(f"ecl is {record.ecl}, expected 1 to {record.layers - 1}")
+    try:
+        schedules = [Schedule((Cut(c.layer, chooser_named(c.policy)),)) for c in record.candidates]
+        schedules += [] if record.recommended is None else [record.recommended]
+        for schedule in schedules:
+            check_schedule(schedule, record.layers)
+    except UserError as error:
+        raise ValueError(str(error)) from error

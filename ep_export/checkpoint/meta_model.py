@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ep_export.errors import UserError
+from ep_export.errors import as_user_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -25,11 +25,7 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForImageTextToText
 
-    try:
-        with torch.device("meta"):
-            return AutoModelForImageTextToText.from_config(config, trust_remote_code=False).eval()
-    except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, RuntimeError) as error:
-        raise UserError(
-            f"the config of model_type {config.model_type!r} does not make a model: {error}",
-            hint="fetch the checkpoint's config.json again, or upgrade transformers",
-        ) from error
+    sentence = f"the config of model_type {config.model_type!r} does not make a model"
+    hint = "fetch the checkpoint's config.json again, or upgrade transformers"
+    with as_user_error(sentence, hint=hint), torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config, trust_remote_code=False).eval()

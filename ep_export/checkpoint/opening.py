@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ep_export.aliases import ALIASES, find_alias
-from ep_export.checkpoint.safetensors_index import TensorRef, read_json_object, read_tensors
+from ep_export.checkpoint.safetensors_index import TensorRef, read_tensors
 from ep_export.dims import DecoderDims
-from ep_export.errors import UserError, near_matches
+from ep_export.documents import read_json_object
+from ep_export.errors import UserError, as_user_error, near_matches
 from ep_export.families import family_of
 from ep_export.families.base import Family
+from ep_export.families.bounds import check_dims, check_sizes
 from ep_export.garbage import collector_paused
 
 if TYPE_CHECKING:
@@ -47,6 +49,7 @@ _PROCESSOR_FILES = (
 """The plain data files of processors. Nothing else of a checkpoint is taken along: no code."""
 
 _SAMPLE_BYTES = 4096
+_FETCH = "fetch the checkpoint again"
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,7 @@ def _open(model: str, revision: str | None) -> Checkpoint:
         path=path,
         dtype=_main_dtype(tensors),
         tensors=tensors,
-        fingerprint=_fingerprint(read_json_object(path / "config.json"), tensors),
+        fingerprint=_fingerprint(read_json_object(path / "config.json", hint=_FETCH), tensors),
         processor_files=tuple(path / name for name in _PROCESSOR_FILES if (path / name).is_file()),
     )
 
@@ -148,26 +151,21 @@ def _model_config(source: str, revision: str | None, file: Path) -> ModelConfig:
         raise UserError(
             f"{file.parent} has no config.json", hint="give the directory of a Hugging Face checkpoint"
         )
-    raw = read_json_object(file)
+    raw = read_json_object(file, hint=_FETCH)
     model_type = raw.get("model_type")
     if not isinstance(model_type, str):
         raise UserError(f"{file} names no model_type", hint="give the directory of a Hugging Face checkpoint")
     family = family_of(model_type)
     if raw.get("quantization_config"):
         raise UserError(f"{file} describes a quantized checkpoint", hint="give the unquantized checkpoint")
-    config = _parse_config(file, model_type, raw)
-    return ModelConfig(source, revision, config, family, family.dims(config))
-
-
-def _parse_config(file: Path, model_type: str, raw: dict[str, Any]) -> PreTrainedConfig:
     from transformers import CONFIG_MAPPING
 
-    try:
-        return CONFIG_MAPPING[model_type].from_dict(raw)
-    except Exception as error:
-        line = str(error).strip().splitlines()
-        reason = line[-1].strip() if line else type(error).__name__
-        raise UserError(f"{file} is no valid {model_type} config: {reason}", hint="fetch it again") from error
+    check_sizes(raw, str(file))
+    with as_user_error(f"{file} is no valid {model_type} config", hint="fetch it again"):
+        config = CONFIG_MAPPING[model_type].from_dict(raw)
+    dims = family.dims(config)
+    check_dims(dims, str(file))
+    return ModelConfig(source, revision, config, family, dims)
 
 
 def _locate(model: str, revision: str | None) -> Path:

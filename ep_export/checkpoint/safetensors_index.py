@@ -7,17 +7,17 @@ https://huggingface.co/docs/safetensors (8-byte little-endian header length, JSO
 
 from __future__ import annotations
 
-import json
 import math
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ep_export.errors import UserError
+from ep_export.documents import parse_json, read_json_object
+from ep_export.errors import UserError, reason
 
-__all__ = ["DTYPES", "TensorRef", "find_shards", "read_json_object", "read_shard", "read_tensors"]
+__all__ = ["DTYPES", "TensorRef", "find_shards", "read_shard", "read_tensors"]
 
 DTYPES: Mapping[str, tuple[str, int]] = {
     "F64": ("float64", 8),
@@ -38,6 +38,9 @@ DTYPES: Mapping[str, tuple[str, int]] = {
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _MAX_HEADER_BYTES = 100_000_000  # the reference implementation's own limit
+_MAX_SIZE = 1 << 48  # of an axis, and of an offset: 256 TiB
+_MAX_RANK = 8  # the patch embedding of a video, [d, channels, time, height, width], has 5
+_MAX_NAME_BYTES = 255  # of a file, on every file system in use
 _FETCH = "fetch the checkpoint again"
 
 
@@ -124,9 +127,9 @@ def read_shard(file: Path) -> tuple[TensorRef, ...]:
             )
         raw = stream.read(length)
     try:
-        header = json.loads(raw, object_pairs_hook=_unique_keys)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} has a broken safetensors header: {error}", hint=_FETCH) from error
+        header = parse_json(raw, unique_keys=True)
+    except ValueError as error:
+        raise UserError(f"{file} has a broken safetensors header: {reason(error)}", hint=_FETCH) from error
     if not isinstance(header, dict):
         raise UserError(f"{file} has a safetensors header that is no JSON object", hint=_FETCH)
     start = 8 + length
@@ -136,24 +139,9 @@ def read_shard(file: Path) -> tuple[TensorRef, ...]:
     return tuple(refs)
 
 
-def read_json_object(file: Path) -> dict[str, Any]:
-    """A JSON file whose top level is an object.
-
-    Raises:
-        UserError: It is not.
-    """
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise UserError(f"{file} is not readable JSON: {error}", hint=_FETCH) from error
-    if not isinstance(value, dict):
-        raise UserError(f"{file} holds a JSON {type(value).__name__}, expected an object", hint=_FETCH)
-    return value
-
-
 def _weight_map(directory: Path) -> dict[str, str]:
     file = directory / _INDEX
-    mapping = read_json_object(file).get("weight_map")
+    mapping = read_json_object(file, hint=_FETCH).get("weight_map")
     if not isinstance(mapping, dict) or not mapping or not all(isinstance(v, str) for v in mapping.values()):
         raise UserError(f"{file} has no weight_map of tensor names to shards", hint=_FETCH)
     return mapping
@@ -161,7 +149,8 @@ def _weight_map(directory: Path) -> dict[str, str]:
 
 def _refuse_escape(directory: Path, name: str) -> None:
     """Shards lie directly in the directory; an index from elsewhere must not reach other files."""
-    if name in ("", ".", "..") or "/" in name or "\\" in name or not name.endswith(".safetensors"):
+    plain = name.isprintable() and not set(name) & set("/\\") and name.endswith(".safetensors")
+    if not plain or len(name.encode()) > _MAX_NAME_BYTES:
         raise UserError(
             f"{_INDEX} in {directory} names {name!r}, expected the plain name of a .safetensors file",
             hint="do not use this checkpoint; fetch it again from its publisher",
@@ -177,15 +166,6 @@ def _other_format(directory: Path) -> str:
     return "give a directory with the checkpoint's .safetensors files"
 
 
-def _unique_keys(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in result:
-            raise ValueError(f"key {key!r} appears twice")
-        result[key] = value
-    return result
-
-
 def _entry(file: Path, name: str, item: Any, start: int) -> TensorRef:
     where = f"tensor {name} in {file}"
     if not isinstance(item, dict):
@@ -193,9 +173,9 @@ def _entry(file: Path, name: str, item: Any, start: int) -> TensorRef:
     dtype: Any = item.get("dtype")
     shape: Any = item.get("shape")
     span: Any = item.get("data_offsets")
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise UserError(f"{where} has dtype {dtype!r}, expected one of {', '.join(DTYPES)}", hint=_FETCH)
-    if not _naturals(shape) or not _naturals(span) or len(span) != 2:
+    if not _sizes(shape) or len(shape) > _MAX_RANK or not _sizes(span) or len(span) != 2:
         raise UserError(f"{where} has shape {shape!r} and data_offsets {span!r}, expected sizes", hint=_FETCH)
     kind, width = DTYPES[dtype]
     expected, found = math.prod(shape) * width, span[1] - span[0]
@@ -206,8 +186,8 @@ def _entry(file: Path, name: str, item: Any, start: int) -> TensorRef:
     return TensorRef(name, file, start + span[0], found, kind, tuple(shape))
 
 
-def _naturals(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+def _sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and 0 <= item <= _MAX_SIZE for item in value)
 
 
 def _check_layout(file: Path, refs: list[TensorRef], start: int, size: int) -> None:

@@ -1,90 +1,200 @@
-"""`ep-export bench`: prefill, first token, decode and caches of a bundle, full against pruned."""
+"""`ep-export bench`: how fast a bundle is, and how near its policies come to its own unpruned answers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ep_export.cli.console import note, print_json, print_table, progress_bar
 from ep_export.cli.options import bundle_argument, image_option, json_option, keep_options, optional_keep
+from ep_export.cli.runtime import backend_sentence, open_backend, runtime_options
+from ep_export.documents import encode
+from ep_export.errors import UsageError
 
 if TYPE_CHECKING:
-    from ep_export.benchmark import Benchmark, Spread
+    from ep_export.benchmark import Agreement, Asked, Latency, PrunedSide, Spread
 
 __all__ = ["bench"]
+
+_PROMPT = "What is in the picture?"
 
 
 @click.command()
 @bundle_argument
 @image_option
-@click.option("--prompt", default="What is in the picture?", show_default=True, help="The question.")
+@click.option(
+    "--images",
+    "folder",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder of pictures: also compare answers with those of the unpruned bundle.",
+)
+@click.option(
+    "--prompts",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="With --images: JSON, picture name -> questions [--prompt about each].",
+)
+@click.option("--prompt", help=f"The question [{_PROMPT}].")
 @keep_options(required=False)
+@click.option(
+    "--policy",
+    "policies",
+    multiple=True,
+    metavar="NAME",
+    help="A policy of the bundle, used at all its cuts; may repeat. Here several are alternatives, compared "
+    "in one run; in `ep-export run` they are one a cut [the bundle's own].",
+)
 @click.option(
     "--max-new-tokens",
     type=click.IntRange(2),
     default=16,
     show_default=True,
-    help="Generated in every round, end tokens ignored.",
+    help="Generated in every round, end tokens ignored; longest answer to compare.",
 )
 @click.option(
-    "--rounds", type=click.IntRange(3), default=9, show_default=True, help="Measured rounds, both sides each."
+    "--rounds", type=click.IntRange(3), default=9, show_default=True, help="Measured rounds, all sides each."
 )
-@click.option("--threads", type=click.IntRange(1), help="CPU threads [all].")
+@runtime_options
 @json_option
 def bench(
     bundle: Path,
     images: Sequence[Path],
-    prompt: str,
+    folder: Path | None,
+    prompts: Path | None,
+    prompt: str | None,
     keep: float | None,
     keep_tokens: int | None,
+    policies: Sequence[str],
     max_new_tokens: int,
     rounds: int,
-    threads: int | None,
     as_json: bool,
+    **backend_options: Any,
 ) -> None:
-    """Measure a bundle here, full against pruned, in one run. Without --image, about a test card."""
-    from ep_export.benchmark import measure
+    """Measure a bundle here: unpruned against one or several policies, in one run.
+
+    Times are about the given pictures together, or the first of the folder, or a test card.
+    """
+    from ep_export.benchmark import measure_agreement, measure_latency
     from ep_export.bundle import Bundle
     from ep_export.runtime import Session, open_picture
     from ep_export.testcards import make_cards
 
     wanted = optional_keep(keep, keep_tokens)
-    pictures = [open_picture(path) for path in images] or make_cards()[:1]
-    opened = Bundle.open(bundle)
-    with Session.open(opened, threads=threads) as session, progress_bar() as progress:
-        found = measure(
+    asked = _asked(folder, prompts, prompt, images)
+    names = tuple(dict.fromkeys(policies))
+    sides: Sequence[tuple[str, ...]] = [(name,) for name in names] or [()]
+    opened = Bundle.open(bundle, verify=backend_options["verify"])
+    for side in sides:
+        opened.manifest.scheduled(side)  # refused before components are opened
+    backend = open_backend(opened, **backend_options)
+    shown = [asked[0].picture] if asked else images
+    with Session.open(opened, runner=backend) as session, progress_bar() as progress:
+        latency = measure_latency(
             session,
-            pictures,
-            prompt,
-            keep=wanted or opened.manifest.keep,
+            [open_picture(path) for path in shown] or make_cards()[:1],
+            asked[0].question if asked else prompt or _PROMPT,
+            keep=wanted,
+            policies=sides,
             new_tokens=max_new_tokens,
             rounds=rounds,
             progress=progress,
         )
+        agreement: tuple[Agreement, ...] = ()
+        if asked:
+            agreement = measure_agreement(
+                session,
+                asked,
+                keep=wanted,
+                policies=sides,
+                max_new_tokens=max_new_tokens,
+                progress=progress,
+            )
+    if sentence := backend_sentence(backend):
+        note(sentence)
     if as_json:
-        print_json(found)
+        print_json(_as_json(latency, agreement))
         return
-    print_table(str(bundle), ("median (quartiles)", "full", "pruned", "full / pruned"), _rows(found))
-    note(
-        f"{found.prompt_tokens} prompt tokens, {found.visual_tokens} visual; {found.rounds} rounds of "
-        f"{found.new_tokens} tokens, both sides in turn, after one to warm up"
-    )
-    note(f"decoder FLOPs of prefill, full / pruned: {found.predicted_prefill:.2f}")
-    if found.peak_memory_bytes:
-        note(f"largest resident memory of this process: {found.peak_memory_bytes / 2**20:.0f} MiB")
+    _print(bundle, latency, agreement)
 
 
-def _rows(found: Benchmark) -> list[tuple[str, str, str, str]]:
-    full, pruned, gain = found.full.latency_ms, found.pruned.latency_ms, found.speedup
-    kept = found.full.visual_tokens_kept, found.pruned.visual_tokens_kept
-    kv = found.full.kv_bytes, found.pruned.kv_bytes
+def _asked(
+    folder: Path | None, prompts: Path | None, prompt: str | None, images: Sequence[Path]
+) -> list[Asked]:
+    """Every question about every picture of the folder.
+
+    Raises:
+        UsageError: Options that exclude or need each other.
+        UserError: The folder holds no picture, or the file asks nothing of one.
+    """
+    from ep_export.benchmark import Asked
+    from ep_export.measure.pictures import find_pictures
+    from ep_export.measure.prompts import questions_for, read_questions
+
+    if folder is None:
+        if prompts is not None:
+            raise UsageError("--prompts asks about the pictures of --images", hint="add --images DIR")
+        return []
+    if images:
+        raise UsageError("--image and --images exclude each other", hint="give one of them")
+    if prompts is not None and prompt is not None:
+        raise UsageError("--prompt and --prompts exclude each other", hint="give one of them")
+    questions = read_questions(prompts) if prompts else [prompt or _PROMPT]
     return [
-        ("visual tokens from layer K on", str(kept[0]), str(kept[1]), f"{kept[0] / max(1, kept[1]):.2f}"),
+        Asked(picture.path, question)
+        for turn, picture in enumerate(find_pictures(folder))
+        for question in questions_for(questions, picture.name, turn)
+    ]
+
+
+def _as_json(latency: Latency, agreement: Sequence[Agreement]) -> dict[str, Any]:
+    """Times as they are; with every policy its agreement, null where no answers were compared."""
+    told: dict[str, Any] = encode(latency)
+    for number, side in enumerate(told["pruned"]):
+        side["agreement"] = encode(agreement[number]) if agreement else None
+    return told
+
+
+def _print(bundle: Path, latency: Latency, agreement: Sequence[Agreement]) -> None:
+    for side in latency.pruned:
+        header = ("median (quartiles)", "unpruned", side.policy, "unpruned / pruned")
+        print_table(str(bundle), header, _rows(latency, side))
+    if agreement:
+        rows = [
+            (side.policy, f"{found.exact:.1%}", f"{found.top1:.1%}", f"{found.kl:.4f}")
+            for side, found in zip(latency.pruned, agreement, strict=True)
+        ]
+        print_table(
+            "against the bundle's own unpruned answers", ("policy", "exact answers", "top-1", "KL"), rows
+        )
+        first = agreement[0]
+        note(
+            f"{first.questions} questions, {first.tokens} tokens of unpruned greedy answers. exact: answers "
+            "equal token for token; top-1: tokens the pruned bundle prefers too, given those before; KL: of "
+            "the next token, unpruned to pruned, nats a token"
+        )
+    note(
+        f"{latency.prompt_tokens} prompt tokens, {latency.visual_tokens} visual; {latency.rounds} rounds of "
+        f"{latency.new_tokens} tokens, all sides in turn, after one to warm up"
+    )
+    if latency.peak_memory_bytes:
+        note(f"largest resident memory of this process: {latency.peak_memory_bytes / 2**20:.0f} MiB")
+
+
+def _rows(latency: Latency, side: PrunedSide) -> list[tuple[str, str, str, str]]:
+    full, pruned, gain = latency.full.latency_ms, side.latency_ms, side.speedup
+    kept = ", ".join(map(str, side.visual_tokens_kept))
+    kv = latency.full.kv_bytes, side.kv_bytes
+    ratio = latency.visual_tokens / max(1, side.visual_tokens_kept[-1])
+    return [
+        ("visual tokens after every cut", str(latency.visual_tokens), kept, f"{ratio:.2f}"),
         _row("vision encoder, ms", full.vision, pruned.vision, gain.vision),
         _row("prefill, ms", full.prefill, pruned.prefill, gain.prefill),
+        ("- by decoder FLOPs", "", "", f"{side.predicted_prefill:.2f}"),
+        ("- of it prune components, ms", "", _text(side.prune_ms), ""),
         _row("first token, ms", full.first_token, pruned.first_token, gain.first_token),
         _row("decode, ms a token", full.decode, pruned.decode, gain.decode),
         (

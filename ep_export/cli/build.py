@@ -10,18 +10,11 @@ import click
 from click.core import ParameterSource
 
 from ep_export.bundle import Dialect, Precision, WeightsMode
-from ep_export.cli.choice import policy_request
 from ep_export.cli.compile import compile_json, compile_request, limit_options, print_compiled
 from ep_export.cli.console import note, print_json, print_table, progress_bar
-from ep_export.cli.options import (
-    export_options,
-    json_option,
-    keep_from,
-    keep_options,
-    model_option,
-    policy_options,
-)
+from ep_export.cli.options import export_options, json_option, keep_options, model_option, optional_keep
 from ep_export.cli.plan import plan_json, plan_rows
+from ep_export.cli.schedule import schedule_options, schedule_request
 from ep_export.targets import find_target
 
 if TYPE_CHECKING:
@@ -35,7 +28,7 @@ EXIT_DIFFERENT = 3
 @click.command()
 @model_option
 @keep_options(required=True)
-@policy_options
+@schedule_options
 @click.option(
     "--images",
     type=click.Path(path_type=Path),
@@ -102,8 +95,8 @@ def build_request(options: dict[str, Any]) -> BuildRequest:
     out = options["out"] or Path(f"{Path(options['model']).name}-ep")
     return BuildRequest(
         model=options["model"],
-        keep=keep_from(options["keep"], options["keep_tokens"]),
-        policy=policy_request(options),
+        keep=optional_keep(options["keep"], options["keep_tokens"]),
+        schedule=schedule_request(options),
         out=out,
         overwrite=options["overwrite"],
         dialect=Dialect(options["dialect"]),
@@ -116,13 +109,13 @@ def build_request(options: dict[str, Any]) -> BuildRequest:
 
 
 def show_plan(prepared: Prepared) -> None:
-    """The plan and what its policy stands on, before time is spent."""
+    """The plan and what its schedule stands on, before time is spent."""
     plan, request = prepared.plan, prepared.request
-    title = f"{request.model} -> {request.out}, keep {request.keep}"
+    title = f"{request.model} -> {request.out}, keep {plan.keep}"
     print_table(
         title, ("for one typical picture", "full", "pruned", "saved"), plan_rows(plan, "fp16"), err=True
     )
-    note(f"policy:   {prepared.policy}")
+    note(f"schedule: {plan.schedule}")
     note(f"evidence: {prepared.evidence.summary} [{prepared.evidence.kind.value}]")
 
 

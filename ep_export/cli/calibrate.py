@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ep_export.cli.console import note, print_json, print_table, progress_bar
-from ep_export.cli.options import json_option, keep_from, keep_options, model_option
+from ep_export.cli.options import json_option, keep_options, model_option, optional_keep
 from ep_export.errors import UsageError
 
 if TYPE_CHECKING:
@@ -35,6 +35,9 @@ __all__ = ["calibrate"]
 )
 @click.option("--device", default="cpu", show_default=True, help="Where torch runs, e.g. cuda.")
 @click.option(
+    "--jobs", type=click.IntRange(1), default=1, show_default=True, help="Processes; each holds the model."
+)
+@click.option(
     "--out", type=click.Path(path_type=Path), metavar="FILE", help="Record to write [./<model>.json]."
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing record.")
@@ -49,6 +52,7 @@ def calibrate(
     max_images: int | None,
     seed: int,
     device: str,
+    jobs: int,
     out: Path | None,
     overwrite: bool,
     as_json: bool,
@@ -57,11 +61,13 @@ def calibrate(
 
     An interrupted run goes on where it stopped when the same command is given again.
     """
-    from ep_export.calibrate import GENERIC_QUESTIONS, read_questions
     from ep_export.calibrate import calibrate as measure
     from ep_export.checkpoint import open_checkpoint
+    from ep_export.measure.prompts import GENERIC_QUESTIONS, read_questions
 
-    wanted = keep_from(keep, keep_tokens)
+    wanted = optional_keep(keep, keep_tokens)
+    if wanted is None:
+        raise UsageError("how much to keep is not given", hint="add --keep 0.25, or --keep-tokens N")
     file = out or Path(f"{Path(model).name}.json")
     if file.exists() and not overwrite:
         raise UsageError(f"{file} exists already", hint="give another --out, or --overwrite to replace it")
@@ -76,8 +82,10 @@ def calibrate(
             max_images=max_images,
             seed=seed,
             device=device,
+            jobs=jobs,
             out=file,
             progress=progress,
+            announce=note,
         )
     if as_json:
         print_json(record)
@@ -97,17 +105,10 @@ def show_record(record: Record) -> None:
         f"layer entropy in nats over {record.images} pictures", ("layer", "queries", "keys", ""), rows
     )
     ranked = [
-        (
-            str(c.layer),
-            c.scorer,
-            c.select.value if c.select else "-",
-            f"{c.kl:.4f}",
-            f"{c.top1_agreement:.1%}",
-        )
+        (str(c.layer), c.policy, f"{c.kl:.4f}", f"{c.top1_agreement:.1%}")
         for c in sorted(record.candidates, key=lambda c: c.kl)
     ]
-    header = ("K", "scorer", "select", "KL", "top-1")
-    print_table("fidelity to the unpruned model, best first", header, ranked)
+    print_table("fidelity to the unpruned model, best first", ("K", "policy", "KL", "top-1"), ranked)
     click.echo(record.collapse_finding)
     click.echo(record.recommendation)
     for skipped in record.skipped:

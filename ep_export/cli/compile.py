@@ -12,6 +12,7 @@ import click
 from ep_export.bundle import Bundle, Precision
 from ep_export.cli.console import note, print_json, print_table, progress_bar
 from ep_export.cli.options import bundle_argument, json_option
+from ep_export.cli.schedule import parse_chooser
 from ep_export.targets import Target, find_target
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def limit_options(function: _F) -> _F:
-    """What engines must be able to do."""
+    """What engines must be able to do, and what is no engine."""
     for option in reversed(
         (
             click.option(
@@ -51,6 +52,11 @@ def limit_options(function: _F) -> _F:
                 metavar="T",
                 help="Most visual tokens kept [all of a prompt's]. TensorRT-RTX takes fewer than 3840.",
             ),
+            click.option(
+                "--prune-on",
+                type=click.Choice(["target", "cpu"]),
+                help="cpu: ONNX Runtime runs the prune components, beside the engines [target].",
+            ),
         )
     ):
         function = option(function)
@@ -60,9 +66,18 @@ def limit_options(function: _F) -> _F:
 @click.command("compile")
 @bundle_argument
 @click.option("--target", "name", required=True, metavar="T", help="See `ep-export targets`, or a file.toml.")
+@click.option(
+    "--policy",
+    "policies",
+    multiple=True,
+    metavar="NAME",
+    help="Have this policy ready too, beside those of the bundle's schedule; may repeat.",
+)
 @limit_options
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="[BUNDLE/engines/T]")
-@click.option("--overwrite", is_flag=True, help="Replace earlier engines or an earlier kit.")
+@click.option(
+    "--overwrite", is_flag=True, help="Replace an earlier kit, and engines that would be others now."
+)
 @click.option("--force", is_flag=True, help="Go on although the estimate says that it does not fit.")
 @click.option(
     "--plugin",
@@ -86,6 +101,8 @@ def compile_verb(bundle: Path, name: str, verify: bool, as_json: bool, **options
 
     TensorRT-RTX targets compile here, without a GPU. TensorRT targets compile where their GPU is;
     elsewhere this writes a kit: two commands on the device compile it and compare it with PyTorch.
+
+    Run again, it compiles what is missing: after `ep-export policy add`, that policy's small engine.
     """
     from ep_export.engine.compile import compile_bundle
 
@@ -104,13 +121,17 @@ def compile_verb(bundle: Path, name: str, verify: bool, as_json: bool, **options
 
 
 def compile_request(target: Target, options: dict[str, Any]) -> CompileRequest:
-    """A typed request from the options of the verb."""
+    """A typed request from the options of the verb, or from those of `build`."""
     from ep_export.engine.compile import CompileRequest
+    from ep_export.engine.placement import PruneOn
     from ep_export.engine.profiles import LimitsRequest
 
+    prune_on = options["prune_on"]
     return CompileRequest(
         target,
         LimitsRequest(**{field.name: options[field.name] for field in fields(LimitsRequest)}),
+        policies=tuple(parse_chooser(name).name for name in options.get("policies", ())),
+        prune_on=PruneOn(prune_on) if prune_on else None,
         out=options["out"],
         overwrite=options["overwrite"],
         force=options["force"],
@@ -124,22 +145,27 @@ def compile_json(target: Target, result: CompileResult) -> dict[str, Any]:
     """The result for scripts."""
     return {
         "target": target.name,
-        "made": result.made,
+        "made": result.output,
         "directory": None if result.directory is None else str(result.directory),
         "reason": result.reason or None,
         "limits": result.limits,
         "estimate": result.estimate,
         "record": result.record,
+        "reused": result.reused,
     }
 
 
 def print_compiled(target: Target, result: CompileResult) -> None:
-    """What was made, on stderr."""
+    """What compiling left, on stderr."""
     if result.directory is None:
         note(f"nothing to compile for {target.name}: {result.reason}")
         return
     if result.record:
-        rows = [_engine_row(name, engine) for name, engine in result.record.components.items()]
+        rows = [
+            _engine_row(name, engine, reused=name in result.reused)
+            for name, engine in result.record.components.items()
+        ]
+        rows += [(name, "-", "-", "ONNX Runtime, on the CPU") for name in result.record.on_cpu]
         title = f"{target.name}: SM {result.record.sm}, {target.flavour.value} {result.record.version}"
         print_table(title, ("engine", "size", "compiled in", "profiles"), rows, err=True)
         note(f"not run here; {_limits(result)}")
@@ -158,9 +184,10 @@ def _advise(target: Target, precision: Precision) -> None:
         )
 
 
-def _engine_row(name: str, engine: EngineFile) -> tuple[str, ...]:
+def _engine_row(name: str, engine: EngineFile, *, reused: bool) -> tuple[str, ...]:
     profiles = ", ".join(profile.name for profile in engine.profiles)
-    return name, f"{engine.bytes / 1e6:.1f} MB", f"{engine.build_seconds:.1f} s", profiles
+    time = "was there" if reused else f"{engine.build_seconds:.1f} s"
+    return name, f"{engine.bytes / 1e6:.1f} MB", time, profiles
 
 
 def _limits(result: CompileResult) -> str:

@@ -1,4 +1,8 @@
-"""Printing: data on stdout, progress and notes on stderr. Meaning survives without colour."""
+"""Printing: data on stdout, progress and notes on stderr. Meaning survives without colour.
+
+File names, chat templates and what libraries say about them are other people's text. On stderr and in tables
+it is shown with everything that moves a cursor, rings a bell or begins a line written out.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,26 @@ import click
 from ep_export.documents import encode
 from ep_export.progress import Progress
 
-__all__ = ["note", "print_json", "print_table", "progress_bar"]
+__all__ = ["note", "print_error", "print_json", "print_table", "printable", "progress_bar"]
+
+_MOST_CHARACTERS = 1000  # of a message: a dozen lines of a terminal
+
+
+def printable(text: str) -> str:
+    """Text on one line as a terminal shows it: line ends, control and formatting characters as escapes.
+
+    Right-to-left marks and lone surrogates (names that are not UTF-8) count among them.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def print_error(message: str, hint: str) -> None:
+    """The one line of an error, and the one of its hint, on stderr."""
+    click.echo(f"error: {_cut(printable(message.strip()))}", err=True)
+    if hint:
+        click.echo(f"hint: {_cut(printable(hint.strip()))}", err=True)
 
 
 def print_json(value: Any) -> None:
@@ -22,7 +45,15 @@ def print_json(value: Any) -> None:
 
 def note(text: str) -> None:
     """A line for the person, on stderr."""
-    click.echo(text, err=True)
+    click.echo(printable(text), err=True)
+
+
+def _cut(text: str) -> str:
+    """A long message without its middle: the object stands in front, the reason behind."""
+    if len(text) <= _MOST_CHARACTERS:
+        return text
+    front, back = 2 * _MOST_CHARACTERS // 3, _MOST_CHARACTERS // 3
+    return f"{text[:front]} … {text[-back:]}"
 
 
 def print_table(
@@ -47,7 +78,7 @@ def print_table(
     for name in header:
         table.add_column(name, overflow="fold")
     for row in rows:
-        table.add_row(*map(Text, row))  # as it is: shapes in brackets are no markup
+        table.add_row(*(Text(printable(cell)) for cell in row))  # shapes in brackets are no markup
     console.print(table)
 
 

@@ -8,7 +8,8 @@ import click
 
 from ep_export.cli.build import build_request, print_bundle, show_plan
 from ep_export.cli.console import progress_bar
-from ep_export.cli.options import export_options, json_option, keep_options, model_option, policy_options
+from ep_export.cli.options import export_options, json_option, keep_options, model_option
+from ep_export.cli.schedule import schedule_options
 
 __all__ = ["export"]
 
@@ -16,7 +17,7 @@ __all__ = ["export"]
 @click.command()
 @model_option
 @keep_options(required=True)
-@policy_options
+@schedule_options
 @export_options
 @json_option
 def export(as_json: bool, **options: Any) -> int:

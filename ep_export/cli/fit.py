@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from ep_export.fit import Estimate
     from ep_export.targets import Target
 
-__all__ = ["fit_json", "print_fit"]
+__all__ = ["fit_json", "plan_fit_json", "print_fit"]
 
 
 def fit_json(guess: Estimate) -> dict[str, Any]:
@@ -18,11 +18,18 @@ def fit_json(guess: Estimate) -> dict[str, Any]:
     from ep_export.documents import encode
     from ep_export.fit import FORMULAS
 
-    fits = {
-        name: figures.total_bytes <= guess.available_bytes
-        for name, figures in (("full", guess.full), ("pruned", guess.pruned))
-    }
+    fits = {"full": guess.fits(guess.full), "pruned": guess.fits(guess.pruned)}
     return {**encode(guess), "fits": fits, "formulas": FORMULAS}
+
+
+def plan_fit_json(guess: Estimate | None) -> dict[str, Any]:
+    """What `plan --target` adds to a plan: the estimate, and whether the pruned model, which will run, fits.
+
+    Both are null for a target without published figures.
+    """
+    if guess is None:
+        return {"target": None, "fits": None}
+    return {"target": fit_json(guess), "fits": guess.fits(guess.pruned)}
 
 
 def print_fit(target: Target, guess: Estimate | None) -> None:

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import click
 
-from ep_export.bundle import Bundle, Component, Manifest
+from ep_export.bundle import Bundle, Component, Manifest, Role
 from ep_export.cli.console import print_json, print_table
 from ep_export.cli.options import bundle_argument, json_option
+from ep_export.errors import UserError
 
 __all__ = ["inspect"]
 
@@ -22,16 +23,34 @@ __all__ = ["inspect"]
 def inspect(bundle: Path, verify: bool, as_json: bool) -> None:
     """Check a bundle's files and print its manifest."""
     manifest = Bundle.open(bundle, verify=verify).manifest
+    _check_components(manifest)
     if as_json:
         print_json(manifest)
         return
     print_table(str(bundle), ("", ""), _facts(manifest, verified_files=verify))
+    header = ("component", "does", "layers", "policy", "MB")
+    print_table("components", header, [_row(manifest, component) for component in manifest.components])
     for component in manifest.components:
         print_table(component.file, ("", "tensor", "type", "shape"), _interface(component))
 
 
+def _check_components(manifest: Manifest) -> None:
+    """Sizes and checksums were compared file by file: a component that is none of them was not.
+
+    Raises:
+        UserError: A component names no file of the bundle.
+    """
+    known = {entry.path for entry in manifest.files}
+    for component in manifest.components:
+        if component.file not in known:
+            raise UserError(
+                f"component {component.name} names {component.file!r}, which is no file of the bundle",
+                hint="build the bundle again, or copy it again whole",
+            )
+
+
 def _facts(manifest: Manifest, *, verified_files: bool) -> list[tuple[str, str]]:
-    dims, layer = manifest.dims, manifest.policy.layer
+    dims = manifest.dims
     heads = f"{dims.heads} query and {dims.kv_heads} key/value heads of {dims.head_dim}"
     total = sum(entry.bytes for entry in manifest.files)
     checked = "sizes and checksums match" if verified_files else "sizes match, checksums not computed"
@@ -39,8 +58,8 @@ def _facts(manifest: Manifest, *, verified_files: bool) -> list[tuple[str, str]]
         ("model", manifest.model + (f" @ {manifest.revision}" if manifest.revision else "")),
         ("family", manifest.family),
         ("decoder", f"{dims.layers} layers, {heads}, hidden {dims.hidden_size}"),
-        ("split", f"head: layers 0..{layer - 1}, tail: layers {layer}..{dims.layers - 1}"),
-        ("policy", str(manifest.policy)),
+        *((f"cut {number}", str(cut)) for number, cut in enumerate(manifest.schedule.cuts)),
+        ("policies", f"{', '.join(manifest.policies)} (`run --policy` picks one)"),
         ("evidence", f"{manifest.evidence.summary} [{manifest.evidence.kind.value}]"),
         ("keep", f"{manifest.keep} (average over layers; `run --keep` overrides it)"),
         ("graphs", f"{manifest.dialect.value}, opset {manifest.opset}, {manifest.precision.value}"),
@@ -51,6 +70,17 @@ def _facts(manifest: Manifest, *, verified_files: bool) -> list[tuple[str, str]]
     facts += [(f"verified: {where}", sentence) for where, sentence in manifest.verified.items()]
     facts += [("warning", sentence) for sentence in manifest.warnings]
     return facts
+
+
+def _row(manifest: Manifest, component: Component) -> tuple[str, str, str, str, str]:
+    """What a component is: its role, where in the decoder, what it chooses by, how large its graph is."""
+    layers = component.layer_range
+    where = f"{layers.start} to {layers.stop - 1}" if layers else ""
+    if component.role is Role.PRUNE and component.cut is not None:
+        where = f"before {manifest.schedule.cuts[component.cut].layer}"
+    policy = component.chooser.name if component.chooser else ""
+    size = next(entry.bytes for entry in manifest.files if entry.path == component.file)
+    return component.name, component.role.value, where, policy, f"{size / 1e6:.2f}"
 
 
 def _interface(component: Component) -> list[tuple[str, str, str, str]]:

@@ -13,17 +13,19 @@ from ep_export.cli.bench import bench
 from ep_export.cli.build import build
 from ep_export.cli.calibrate import calibrate
 from ep_export.cli.compile import compile_verb
+from ep_export.cli.console import print_error, printable
 from ep_export.cli.export import export
 from ep_export.cli.inspect import inspect
 from ep_export.cli.models import models
 from ep_export.cli.package import package
 from ep_export.cli.plan import plan
 from ep_export.cli.plugin import plugin
+from ep_export.cli.policy import policy
 from ep_export.cli.run import run
 from ep_export.cli.sweep import sweep
 from ep_export.cli.targets import targets
 from ep_export.cli.validate import validate
-from ep_export.errors import UserError
+from ep_export.errors import UserError, reason
 
 __all__ = ["cli", "main"]
 
@@ -54,6 +56,7 @@ for verb in (
     calibrate,
     build,
     export,
+    policy,
     compile_verb,
     package,
     validate,
@@ -84,27 +87,41 @@ def _run(program: str) -> int:
         result = cli.main(prog_name=program, standalone_mode=False)
     except UserError as error:
         return _fail(str(error), error.hint, error.exit_code)
-    except click.ClickException as error:
-        error.show()
+    except click.UsageError as error:
+        click.UsageError(printable(error.format_message()), error.ctx).show()
         return error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        return _fail("interrupted; no output was left half-written", _after_interrupt(), EXIT_INTERRUPTED)
+    except click.ClickException as error:
+        return _fail(error.format_message(), "", error.exit_code)
+    except (KeyboardInterrupt, click.Abort) as error:
+        # click makes its Abort of a KeyboardInterrupt; `ep_export.measure.journal.Interrupted` has a hint
+        hint = getattr(error.__cause__ or error, "hint", "")
+        return _fail("interrupted; no output was left half-written", hint, EXIT_INTERRUPTED)
     except BrokenPipeError:
         # The reader of stdout left (`| head`); keep the interpreter from complaining when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
-    except OSError as error:
-        if error.errno in _FILE_ERRORS:
-            return _fail(
-                f"{error.filename or 'output'}: {error.strerror}", _FILE_ERRORS[error.errno], EXIT_FAILED
-            )
-        raise
+    except (OSError, UnicodeError, MemoryError, RecursionError) as error:
+        return _fail(*_not_ours(error), EXIT_FAILED)
     return result if isinstance(result, int) else 0
 
 
-def _after_interrupt() -> str:
-    resumable = {"calibrate", "sweep"}
-    return "the same command goes on with what was measured" if resumable & set(sys.argv[1:2]) else ""
+def _not_ours(error: OSError | UnicodeError | MemoryError | RecursionError) -> tuple[str, str]:
+    """What the machine or a file is at fault for and no code foresaw: a sentence and a hint."""
+    if isinstance(error, OSError):
+        where = "output" if error.filename is None else error.filename
+        hint = _FILE_ERRORS.get(error.errno or 0, "check the path, its permissions and the free space")
+        return f"{where}: {error.strerror or reason(error)}", hint
+    if isinstance(error, UnicodeEncodeError):
+        shown = error.object[error.start : error.start + 1]
+        return (
+            f"{shown!r} cannot be written in the encoding {error.encoding}",
+            "set PYTHONIOENCODING=utf-8, or give names and questions this terminal can show",
+        )
+    if isinstance(error, UnicodeError):
+        return f"a file holds text that is not UTF-8: {reason(error)}", "save it as UTF-8"
+    if isinstance(error, MemoryError):
+        return "the memory is full", "close other programs, or give a smaller model or smaller pictures"
+    return "a file is nested too deeply to be read", "get it from its maker again"
 
 
 _FILE_ERRORS = {
@@ -118,11 +135,12 @@ _FILE_ERRORS = {
     errno.ENOTDIR: "a part of this path is a file; give another one",
     errno.EISDIR: "this is a directory; give a file",
     errno.ENAMETOOLONG: "give a shorter name",
+    errno.ELOOP: "a link leads back to itself; give another path",
+    errno.EMFILE: "raise the limit of open files: ulimit -n 4096",
+    errno.EIO: "the disk or the network file system fails; give a path on another one",
 }
 
 
 def _fail(message: str, hint: str, code: int) -> int:
-    click.echo(f"error: {message}", err=True)
-    if hint:
-        click.echo(f"hint: {hint}", err=True)
+    print_error(message, hint)
     return code

@@ -11,7 +11,7 @@ import click
 
 from ep_export.bundle import Dialect, Precision, WeightsMode
 from ep_export.errors import UsageError
-from ep_export.policy import DEFAULT_DEGREE, DEGREES, Budget, Keep, Select, Source
+from ep_export.policy import DEFAULT_DEGREE, DEGREES, Keep
 
 __all__ = [
     "bundle_argument",
@@ -22,7 +22,7 @@ __all__ = [
     "keep_options",
     "model_option",
     "optional_keep",
-    "policy_options",
+    "policies_option",
     "values",
 ]
 
@@ -54,10 +54,33 @@ image_option = click.option(
 )
 
 
+policies_option = click.option(
+    "--policy",
+    "policies",
+    multiple=True,
+    metavar="NAME",
+    help="A policy of the bundle (see `ep-export policy list`); once for all cuts, or once a cut.",
+)
+
+
+class _Share(click.ParamType):  # type: ignore[type-arg]  # generic only in newer releases
+    """0.25 or 25%."""
+
+    name = "share"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, float):
+            return value
+        try:
+            return float(value[:-1]) / 100 if value.endswith("%") else float(value)
+        except ValueError:
+            self.fail(f"{value!r} is no share: give a number such as 0.25, or 25%", param, ctx)
+
+
 def keep_options(required: bool) -> Callable[[_F], _F]:
     """`--keep` and `--keep-tokens`."""
     sense = "Averaged over all layers" + (
-        "; one of the two is needed." if required else "; default: the bundle's."
+        "; one of the two is needed, or --cut." if required else "; default: the bundle's."
     )
 
     def add(function: _F) -> _F:
@@ -65,7 +88,10 @@ def keep_options(required: bool) -> Callable[[_F], _F]:
             "--keep-tokens", type=int, metavar="T", help=f"Visual tokens to keep. {sense}"
         )(function)
         return click.option(
-            "--keep", type=float, metavar="R", help=f"Share of the visual tokens to keep, 0 < R <= 1. {sense}"
+            "--keep",
+            type=_Share(),
+            metavar="R",
+            help=f"Share of the visual tokens to keep, 0 < R <= 1. {sense}",
         )(function)
 
     return add
@@ -102,46 +128,6 @@ def optional_keep(ratio: float | None, tokens: int | None) -> Keep | None:
             f"--keep-tokens {tokens} is below 1", hint="give the average number of visual tokens to keep"
         )
     return Keep(ratio=ratio, tokens=tokens)
-
-
-def policy_options(function: _F) -> _F:
-    """Where and how to prune, and the evidence for it."""
-    for option in reversed(
-        (
-            click.option(
-                "--layer", type=int, metavar="K", help="Prune after layer K-1 instead of asking the evidence."
-            ),
-            click.option(
-                "--policy",
-                "policy_name",
-                type=click.Choice(["auto", "paper", "released", "order2", "norm"]),
-                default="auto",
-                show_default=True,
-                help="Token score. auto: what the record or the calibration recommends.",
-            ),
-            click.option(
-                "--select", type=values(Select), help="Keep the highest or the lowest scores [highest]."
-            ),
-            click.option(
-                "--source", type=values(Source), help="States of layer K-1 that are scored [query]."
-            ),
-            click.option(
-                "--budget",
-                type=values(Budget),
-                default=Budget.JOINT.value,
-                show_default=True,
-                help="Several pictures share one budget, or each keeps its share.",
-            ),
-            click.option(
-                "--calibration",
-                type=click.Path(path_type=Path),
-                metavar="FILE",
-                help="A record made by `ep-export calibrate`.",
-            ),
-        )
-    ):
-        function = option(function)
-    return function
 
 
 def export_options(function: _F) -> _F:

@@ -35,15 +35,12 @@ def package(
     from ep_export.targets import find_target
 
     chosen = find_target(target) if target else None
-    made = write_repository(Bundle.open(bundle), triton, target=chosen, gpu=gpu, overwrite=overwrite)
+    repository = write_repository(Bundle.open(bundle), triton, target=chosen, gpu=gpu, overwrite=overwrite)
     if as_json:
-        print_json({**encode(made), "path": str(made.path)})
+        print_json({**encode(repository), "path": str(repository.path)})
         return
-    click.echo(str(made.path))
-    engines = f", engines for {made.target}" if made.target else ""
-    note(f"{len(made.models)} models, run by {made.runtime}{engines}; weights {_how(made.linked)}")
-    note(f"how to serve it: {made.path / 'README.md'} (not run here: no Triton server)")
-
-
-def _how(linked: bool) -> str:
-    return "linked, not copied" if linked else "copied: no hard links here"
+    click.echo(str(repository.path))
+    engines = f", engines for {repository.target}" if repository.target else ""
+    weights = "linked, not copied" if repository.linked else "copied: no hard links here"
+    note(f"{len(repository.models)} models, run by {repository.runtime}{engines}; weights {weights}")
+    note(f"how to serve it: {repository.path / 'README.md'} (not run here: no Triton server)")

@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ep_export.cli.console import note, print_json, print_table
-from ep_export.cli.options import json_option, keep_from, keep_options, model_option, policy_options
+from ep_export.cli.options import json_option, keep_options, model_option, optional_keep
+from ep_export.cli.schedule import schedule_options, schedule_request
+from ep_export.documents import encode
+from ep_export.plan import span_tokens
 
 if TYPE_CHECKING:
     from ep_export.plan import Plan
@@ -20,7 +23,7 @@ _BYTES_PER_ELEMENT = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1}
 @click.command()
 @model_option
 @keep_options(required=True)
-@policy_options
+@schedule_options
 @click.option(
     "--visual-tokens",
     type=click.IntRange(1),
@@ -67,53 +70,55 @@ def plan(
     target_name: str | None,
     new_tokens: int,
     as_json: bool,
-    **policy_choice: Any,
+    **schedule_choice: Any,
 ) -> None:
     """Show what pruning saves, from the config alone."""
-    from ep_export.calibrate.choose import resolve_policy
+    from ep_export.calibrate.choose import resolve_schedule
     from ep_export.checkpoint import open_config
-    from ep_export.cli.choice import policy_request
-    from ep_export.cli.fit import fit_json, print_fit
+    from ep_export.cli.fit import plan_fit_json, print_fit
     from ep_export.fit import estimate, vision_size
-    from ep_export.plan import make_plan
+    from ep_export.plan import make_plan, settled_keep
     from ep_export.targets import find_target
 
-    wanted = keep_from(keep, keep_tokens)
+    target = find_target(target_name) if target_name else None
     config = open_config(model)
-    policy, evidence = resolve_policy(config, policy_request(policy_choice))
-    made = make_plan(
+    schedule, evidence = resolve_schedule(config, schedule_request(schedule_choice))
+    planned = make_plan(
         config.dims,
-        policy,
-        wanted,
+        schedule,
+        settled_keep(optional_keep(keep, keep_tokens), schedule, layers=config.dims.layers),
         visual_tokens=visual_tokens or config.family.default_visual_tokens(config.config),
         text_tokens=text_tokens,
         kv_bytes_per_element=_BYTES_PER_ELEMENT[kv_dtype],
     )
-    target = find_target(target_name) if target_name else None
-    guess = estimate(made, target, vision_size(config.config), new_tokens=new_tokens) if target else None
+    guess = estimate(planned, target, vision_size(config.config), new_tokens=new_tokens) if target else None
     if as_json:
-        fit = {"target": None if guess is None else fit_json(guess)} if target else {}
-        print_json({**plan_json(made), **fit})
+        fit = plan_fit_json(guess) if target else {}
+        print_json({**plan_json(planned), **fit})
         return
-    print_table(f"{model}, keep {wanted}", ("", "full", "pruned", "saved"), plan_rows(made, kv_dtype))
+    print_table(
+        f"{model}, keep {planned.keep}", ("", "full", "pruned", "saved"), plan_rows(planned, kv_dtype)
+    )
     if target:
         print_fit(target, guess)
-    note(f"policy: {policy} ({evidence.summary})")
+    note(f"schedule: {schedule} ({evidence.summary})")
 
 
-def plan_rows(made: Plan, kv_dtype: str) -> list[tuple[str, str, str, str]]:
+def plan_rows(plan: Plan, kv_dtype: str) -> list[tuple[str, str, str, str]]:
     """The plan as table rows: quantity, full, pruned, saved."""
-    flops, kv = made.prefill_flops, made.visual_kv_bytes
-    layer, layers = made.policy.layer, made.dims.layers
+    flops, kv, full = plan.prefill_flops, plan.visual_kv_bytes, plan.visual_tokens
+    spans = span_tokens(plan.schedule, plan.dims.layers, full, plan.kept_visual_tokens)
     return [
-        (f"visual tokens, layers 0..{layer - 1}", str(made.visual_tokens), str(made.visual_tokens), ""),
-        (
-            f"visual tokens, layers {layer}..{layers - 1}",
-            str(made.visual_tokens),
-            str(made.kept_visual_tokens),
-            _saved(made.visual_tokens, made.kept_visual_tokens),
+        *(
+            (
+                f"visual tokens, layers {span.start}..{span.stop - 1}",
+                str(full),
+                str(visual),
+                _saved(full, visual) if visual < full else "",
+            )
+            for span, visual in spans
         ),
-        ("text tokens", str(made.text_tokens), str(made.text_tokens), ""),
+        ("text tokens", str(plan.text_tokens), str(plan.text_tokens), ""),
         ("decoder prefill", _flops(flops.full), _flops(flops.pruned), _saved(flops.full, flops.pruned)),
         (
             f"KV cache of visual tokens, {kv_dtype}",
@@ -124,20 +129,25 @@ def plan_rows(made: Plan, kv_dtype: str) -> list[tuple[str, str, str, str]]:
     ]
 
 
-def plan_json(made: Plan) -> dict[str, Any]:
-    """The plan under the names that scripts rely on."""
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """The plan under the names that scripts rely on; `ecl` and `policy` are those of the first cut."""
+    cuts = plan.schedule.cuts
     return {
-        "layers": made.dims.layers,
-        "ecl": made.policy.layer,
-        "policy": made.policy,
-        "visual_tokens": made.visual_tokens,
-        "text_tokens": made.text_tokens,
-        "keep": made.keep.ratio
-        if made.keep.ratio is not None
-        else (made.keep.tokens or 0) / made.visual_tokens,
-        "kept_visual_tokens": made.kept_visual_tokens,
-        "prefill_flops": made.prefill_flops,
-        "visual_kv_bytes": made.visual_kv_bytes,
+        "layers": plan.dims.layers,
+        "ecl": cuts[0].layer,
+        "policy": {"layer": cuts[0].layer, **encode(cuts[0].chooser)},
+        "cuts": [
+            {"layer": cut.layer, "policy": cut.chooser.name, "share": cut.share, "kept_visual_tokens": kept}
+            for cut, kept in zip(cuts, plan.kept_visual_tokens, strict=True)
+        ],
+        "visual_tokens": plan.visual_tokens,
+        "text_tokens": plan.text_tokens,
+        "keep": plan.keep.ratio
+        if plan.keep.ratio is not None
+        else (plan.keep.tokens or 0) / plan.visual_tokens,
+        "kept_visual_tokens": plan.kept_visual_tokens[-1],
+        "prefill_flops": plan.prefill_flops,
+        "visual_kv_bytes": plan.visual_kv_bytes,
     }
 
 

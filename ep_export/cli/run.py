@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ep_export.bundle import Bundle
 from ep_export.cli.console import note, print_json
-from ep_export.cli.options import bundle_argument, image_option, json_option, keep_options, optional_keep
+from ep_export.cli.options import (
+    bundle_argument,
+    image_option,
+    json_option,
+    keep_options,
+    optional_keep,
+    policies_option,
+)
+from ep_export.cli.runtime import backend_sentence, open_backend, runtime_options
 from ep_export.errors import UsageError
 from ep_export.policy import Keep
 
@@ -45,6 +53,7 @@ __all__ = ["run"]
 @click.option("--prompt", required=True, help="The question.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=128, show_default=True)
 @keep_options(required=False)
+@policies_option
 @click.option(
     "--temperature", type=click.FloatRange(0, min_open=True), help="Sample at this temperature [greedy]."
 )
@@ -59,28 +68,9 @@ __all__ = ["run"]
     "--show",
     type=click.Path(path_type=Path),
     metavar="PNG",
-    help="Draw which patches of the first picture, or video, were kept.",
+    help="Draw which patches of every picture and video go on: a row each, a column a cut.",
 )
-@click.option(
-    "--runtime",
-    type=click.Choice(["onnxruntime", "tensorrt"]),
-    default="onnxruntime",
-    show_default=True,
-    help="tensorrt: engines made by `ep-export compile`, of TensorRT or TensorRT-RTX.",
-)
-@click.option("--target", metavar="T", help="With --runtime tensorrt: whose engines [the only ones].")
-@click.option(
-    "--provider",
-    "providers",
-    multiple=True,
-    metavar="P",
-    help="Execution provider of ONNX Runtime: cpu, cuda, tensorrt, tensorrt-rtx, ...; may repeat, the best "
-    "first. Nodes go to the CPU only where cpu is given [cpu].",
-)
-@click.option("--threads", type=click.IntRange(1), help="CPU threads [all].")
-@click.option(
-    "--verify/--no-verify", default=True, show_default=True, help="Compute every checksum before use."
-)
+@runtime_options
 @json_option
 def run(
     bundle: Path,
@@ -92,21 +82,18 @@ def run(
     max_new_tokens: int,
     keep: float | None,
     keep_tokens: int | None,
+    policies: Sequence[str],
     temperature: float | None,
     top_p: float | None,
     top_k: int | None,
     seed: int,
     show: Path | None,
-    runtime: str,
-    target: str | None,
-    providers: Sequence[str],
-    threads: int | None,
-    verify: bool,
     as_json: bool,
+    **backend_options: Any,
 ) -> None:
     """Answer a question about pictures and videos from a bundle."""
+    from ep_export.cli.drawing import draw_answer
     from ep_export.runtime import Sampling, Session, open_picture, open_video
-    from ep_export.runtime.backends import OnnxRuntimeBackend, Runtime, choose_backend
 
     if show and not (images or videos):
         raise UsageError(
@@ -122,18 +109,22 @@ def run(
     sampling = None
     if temperature is not None or top_p is not None or top_k is not None:
         sampling = Sampling(temperature=temperature or 1.0, top_p=top_p or 1.0, top_k=top_k or 0, seed=seed)
-    opened = Bundle.open(bundle, verify=verify)
-    backend = choose_backend(
-        opened, Runtime(runtime), target=target, providers=providers, threads=threads, verify=verify
-    )
+    opened = Bundle.open(bundle, verify=backend_options["verify"])
+    opened.manifest.scheduled(policies)  # refused before components are opened
+    backend = open_backend(opened, **backend_options)
     with Session.open(opened, runner=backend) as session:
         answer = session.generate(
-            visuals, prompt, max_new_tokens=max_new_tokens, keep=wanted, sampling=sampling
+            visuals,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            keep=wanted,
+            policies=policies,
+            sampling=sampling,
         )
     if show:
-        _draw(show, visuals[0], answer)
-    if isinstance(backend, OnnxRuntimeBackend) and backend.sentence:
-        note(backend.sentence)
+        draw_answer(visuals, answer).save(show)
+    if sentence := backend_sentence(backend):
+        note(sentence)
     if as_json:
         print_json(answer)
         return
@@ -151,38 +142,10 @@ def _check_drawing(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
 
 
-def _draw(path: Path, visual: Visual, answer: Generation) -> None:
-    from ep_export.families.base import Video
-    from ep_export.validate.picture import draw_kept
-    from ep_export.validate.video_sheet import draw_kept_video
-
-    if isinstance(visual, Video):
-        parts = [picture for picture in answer.pictures if picture.video == 0]
-        draw_kept_video(visual, parts).save(path)
-        return
-    first = answer.pictures[0]
-    draw_kept(visual, first.token_grid, first.kept, view=first.view).save(path)
-
-
 def _footnotes(manifest: Manifest, answer: Generation, show: Path | None) -> None:
     """What pruning did to this prompt, on stderr."""
-    from ep_export.plan import make_plan
-
-    dims, policy = manifest.dims, manifest.policy
-    if answer.visual_tokens:
-        text_tokens = answer.prompt_tokens - answer.visual_tokens
-        plan = make_plan(
-            dims,
-            policy,
-            _at_most(answer.keep, answer.visual_tokens),
-            visual_tokens=answer.visual_tokens,
-            text_tokens=text_tokens,
-        )
-        flops = 1 - plan.prefill_flops.pruned / plan.prefill_flops.full
-        kv = 1 - plan.visual_kv_bytes.pruned / plan.visual_kv_bytes.full
-        kept = f"kept {plan.kept_visual_tokens} of {plan.visual_tokens} visual tokens"
-        where = f"from layer {policy.layer} of {dims.layers} on"
-        note(f"{kept} {where}: {flops:.0%} fewer decoder prefill FLOPs, {kv:.0%} less visual KV cache")
+    if answer.cuts:
+        note(_pruned(manifest, answer))
     total, count = answer.timings_ms["total"], len(answer.token_ids)
     if count > 1:
         decode = answer.timings_ms["decode_per_token"]
@@ -191,6 +154,32 @@ def _footnotes(manifest: Manifest, answer: Generation, show: Path | None) -> Non
         note(f"1 token in {total:.0f} ms")
     if show:
         note(f"kept patches drawn in {show}")
+
+
+def _pruned(manifest: Manifest, answer: Generation) -> str:
+    """`kept 15 of 154 visual tokens from layer 2 of 12 on (10 % there = 25 % on average): ...`."""
+    from ep_export.plan import make_plan, span_tokens
+
+    dims, visual = manifest.dims, answer.visual_tokens
+    text_tokens = answer.prompt_tokens - visual
+    schedule = manifest.scheduled(answer.policies)
+    keep = _at_most(answer.keep, visual)
+    plan = make_plan(dims, schedule, keep, visual_tokens=visual, text_tokens=text_tokens)
+    kept = [len(cut.kept_index) - text_tokens for cut in answer.cuts]
+    average = sum(len(span) * count for span, count in span_tokens(schedule, dims.layers, visual, kept))
+    clauses = [
+        f"{count} from layer {cut.layer} on ({count / visual:.0%} there)"
+        for cut, count in zip(answer.cuts, kept, strict=True)
+    ]
+    clauses[0] = (
+        f"kept {kept[0]} of {visual} visual tokens from layer {answer.cuts[0].layer} of {dims.layers} on "
+        f"({kept[0] / visual:.0%} there)"
+    )
+    where = ", ".join(clauses).removesuffix(")") + f" = {average / visual / dims.layers:.0%} on average)"
+    flops = 1 - plan.prefill_flops.pruned / plan.prefill_flops.full
+    kv = 1 - plan.visual_kv_bytes.pruned / plan.visual_kv_bytes.full
+    saved = f"{where}: {flops:.0%} fewer decoder prefill FLOPs, {kv:.0%} less visual KV cache"
+    return saved.replace("%", " %")
 
 
 def _at_most(keep: Keep, visual_tokens: int) -> Keep:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,11 +10,14 @@ import click
 
 from ep_export.cli.console import note, print_json, print_table, progress_bar
 from ep_export.cli.options import model_option
+from ep_export.cli.schedule import parse_cut
 from ep_export.errors import UsageError
+from ep_export.plan import average_keep
 
 if TYPE_CHECKING:
-    from ep_export.sweep.calibrated import Calibration
-    from ep_export.sweep.record import Estimate, Recommended, Row, SweepRecord
+    from ep_export.policy import Schedule
+    from ep_export.sweep.recommended import Calibration
+    from ep_export.sweep.record import Recommended, Row, SweepRecord
 
 __all__ = ["sweep"]
 
@@ -62,9 +66,8 @@ _json_first = click.option(
     "keeps",
     type=float,
     multiple=True,
-    required=True,
     metavar="R",
-    help="Share of the visual tokens to keep, averaged over all layers; may repeat.",
+    help="Share of the visual tokens to keep, averaged over all layers; may repeat [what --cut comes to].",
 )
 @click.option(
     "--layer",
@@ -73,6 +76,14 @@ _json_first = click.option(
     multiple=True,
     metavar="K",
     help="Prune after layer K-1; may repeat [up to 4].",
+)
+@click.option(
+    "--cut",
+    "cuts",
+    multiple=True,
+    metavar="LAYER:SHARE[:NAME]",
+    help="Compare a schedule besides: prune at LAYER to SHARE of the visual tokens, by policy NAME; may "
+    "repeat. At another --keep its shares are scaled.",
 )
 @click.option("--methods", metavar="NAME,NAME,...", help="Compare only these [all; see --list-methods].")
 @click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Draws of random tokens.")
@@ -123,30 +134,34 @@ def sweep(**options: Any) -> None:
     An interrupted sweep goes on where it stopped when the same command is given again.
     """
     from ep_export.checkpoint import open_checkpoint
-    from ep_export.sweep import SweepOptions, read_asking
+    from ep_export.measure.prompts import read_prompts
+    from ep_export.sweep import SweepOptions
     from ep_export.sweep import sweep as run
     from ep_export.sweep.report import write_report
 
     out = options["out"] or Path(f"{Path(options['model']).name}-sweep")
+    schedule = _schedule(options["cuts"])
+    methods, calibration = _methods(options["methods"]), _calibration(options)
+    prompts = read_prompts(options["prompts"]) if options["prompts"] else None
+    checkpoint = open_checkpoint(options["model"])
     settings = SweepOptions(
-        keeps=tuple(dict.fromkeys(sorted(options["keeps"], reverse=True))),
+        keeps=_keeps(options["keeps"], schedule, checkpoint.dims.layers),
         layers=tuple(sorted(set(options["layers"]))) or None,
+        schedule=schedule,
         seeds=options["seeds"],
-        calibration=_calibration(options),
+        calibration=calibration,
         max_questions=options["max_questions"],
         timed_prompts=options["timed_prompts"],
         seed=options["seed"],
         device=options["device"],
         jobs=options["jobs"],
-        **_methods(options["methods"]),
+        **methods,
     )
-    asking = read_asking(options["prompts"]) if options["prompts"] else None
-    checkpoint = open_checkpoint(options["model"])
     with progress_bar() as progress:
         record = run(
             checkpoint,
             options["images"],
-            asking,
+            prompts,
             out=out,
             options=settings,
             overwrite=options["overwrite"],
@@ -165,7 +180,7 @@ def sweep(**options: Any) -> None:
 def show_sweep(record: SweepRecord) -> None:
     """A table a keep, best first, and what is not in it."""
     full = record.unpruned
-    said = f", {_estimate(full.accuracy)} right" if full.accuracy else ""
+    said = f", {full.accuracy} right" if full.accuracy else ""
     time = f", {full.prefill_ms:.0f} ms prefill" if full.prefill_ms is not None else ""
     click.echo(
         f"unpruned: {full.visual_tokens:.0f} visual tokens, {full.flops / 1e9:.3g} GFLOP{time}{said} "
@@ -180,7 +195,7 @@ def show_sweep(record: SweepRecord) -> None:
         print_table(f"keep {keep:g}", header, [_cells(row, titles[row.method]) for row in rows])
     for one in record.recommended:
         click.echo(
-            f"recommended for keep {one.keep:g}: {one.policy or 'nothing'} ({one.reason}){_regret(one)}"
+            f"recommended for keep {one.keep:g}: {one.schedule or 'nothing'} ({one.reason}){_regret(one)}"
         )
     click.echo(record.entropies.finding)
     for text in record.notes:
@@ -201,27 +216,37 @@ def _regret(one: Recommended) -> str:
 
 
 def _cells(row: Row, title: str) -> tuple[str, ...]:
-    cells = [title, str(row.layer)]
+    cells = [title, "+".join(str(cut.layer) for cut in row.cuts)]
     if row.accuracy is not None:
-        cells.append(_estimate(row.accuracy))
-    cells += [f"{row.agreement.value:.1%}", f"{row.kl.value:.4f}", _versus(row), f"{row.flops / 1e9:.3g}"]
-    cells.append(f"{row.prefill.speedup:.2f}x" if row.prefill else "-")
-    return tuple(cells)
+        cells.append(str(row.accuracy))
+    cells += [f"{row.agreement.value:.1%}", f"{row.kl.value:.4f}", _over_random(row)]
+    return (*cells, f"{row.flops / 1e9:.3g}", f"{row.prefill.speedup:.2f}x" if row.prefill else "-")
 
 
-def _versus(row: Row) -> str:
+def _over_random(row: Row) -> str:
     """The paired difference from random tokens, in accuracy where there is one."""
-    if not row.versus:
+    if row.over_random is None:
         return ""
-    difference = row.versus[0]
-    if difference.accuracy is not None:
-        points = difference.accuracy
+    points, kl = row.over_random.accuracy, row.over_random.kl
+    if points is not None:
         return f"{points.value * 100:+.1f} [{points.low * 100:+.1f}, {points.high * 100:+.1f}] points"
-    return f"KL {difference.kl.value:+.3f} [{difference.kl.low:+.3f}, {difference.kl.high:+.3f}]"
+    return f"KL {kl.value:+.3f} [{kl.low:+.3f}, {kl.high:+.3f}]"
 
 
-def _estimate(value: Estimate) -> str:
-    return f"{value.value:.1%} [{value.low:.1%}, {value.high:.1%}]"
+def _schedule(texts: Sequence[str]) -> Schedule | None:
+    from ep_export.policy import Schedule
+
+    return Schedule(tuple(parse_cut(text) for text in texts)) if texts else None
+
+
+def _keeps(given: Sequence[float], schedule: Schedule | None, layers: int) -> tuple[float, ...]:
+    """Different keeps, the largest first; without any what the cuts come to."""
+    if given:
+        return tuple(dict.fromkeys(sorted(given, reverse=True)))
+    if schedule is None:
+        raise UsageError("how much to keep is not given", hint="add --keep 0.25, or --cut LAYER:SHARE")
+    keep = average_keep(schedule, layers=layers)
+    return () if keep.ratio is None else (keep.ratio,)
 
 
 def _methods(text: str | None) -> dict[str, Any]:
@@ -233,8 +258,8 @@ def _methods(text: str | None) -> dict[str, Any]:
 
 
 def _calibration(options: dict[str, Any]) -> Calibration | None:
-    from ep_export.calibrate import GENERIC_QUESTIONS, read_questions
-    from ep_export.sweep.calibrated import Calibration
+    from ep_export.measure.prompts import GENERIC_QUESTIONS, read_questions
+    from ep_export.sweep.recommended import Calibration
 
     images, prompts = options["calibration_images"], options["calibration_prompts"]
     if prompts is not None and images is None:

@@ -2,27 +2,46 @@
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Sequence
+
 import click
 
-from ep_export.cli.console import print_json, print_table
+from ep_export.cli.console import print_json
 from ep_export.cli.options import json_option
-from ep_export.targets import Flavour, Target, load_targets
+from ep_export.policy import Scorer, TopK
+from ep_export.targets import CHOOSERS, Flavour, Target, load_targets
 
 __all__ = ["targets"]
+
+_WIDTH = 80
+_SOFTWARE = {
+    Flavour.TENSORRT: "TensorRT",
+    Flavour.TENSORRT_RTX: "TensorRT-RTX",
+    Flavour.ONNXRUNTIME: "ONNX Runtime",
+}
 
 
 @click.command()
 @json_option
 def targets(as_json: bool) -> None:
-    """List the devices engines can be compiled for."""
+    """List the devices engines can be compiled for.
+
+    Together are those with the same software: what graphs and policies it takes, and how far that was
+    verified, stands above them.
+    """
     known = load_targets()
     if as_json:
         print_json({"targets": [_entry(target) for target in known]})
         return
-    header = ("target", "device", "SM", "runs with", "memory", "dialect", "dtypes", "verified")
-    print_table("", header, [_row(target) for target in known])
-    for sentence, names in _by_sentence(known).items():
-        click.echo(f"{sentence} [{', '.join(names)}]")
+    groups: dict[tuple[object, ...], list[Target]] = {}
+    for target in known:
+        alike = (target.flavour, target.versions, target.cuda, target.graphs, target.choosers)
+        groups.setdefault((*alike, target.verified), []).append(target)
+    for group in sorted(groups.values(), key=lambda group: (_SOFTWARE[group[0].flavour], group[0].name)):
+        for line in _group_lines(group):
+            click.echo(line)
+        click.echo("")
 
 
 def _entry(target: Target) -> dict[str, object]:
@@ -36,7 +55,8 @@ def _entry(target: Target) -> dict[str, object]:
         "verified": target.verified,
         "title": target.title,
         "graphs": target.graphs,
-        "scorers": target.scorers,
+        "choosers": target.choosers,
+        "scorers": [scorer for scorer in Scorer if target.takes_chooser(TopK(scorer))],
         "versions": target.versions,
         "cuda": target.cuda,
         "platform": target.platform,
@@ -48,22 +68,39 @@ def _entry(target: Target) -> dict[str, object]:
     }
 
 
-def _row(target: Target) -> tuple[str, ...]:
-    memory = "-" if target.memory_bytes is None else f"{target.memory_bytes / 1e9:.0f} GB"
-    names = {
-        Flavour.TENSORRT: "TensorRT",
-        Flavour.TENSORRT_RTX: "TensorRT-RTX",
-        Flavour.ONNXRUNTIME: "ONNX Runtime",
-    }
-    software = names[target.flavour] + (f" {target.versions}" if target.versions else "")
-    dtypes, dialects = (" ".join(each.value for each in kind) for kind in (target.dtypes, target.dialects))
-    verified = target.verified.split(":")[0]
-    return target.name, target.title, target.sm or "-", software, memory, dialects, dtypes, verified
+def _group_lines(group: Sequence[Target]) -> list[str]:
+    """What the targets of a group share, then a line each."""
+    first = group[0]
+    software = _SOFTWARE[first.flavour]
+    software += f" {first.versions}, CUDA {first.cuda}" if first.versions else ""
+    policies = "all" if first.choosers == CHOOSERS else ", ".join(first.choosers)
+    if first.takes_plugins:
+        policies += "; scores by the EntropyPrune plugin, or TensorRT's own operators"
+    shared = (
+        ("graphs", ", ".join(map(str, first.graphs))),
+        ("policies", policies),
+        ("verified", first.verified),
+    )
+    lines = [software]
+    for name, text in shared:
+        lines += textwrap.wrap(f"{name + ':':10}{text}", _WIDTH - 2, subsequent_indent=" " * 10)
+    names = max(len(target.name) for target in group)
+    devices = max(len(_device(target)) for target in group)
+    lines += [
+        f"  {target.name:{names}}  {_device(target):{devices}}  {_sm(target):7}  {_memory(target)}".rstrip()
+        for target in group
+    ]
+    return lines
 
 
-def _by_sentence(known: tuple[Target, ...]) -> dict[str, list[str]]:
-    """Targets that were verified alike, together."""
-    alike: dict[str, list[str]] = {}
-    for target in known:
-        alike.setdefault(target.verified, []).append(target.name)
-    return alike
+def _device(target: Target) -> str:
+    """The product; what follows a comma is its software, which stands above."""
+    return target.title.split(",")[0]
+
+
+def _sm(target: Target) -> str:
+    return f"SM {target.sm}" if target.sm else ""
+
+
+def _memory(target: Target) -> str:
+    return f"{target.memory_bytes / 1e9:.0f} GB" if target.memory_bytes else ""

@@ -1,15 +1,16 @@
-"""`ep-export validate`: does the bundle answer as PyTorch does? Exit 3 when it does not."""
+"""`ep-export validate`: does the bundle compute what the pruned PyTorch model does? Exit 3 when not."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from ep_export.cli.build import EXIT_DIFFERENT
-from ep_export.cli.console import note, print_json, progress_bar
-from ep_export.cli.options import bundle_argument, json_option
+from ep_export.cli.console import note, print_json, printable, progress_bar
+from ep_export.cli.options import bundle_argument, json_option, policies_option
 from ep_export.errors import UsageError, UserError
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ _POLYGRAPHY_PICTURES = 2  # every tensor of every run is kept: caches of a 7B mo
 @click.option(
     "--max-pictures", type=click.IntRange(1), metavar="N", help="Pictures compared [8; with --polygraphy 2]."
 )
+@policies_option
 @click.option("--max-new-tokens", type=click.IntRange(1), default=16, show_default=True)
 @click.option(
     "--report", type=click.Path(path_type=Path), metavar="DIR", help="Write the report here [BUNDLE/report]."
@@ -64,6 +66,7 @@ def validate(
     images: Path | None,
     prompts: Path | None,
     max_pictures: int | None,
+    policies: Sequence[str],
     max_new_tokens: int,
     report: Path | None,
     polygraphy: bool,
@@ -81,6 +84,7 @@ def validate(
             model=model,
             images=images,
             prompts=prompts,
+            policies=policies,
             max_pictures=max_pictures or _POLYGRAPHY_PICTURES,
             find_first=bisect,
             target=target,
@@ -104,6 +108,7 @@ def validate(
             checkpoint,
             images=images,
             prompts=prompts,
+            policies=policies,
             max_pictures=max_pictures or MAX_PICTURES,
             max_new_tokens=max_new_tokens,
             out=report,
@@ -113,7 +118,7 @@ def validate(
         print_json(to_json(found))
     else:
         for line in text_lines(found):
-            click.echo(line)
+            click.echo(printable(line))
     note(f"report: {(report or bundle / 'report') / 'report.html'}")
     return EXIT_DIFFERENT if found.verdict.value == "FAIL" else 0
 
@@ -124,13 +129,14 @@ def _with_polygraphy(
     model: str | None,
     images: Path | None,
     prompts: Path | None,
+    policies: Sequence[str],
     max_pictures: int,
     find_first: bool,
     target: str | None,
     out: Path,
     as_json: bool,
 ) -> int:
-    from ep_export.build import what_to_ask
+    from ep_export.build import pictures_and_questions
     from ep_export.bundle import Bundle
     from ep_export.checkpoint import open_checkpoint
     from ep_export.validate.polygraphy_run import compare_with_polygraphy, polygraphy_json, polygraphy_lines
@@ -138,14 +144,15 @@ def _with_polygraphy(
     opened = Bundle.open(bundle)
     backends = _backends(opened, target)
     checkpoint = open_checkpoint(model or opened.manifest.model)
-    pictures, asked = what_to_ask(images, prompts, max_pictures)
+    pictures, questions = pictures_and_questions(images, prompts, max_pictures)
     with progress_bar() as progress:
         found = compare_with_polygraphy(
             opened,
             checkpoint,
             backends,
             pictures=pictures,
-            prompts=asked,
+            prompts=questions,
+            policies=policies,
             out=out,
             find_first=find_first,
             progress=progress,
@@ -154,9 +161,10 @@ def _with_polygraphy(
         print_json(polygraphy_json(found))
     else:
         for line in polygraphy_lines(found):
-            click.echo(line)
+            click.echo(printable(line))
     note(f"inputs, outputs and report: {out}")
-    note(f"look closer: polygraphy inspect data {out}/decoder_tail.outputs.json --show-values")
+    last = opened.manifest.spans[-1].name
+    note(f"look closer: polygraphy inspect data {out}/{last}.outputs.json --show-values")
     return EXIT_DIFFERENT if found.report.verdict.value == "FAIL" else 0
 
 

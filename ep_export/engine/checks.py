@@ -1,4 +1,4 @@
-"""What is checked before a compiler is started: graphs, score, memory of the device, and this machine.
+"""What is checked before a compiler is started: graphs, memory of the device, and this machine.
 
 Every refusal here is a sentence of ours; what a compiler says about the same mistake is a page.
 """
@@ -16,14 +16,13 @@ from ep_export.engine_record import Limits
 from ep_export.errors import UserError
 from ep_export.fit import Estimate, estimate, vision_size
 from ep_export.plan import make_plan
-from ep_export.policy import Keep, Scorer
+from ep_export.policy import Keep, Nothing, Schedule
 from ep_export.targets import Graphs, Target
 
 __all__ = [
     "check_fit",
     "check_graphs",
     "check_machine",
-    "check_scorer",
     "estimate_limits",
     "free_memory",
 ]
@@ -49,29 +48,14 @@ def check_graphs(bundle: Bundle, target: Target) -> None:
         )
 
 
-def check_scorer(scorer: Scorer, target: Target) -> None:
-    """Refuse scores that the target cannot compute, where the body of EntropyPrune is compiled.
-
-    Raises:
-        UserError: Says which it computes.
-    """
-    if scorer not in target.scorers:
-        takes = " or ".join(each.value for each in target.scorers)
-        raise UserError(
-            f"the policy scores tokens by {scorer.value}, expected {takes} for {target.name}: "
-            f"{target.flavour.value} multiplies no float32 matrices there",
-            hint=f"build with --policy {target.scorers[0].value}",
-        )
-
-
 def estimate_limits(bundle: Bundle, target: Target, limits: Limits) -> Estimate | None:
     """Memory at the limits: the longest prompt, nothing pruned, because the engines must be able to."""
     manifest = bundle.manifest
     visual = max_visual_tokens(bundle, limits)
     plan = make_plan(
         manifest.dims,
-        manifest.policy,
-        Keep(ratio=1.0),
+        manifest.schedule,
+        _as_much_as_passes(manifest.schedule, manifest.dims.layers),
         visual_tokens=visual,
         text_tokens=limits.max_prompt - visual,
     )
@@ -85,7 +69,7 @@ def check_fit(target: Target, prompt_tokens: int, guessed: Estimate | None) -> N
     Raises:
         UserError: Says how much is needed, for what, and how much there is.
     """
-    if guessed is None or guessed.full.total_bytes <= guessed.available_bytes:
+    if guessed is None or guessed.fits(guessed.full):
         return
     full = guessed.full
     parts = f"weights {_gb(guessed.weight_bytes)}, caches {_gb(full.kv_bytes)}, "
@@ -114,14 +98,20 @@ def check_machine(bundle: Bundle, guessed: Estimate | None, out: Path) -> None:
             f"the engines need about {_gb(guessed.weight_bytes)} on disk, {parent} has {_gb(free)} free",
             hint="give an --out on another disk",
         )
-    layers, before = bundle.manifest.dims.layers, bundle.manifest.policy.layer
-    needed = _COMPILER_MEMORY * guessed.weight_bytes * (layers - before) // layers
-    memory = free_memory()
+    longest = max(bundle.manifest.spans, key=lambda span: len(span.layer_range))
+    share = len(longest.layer_range) / bundle.manifest.dims.layers
+    needed, memory = int(_COMPILER_MEMORY * guessed.weight_bytes * share), free_memory()
     if memory is not None and needed > memory:
         raise UserError(
-            f"compiling decoder_tail needs about {_gb(needed)} of memory, {_gb(memory)} are free here",
+            f"compiling {longest.name} needs about {_gb(needed)} of memory, {_gb(memory)} are free here",
             hint="compile on a machine with more memory, or go on with --force",
         )
+
+
+def _as_much_as_passes(schedule: Schedule, layers: int) -> Keep:
+    """All tokens, but where a cut drops every one of them."""
+    ends = (cut.layer for cut in schedule.cuts if isinstance(cut.chooser, Nothing))
+    return Keep(ratio=next(ends, layers) / layers)
 
 
 def _graphs(manifest: Manifest) -> Graphs:

@@ -64,9 +64,9 @@ class Needs:
     disk_bytes: int
 
 
-def needs_of(bundle: Bundle) -> Needs:
-    """What building the engines of a bundle takes."""
-    each = [_weight_bytes(bundle, component) for component in bundle.manifest.components]
+def needs_of(bundle: Bundle, components: Iterable[Component]) -> Needs:
+    """What building the engines of some components takes."""
+    each = [_weight_bytes(bundle, component) for component in components]
     return Needs(_COPIES * max(each) + _GIB, math.ceil(_ROOM * sum(each)) + 256 * _MIB)
 
 

@@ -5,14 +5,14 @@ A bundle and its checkpoint enter. For every case `golden/<component>.<profile>.
     inputs.json      `polygraphy run --load-inputs`: one set of inputs a run
     outputs.json     `polygraphy run --load-outputs`: PyTorch's float32 outputs
     tolerances       `output:largest difference`, a line each, after comments with the reasons
-    choice.json      where tokens are chosen: exact scores and what every position's outputs would be
+    choice.json      of prune components: what a device's own choice is judged with
     cases.tsv        the cases: name, component, index of the profile
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,25 +23,25 @@ from numpy.typing import NDArray
 from polygraphy.comparator import IterationResult, RunResults
 from polygraphy.json import save_json
 
-from ep_export.bundle import Bundle, Component, Manifest, Precision
+from ep_export.bundle import Bundle, Component, Manifest, Precision, Role
+from ep_export.choosers import choose
+from ep_export.choosers.top_k import picture_of
 from ep_export.engine.checks import free_memory
 from ep_export.engine.kit_files import GoldenCase
-from ep_export.entropy import token_scores
-from ep_export.entropy.selection import picture_of
 from ep_export.errors import UserError
 from ep_export.families import family_named
-from ep_export.families.base import Video
-from ep_export.policy import Budget
+from ep_export.policy import Budget, TopK
 from ep_export.progress import Progress
 from ep_export.reference import load_model
+from ep_export.runtime import OnnxRuntimeRunner
 from ep_export.testcards import make_cards
-from ep_export.validate.choices import choice_tolerance
-from ep_export.validate.polygraphy_compare import layers_before, tolerance_of
-from ep_export.validate.polygraphy_feeds import ComponentFeeds, component_feeds
-from ep_export.validate.polygraphy_oracle import Components
+from ep_export.validate.choices import graph_spread
+from ep_export.validate.component_feeds import ComponentFeeds, component_feeds
+from ep_export.validate.component_oracle import ComponentOracle, prune_tokens
 from ep_export.validate.polygraphy_runners import quiet
-from ep_export.validate.run import vision_layers
-from ep_export.validate.tolerance import EXACT, Tolerance
+from ep_export.validate.questions import make_clip
+from ep_export.validate.setting import vision_layers
+from ep_export.validate.tolerance import output_tolerance
 
 if TYPE_CHECKING:
     from ep_export.checkpoint import Checkpoint
@@ -54,10 +54,10 @@ __all__ = ["GOLDEN", "write_golden"]
 GOLDEN = "golden"
 _STAGE = "golden files"
 _QUESTION = "What is in this picture?"
-_VIDEO = "video_encoder"
 _KEPT = "kept_index"
 _DTYPES = {Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}
-_INTEGERS = "integers: equal or not"
+_SPREAD_MARGIN = 2.0
+"""ONNX Runtime's scoring errors stand for those of TensorRT or the plugin, which add in another order."""
 
 _Outputs = dict[str, NDArray[Any]]
 
@@ -77,6 +77,7 @@ def write_golden(
     checkpoint: Checkpoint,
     limits: Limits,
     profiles: Profiles,
+    components: Sequence[Component],
     out: Path,
     progress: Progress,
 ) -> tuple[GoldenCase, ...]:
@@ -90,6 +91,7 @@ def write_golden(
         checkpoint: What it was built from.
         limits: What the engines are compiled for.
         profiles: Their profiles; the inputs lie within them.
+        components: What becomes an engine.
         out: Directory of the kit; `golden/` is made in it.
         progress: Told about the steps.
 
@@ -106,36 +108,22 @@ def write_golden(
     prompt = _prompt(bundle, checkpoint, limits)
     steps = 3
     progress(_STAGE, 0, steps)
-    exact = Components(load_model(checkpoint), manifest.policy)
-    family = family_named(manifest.family)
-    given = component_feeds(manifest, family, checkpoint.config, exact, {"card": prompt})
-    if any(component.name == _VIDEO for component in manifest.components):
-        clip = component_feeds(
-            manifest, family, checkpoint.config, exact, {"clip": _clip(bundle, checkpoint)}
-        )
-        # of the clip only what the tower of its own sees: the others have their card
-        given = (*given, *(feeds for feeds in clip if feeds.component.name == _VIDEO))
+    exact = ComponentOracle(load_model(checkpoint))
+    given = _feeds(bundle, checkpoint, exact, prompt, components)
     cases = [case for feeds in given for case in _cases(feeds, profiles, exact)]
-    head = next(case for case in cases if case.golden.name == "decoder_head.prefill")
-    choice = _choice(manifest, exact, head)
     progress(_STAGE, 1, steps)
     del exact  # the two models need not fit into memory at once
-    half = _half(checkpoint, manifest)
+    dtype = _DTYPES.get(manifest.precision)
+    half = ComponentOracle(load_model(checkpoint, dtype)) if dtype is not None else None
     noise = {case.golden.name: _noise(case, half) for case in cases}
-    depth = vision_layers(checkpoint.config)
-    choice["tolerance"] = choice_tolerance(
-        manifest,
-        choice.pop("states"),
-        layers=depth + manifest.policy.layer,
-        half_states=half.choice(head.feeds[0]).states.numpy() if half is not None else None,
-    )
     progress(_STAGE, 2, steps)
-    folder = out / GOLDEN
+    folder, depth = out / GOLDEN, vision_layers(checkpoint.config)
     folder.mkdir()
     with quiet():
         for case in cases:
             _write(folder, case, _tolerances(manifest, case, noise[case.golden.name], depth))
-        save_json(choice, str(folder / f"{head.golden.name}.choice.json"))
+            if case.component.role is Role.PRUNE:
+                save_json(_choice(bundle, case), str(folder / f"{case.golden.name}.choice.json"))
     rows = (f"{case.golden.name}\t{case.golden.component}\t{case.golden.profile}\n" for case in cases)
     (folder / "cases.tsv").write_text("".join(rows), encoding="utf-8")
     progress(_STAGE, steps, steps)
@@ -181,21 +169,61 @@ def _prompt(bundle: Bundle, checkpoint: Checkpoint, limits: Limits) -> PromptInp
     )
 
 
-def _clip(bundle: Bundle, checkpoint: Checkpoint) -> PromptInputs:
-    """A question about a video of two frames, for families with a tower of its own for them."""
-    first, second = make_cards(((224, 224),) * 2)
-    prompts = family_named(bundle.manifest.family).prompt_builder(bundle.file("processor"), checkpoint.config)
-    return prompts.build([Video((first, second), fps=1.0)], _QUESTION)
+def _feeds(
+    bundle: Bundle,
+    checkpoint: Checkpoint,
+    oracle: ComponentOracle,
+    card: PromptInputs,
+    components: Sequence[Component],
+) -> Iterator[ComponentFeeds]:
+    """What every component is run on: the test card, under the bundle's schedule and under other policies.
+
+    Towers that no card reaches, those for videos, are run on a clip.
+    """
+    manifest, family = bundle.manifest, family_named(bundle.manifest.family)
+    wanted = {component.name for component in components}
+
+    def under(policies: Sequence[str], name: str, prompt: PromptInputs) -> Iterator[ComponentFeeds]:
+        """Of the components that are still without."""
+        every = component_feeds(
+            manifest,
+            manifest.scheduled(policies),
+            manifest.keep,
+            family=family,
+            config=checkpoint.config,
+            oracle=oracle,
+            prompts={name: prompt},
+        )
+        for feeds in every:
+            if feeds.feeds and feeds.component.name in wanted:
+                wanted.remove(feeds.component.name)
+                yield feeds
+
+    yield from under((), "card", card)
+    for prune in components:
+        if prune.role is Role.PRUNE and prune.name in wanted:
+            yield from under(_policies_with(manifest, prune), "card", card)
+    if wanted:
+        builder = family.prompt_builder(bundle.file("processor"), checkpoint.config)
+        yield from under((), "clip", builder.build([make_clip()], _QUESTION))
 
 
-def _cases(given: ComponentFeeds, profiles: Profiles, oracle: Components) -> list[_Case]:
-    """The runs of one component, those of a profile together; none where the card has nothing for it.
+def _policies_with(manifest: Manifest, prune: Component) -> tuple[str, ...]:
+    """The schedule's policies, at one cut that of a prune component."""
+    names = [cut.chooser.name for cut in manifest.schedule.cuts]
+    if prune.cut is not None and prune.chooser is not None:
+        names[prune.cut] = prune.chooser.name
+    return tuple(names)
+
+
+def _cases(given: ComponentFeeds, profiles: Profiles, oracle: ComponentOracle) -> list[_Case]:
+    """The runs of one component, those of a profile together.
 
     Raises:
         UserError: Inputs lie outside every profile.
     """
     component = given.component
-    found: dict[int, list[_Outputs]] = {}
+    by_profile: dict[int, list[_Outputs]] = {}
     for feeds in given.feeds:
         shapes = {name: feed.shape for name, feed in feeds.items()}
         held = [i for i, profile in enumerate(profiles[component.name]) if profile.holds(shapes)]
@@ -204,52 +232,51 @@ def _cases(given: ComponentFeeds, profiles: Profiles, oracle: Components) -> lis
                 f"the test card's inputs of {component.name} lie outside its profiles: {shapes}",
                 hint="give a larger --max-prompt, --max-pixels or --max-kept-tokens",
             )
-        found.setdefault(held[0], []).append(feeds)
+        by_profile.setdefault(held[0], []).append(feeds)
     return [
         _Case(
             GoldenCase(f"{component.name}.{profiles[component.name][i].name}", component.name, i, len(every)),
             component,
             tuple(every),
-            tuple(oracle.run(component.name, feeds) for feeds in every),
+            tuple(oracle.run(component, feeds) for feeds in every),
         )
-        for i, every in sorted(found.items())
+        for i, every in sorted(by_profile.items())
     ]
 
 
-def _choice(manifest: Manifest, oracle: Components, head: _Case) -> dict[str, Any]:
+def _choice(bundle: Bundle, case: _Case) -> dict[str, Any]:
     """Everything a device's own choice is judged with; see engines/kit/check_choice.py."""
-    feeds, policy = head.feeds[0], manifest.policy
-    own, index = oracle.choice(feeds), feeds["visual_index"]
-    everything = np.arange(feeds["inputs_embeds"].shape[1])
-    every = oracle.run(head.component.name, feeds, kept=everything)
-    per_picture = policy.budget is Budget.PER_PICTURE
-    return {
-        "scores": token_scores(own.states, policy.scorer).numpy(),
-        "states": own.states.numpy(),
-        "kept": own.kept,
-        "visual_index": index,
-        "pictures": picture_of(index) if per_picture else np.zeros_like(index),
-        "select": policy.select.value,
-        "hidden_states": every["hidden_states"],
-        "position_ids": every["kept_position_ids"],
+    manifest, chooser, feeds = bundle.manifest, case.component.chooser, case.feeds[0]
+    assert chooser is not None  # noqa: S101 - it is a prune component's
+    tokens = prune_tokens(case.component, manifest.dims, feeds)
+    choice = choose(chooser, tokens, len(feeds.get("keep_slots", ())))
+    with OnnxRuntimeRunner(bundle.file(case.component.file)) as runner:
+        outputs = {name: value.numpy() for name, value in runner.run(feeds).items()}
+    spread = graph_spread(chooser, tokens, outputs.get("scores"), manifest.degree)
+    judged = {
+        "kind": chooser.kind.value,
+        "kept": choice.kept.numpy(),
+        "tolerance": _SPREAD_MARGIN * spread,
     }
+    if isinstance(chooser, TopK) and choice.scores is not None:
+        index = feeds["visual_index"]
+        per_picture = chooser.budget is Budget.PER_PICTURE
+        judged["scores"] = choice.scores.numpy()
+        judged["select"] = chooser.select.value
+        judged["pictures"] = picture_of(index) if per_picture else np.zeros_like(index)
+    return judged
 
 
-def _half(checkpoint: Checkpoint, manifest: Manifest) -> Components | None:
-    dtype = _DTYPES.get(manifest.precision)
-    return Components(load_model(checkpoint, dtype), manifest.policy) if dtype is not None else None
-
-
-def _noise(case: _Case, half: Components | None) -> dict[str, float]:
+def _noise(case: _Case, half: ComponentOracle | None) -> dict[str, float]:
     """How far PyTorch in the graphs' half type is from PyTorch in float32, by output."""
     noise: dict[str, float] = {}
     if half is None:
         return noise
     for feeds, exact in zip(case.feeds, case.outputs, strict=True):
         # the half run must not choose by itself: its own near-ties are nobody's
-        made = half.run(case.component.name, feeds, kept=exact.get(_KEPT))
+        outputs = half.run(case.component, feeds, kept=exact.get(_KEPT))
         for name, wanted in exact.items():
-            moved = float(np.abs(made[name].astype(np.float64) - wanted).max(initial=0.0))
+            moved = float(np.abs(outputs[name].astype(np.float64) - wanted).max(initial=0.0))
             noise[name] = max(noise.get(name, 0.0), moved)
     return noise
 
@@ -258,18 +285,21 @@ def _tolerances(
     manifest: Manifest, case: _Case, noise: Mapping[str, float], depth: int
 ) -> dict[str, tuple[float, str]]:
     """For every output the largest difference allowed, and why."""
-    made = {}
+    prunes = case.component.role is Role.PRUNE
+    tokens = prune_tokens(case.component, manifest.dims, case.feeds[0]) if prunes else None
+    allowed = {}
     for spec in case.component.outputs:
-        if spec.dtype == "int64":
-            tolerance = Tolerance(0.0, 0.0, _INTEGERS)
-        elif case.component.name == "embed_tokens" and manifest.precision is Precision.FP32:
-            tolerance = EXACT
-        else:
-            layers = layers_before(manifest, case.component.name, spec.name, depth)
-            tolerance = tolerance_of(manifest, layers, noise.get(spec.name, 0.0))
+        tolerance = output_tolerance(
+            manifest,
+            case.component,
+            spec,
+            vision_layers=depth,
+            noise=noise.get(spec.name, 0.0),
+            tokens=tokens,
+        )
         scale = max(float(np.abs(outputs[spec.name]).max(initial=0.0)) for outputs in case.outputs)
-        made[spec.name] = tolerance.allowed(scale), tolerance.reason
-    return made
+        allowed[spec.name] = tolerance.allowed(scale), tolerance.reason
+    return allowed
 
 
 def _write(folder: Path, case: _Case, tolerances: Mapping[str, tuple[float, str]]) -> None:
@@ -277,10 +307,6 @@ def _write(folder: Path, case: _Case, tolerances: Mapping[str, tuple[float, str]
     save_json(list(case.feeds), str(folder / f"{name}.inputs.json"))
     runs = [IterationResult(outputs=outputs, runner_name="pytorch") for outputs in case.outputs]
     RunResults([("pytorch", runs)]).save(str(folder / f"{name}.outputs.json"))
-    lines = [f"# {reason}" for reason in _distinct(reason for _, reason in tolerances.values())]
+    lines = [f"# {reason}" for reason in dict.fromkeys(reason for _, reason in tolerances.values())]
     lines += [f"{output}:{allowed:.3e}" for output, (allowed, _) in tolerances.items()]
     (folder / f"{name}.tolerances").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def _distinct(reasons: Any) -> Sequence[str]:
-    return list(dict.fromkeys(reasons))

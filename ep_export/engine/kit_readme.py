@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING
@@ -37,17 +38,28 @@ _PIP_BFLOAT16 = (
     f"`python3 -m pip install polygraphy=={POLYGRAPHY_VERSION} numpy torch`. PyTorch only\n"
     "  because NumPy has no bfloat16; its CPU build will do"
 )
-_STRIPPED = (
-    "TensorRT before 10.7 prefers a node's ONNX body to a plugin, so `decoder_head.plugin.onnx` is the head\n"
-    "without that body. It needs the plugin; `decoder_head.onnx` is what ONNX Runtime runs."
-)
-_WITH_BODY = (
-    "The node keeps its ONNX body: TensorRT takes the plugin where it is loaded, and with\n"
-    "`./build.sh --no-plugin` the body, which is slower and keeps fewer than 3840 visual tokens."
-)
+_STRIPPED = """\
+TensorRT before 10.7 prefers a node's ONNX body to a plugin, so $files hold
+the node without that body. They need the plugin; the files without `.plugin` are what ONNX Runtime runs."""
+_WITH_BODY = """\
+The node of $files keeps its ONNX body: TensorRT takes the plugin where it
+is loaded, and with `./build.sh --no-plugin` the body, which is slower and keeps fewer than 3840 tokens."""
+_NO_NODE = "No policy in this kit has a plugin: which tokens stay is computed by TensorRT's own layers."
+_ON_CPU = """\
+$files become no engines: ONNX Runtime runs them on the CPU between the engines
+(`python3 -m pip install onnxruntime`)."""
 
 
-def readme(template: Path, bundle: Bundle, target: Target, limits: Limits, needs: Needs) -> str:
+def readme(
+    template: Path,
+    bundle: Bundle,
+    target: Target,
+    limits: Limits,
+    needs: Needs,
+    *,
+    with_plugin: Sequence[str],
+    on_cpu: Sequence[str],
+) -> str:
     """Fill in the template.
 
     Args:
@@ -56,6 +68,8 @@ def readme(template: Path, bundle: Bundle, target: Target, limits: Limits, needs
         target: What the kit is for.
         limits: What its engines are compiled for.
         needs: What building takes.
+        with_plugin: Components whose node the plugin takes the place of.
+        on_cpu: Components that ONNX Runtime runs.
     """
     manifest = bundle.manifest
     jetson = target.platform is Platform.AARCH64 and target.sm in _TEGRA
@@ -74,7 +88,7 @@ def readme(template: Path, bundle: Bundle, target: Target, limits: Limits, needs
         precision=manifest.precision.value,
         dialect=manifest.dialect.value,
         keep=str(manifest.keep),
-        body=_STRIPPED if target.strips_body else _WITH_BODY,
+        pruning=_pruning(target, with_plugin, on_cpu),
         memory=f"{needs.memory_bytes / _MIB:,.0f}",
         disk=f"{needs.disk_bytes / _MIB:,.0f}",
         max_prompt=limits.max_prompt,
@@ -82,6 +96,24 @@ def readme(template: Path, bundle: Bundle, target: Target, limits: Limits, needs
         max_pixels=limits.max_pixels,
         max_kept_tokens=limits.max_kept_tokens,
     )
+
+
+def _pruning(target: Target, with_plugin: Sequence[str], on_cpu: Sequence[str]) -> str:
+    """What computes which tokens stay."""
+    suffix = ".plugin.onnx" if target.strips_body else ".onnx"
+    parts = []
+    if with_plugin:
+        body = _STRIPPED if target.strips_body else _WITH_BODY
+        parts.append(Template(body).substitute(files=_listed(with_plugin, suffix)))
+    elif not on_cpu:
+        parts.append(_NO_NODE)
+    if on_cpu:
+        parts.append(Template(_ON_CPU).substitute(files=_listed(on_cpu, ".onnx")))
+    return "\n\n".join(parts)
+
+
+def _listed(names: Sequence[str], suffix: str) -> str:
+    return ", ".join(f"`{name}{suffix}`" for name in names)
 
 
 def _plain(name: str) -> str:

@@ -1,8 +1,8 @@
 """Optimisation profiles: which shapes engines are built for.
 
-A bundle and limits enter, one or two `Profile`s a component leave. Head and tail get one profile for prefill
-(caches of length 0) and one for decoding (one token, caches of any length): TensorRT then chooses kernels for
-each, and reserves no memory for a long prompt upon a long cache, which never happens.
+A bundle and limits enter, one or two `Profile`s a component leave. Spans of the decoder get one profile for
+prefill (caches of length 0) and one for decoding (one token, caches of any length): TensorRT then chooses
+kernels for each, and reserves no memory for a long prompt upon a long cache, which never happens.
 """
 
 from __future__ import annotations
@@ -11,24 +11,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from ep_export.bundle import Bundle, Component, Manifest
+from ep_export.bundle import Bundle, Component, Manifest, Role
 from ep_export.checkpoint import open_config
 from ep_export.engine.pictures import PictureShapes, picture_shapes
 from ep_export.engine_record import Limits, Profile, ShapeRange
 from ep_export.errors import UsageError
-from ep_export.plan import kept_tokens
-
-if TYPE_CHECKING:
-    from ep_export.targets import Target
+from ep_export.plan import kept_tokens, span_tokens
 
 __all__ = [
     "MAX_NEW_TOKENS",
-    "TOP_K_LIMIT",
     "LimitsRequest",
     "Profiles",
-    "check_top_k",
     "component_profiles",
     "make_profiles",
     "max_visual_tokens",
@@ -37,9 +31,6 @@ __all__ = [
 
 Profiles = Mapping[str, tuple[Profile, ...]]
 """Component name -> its profiles, in the order of the engine's profile indices."""
-
-TOP_K_LIMIT = 3840
-"""TensorRT's TopK takes a k below this. The plugin has no such limit."""
 
 MAX_NEW_TOKENS = 256
 """Longest answer when nobody says it."""
@@ -81,15 +72,15 @@ def resolve_limits(bundle: Bundle, request: LimitsRequest) -> Limits:
     Without `max_prompt` one picture of `max_pixels`, or what plans assume, and a long question fit.
 
     Raises:
+        UserError: The processor files are broken.
         UsageError: The limits contradict each other or exceed the model's context.
     """
     context = bundle.manifest.dims.max_positions
     max_new = request.max_new_tokens or min(MAX_NEW_TOKENS, context // 4)
     max_pixels = request.max_pixels or _MAX_PIXELS
-    pictures = _pictures(bundle.file(_PROCESSOR), max_pixels)
+    pictures = _pictures(bundle, max_pixels)
     most = pictures.visual_tokens[2]
-    typical = _typical_tokens(bundle.file(_PROCESSOR))
-    roomy = -(-(max(most, typical) + _QUESTION_TOKENS) // _ROUND) * _ROUND
+    roomy = -(-(max(most, _typical_tokens(bundle)) + _QUESTION_TOKENS) // _ROUND) * _ROUND
     max_prompt = request.max_prompt or min(roomy, context - max_new + 1)
     if max_prompt + max_new - 1 > context:
         raise UsageError(
@@ -108,21 +99,7 @@ def resolve_limits(bundle: Bundle, request: LimitsRequest) -> Limits:
 
 def max_visual_tokens(bundle: Bundle, limits: Limits) -> int:
     """Visual tokens of the largest picture."""
-    return _pictures(bundle.file(_PROCESSOR), limits.max_pixels).visual_tokens[2]
-
-
-def check_top_k(limits: Limits, target: Target) -> None:
-    """Refuse more kept tokens than TensorRT's TopK takes: where the body of EntropyPrune is compiled.
-
-    Raises:
-        UsageError: `max_kept_tokens` is at or above `TOP_K_LIMIT`.
-    """
-    if limits.max_kept_tokens >= TOP_K_LIMIT:
-        raise UsageError(
-            f"engines for {target.name} would keep up to {limits.max_kept_tokens} visual tokens, expected "
-            f"fewer than {TOP_K_LIMIT}, the limit of TopK in {target.flavour.value}",
-            hint=f"give --max-kept-tokens {TOP_K_LIMIT - 1}, or a --max-prompt below {TOP_K_LIMIT}",
-        )
+    return _pictures(bundle, limits.max_pixels).visual_tokens[2]
 
 
 def make_profiles(bundle: Bundle, limits: Limits) -> Profiles:
@@ -135,23 +112,30 @@ def make_profiles(bundle: Bundle, limits: Limits) -> Profiles:
     Raises:
         UserError: The processor files are broken.
     """
-    pictures = _pictures(bundle.file(_PROCESSOR), limits.max_pixels)
+    pictures = _pictures(bundle, limits.max_pixels)
     return {
         component.name: component_profiles(component, bundle.manifest, limits, pictures)
         for component in bundle.manifest.components
     }
 
 
-@lru_cache(maxsize=4)  # asked for limits first, for profiles afterwards
-def _pictures(processor: Path, max_pixels: int) -> PictureShapes:
+def _pictures(bundle: Bundle, max_pixels: int) -> PictureShapes:
+    content = tuple(e.sha256 for e in bundle.manifest.files if e.path.startswith(f"{_PROCESSOR}/"))
+    return _picture_shapes(bundle.file(_PROCESSOR), content, max_pixels)
+
+
+# Limits, profiles and the estimate ask in turn, and an answer takes seconds. A path alone does not say
+# whose processor lies there: bundles are overwritten.
+@lru_cache(maxsize=4)
+def _picture_shapes(processor: Path, _content: tuple[str, ...], max_pixels: int) -> PictureShapes:
     opened = open_config(str(processor))
     prompts = opened.family.prompt_builder(processor, opened.config)
     return picture_shapes(opened.family, opened.config, prompts, max_pixels)
 
 
-def _typical_tokens(processor: Path) -> int:
+def _typical_tokens(bundle: Bundle) -> int:
     """Visual tokens the family's plans assume: of a whole video where it is made for videos."""
-    opened = open_config(str(processor))
+    opened = open_config(str(bundle.file(_PROCESSOR)))
     return opened.family.default_visual_tokens(opened.config)
 
 
@@ -161,35 +145,68 @@ def component_profiles(
     """Profiles of one component.
 
     Args:
-        component: Its inputs and their symbols: S, M, N, k and P, or those of an encoder.
+        component: Its inputs and their symbols: T and P of a span, S, N and k of a prune component.
         manifest: The bundle's.
         limits: From `resolve_limits`.
         pictures: What pictures become.
     """
-    if component.name in pictures.inputs:
+    if component.role is Role.VISION:
         return (Profile("all", pictures.inputs[component.name]),)
-    visual = min(pictures.visual_tokens[1], limits.max_prompt)
-    kept = min(
-        limits.max_kept_tokens,
-        kept_tokens(
-            manifest.keep, layers=manifest.dims.layers, layer=manifest.policy.layer, visual_tokens=visual
-        ),
-    )
-    prompt = min(limits.max_prompt, visual + _TYPICAL_TEXT)
-    past = min(limits.max_past, prompt + limits.max_new_tokens // 2)
-    one, none = _Sizes(1, 1, 1), _Sizes(0, 0, 0)
-    prompts = _Sizes(1, prompt, limits.max_prompt)
-    prefill = {
-        "S": prompts,
-        "M": _Sizes(1, max(1, prompt - visual + kept), limits.max_prompt),
-        "N": _Sizes(1, visual, limits.max_prompt),
-        "k": _Sizes(1, kept, limits.max_kept_tokens),
-        "P": none,
-    }
-    decode = {"S": one, "M": one, "N": one, "k": one, "P": _Sizes(1, past, limits.max_past)}
-    if not any("P" in spec.shape for spec in component.inputs):  # the embedding table
-        return (Profile("all", _shapes(component, prefill)),)
+    typical = _Typical.of(manifest, limits, pictures)
+    if component.role is Role.EMBED:
+        return (Profile("all", _shapes(component, {"S": _Sizes(1, typical.prompt, limits.max_prompt)})),)
+    if component.role is Role.PRUNE:
+        return (Profile("prefill", _shapes(component, _prune_sizes(component, limits, typical))),)
+    arrives = typical.spans[component.layer_range]
+    past = min(limits.max_past, arrives + limits.max_new_tokens // 2)
+    none, one = _Sizes(0, 0, 0), _Sizes(1, 1, 1)
+    prefill = {"T": _Sizes(1, arrives, limits.max_prompt), "P": none}
+    decode = {"T": one, "P": _Sizes(1, past, limits.max_past)}
     return Profile("prefill", _shapes(component, prefill)), Profile("decode", _shapes(component, decode))
+
+
+@dataclass(frozen=True)
+class _Typical:
+    """A prompt with one picture of most benchmarks, pruned as the bundle says: what kernels are chosen for.
+
+    Attributes:
+        prompt: Its tokens.
+        visual: Visual tokens that arrive at every cut.
+        kept: Visual tokens that go on from it.
+        spans: Layers -> tokens that arrive at them.
+    """
+
+    prompt: int
+    visual: tuple[int, ...]
+    kept: tuple[int, ...]
+    spans: Mapping[range, int]
+
+    @classmethod
+    def of(cls, manifest: Manifest, limits: Limits, pictures: PictureShapes) -> _Typical:
+        """As the limits allow it."""
+        schedule, layers = manifest.schedule, manifest.dims.layers
+        visual = min(pictures.visual_tokens[1], limits.max_prompt)
+        text = min(limits.max_prompt - visual, _TYPICAL_TEXT)
+        try:
+            kept = kept_tokens(manifest.keep, schedule, layers=layers, visual_tokens=visual)
+        except UsageError:  # so few tokens that the layers before the first cut have more of this picture
+            kept = (1,) * len(schedule.cuts)
+        kept = tuple(min(limits.max_kept_tokens, k) for k in kept)
+        spans = {span: max(1, seen + text) for span, seen in span_tokens(schedule, layers, visual, kept)}
+        return cls(visual + text, (visual, *kept[:-1]), kept, spans)
+
+
+def _prune_sizes(component: Component, limits: Limits, typical: _Typical) -> dict[str, _Sizes]:
+    """Several pictures and videos share a prompt, so as many visual tokens may arrive as it is long."""
+    cut = component.cut or 0
+    visual, kept = max(1, typical.visual[cut]), max(1, typical.kept[cut])
+    most = limits.max_kept_tokens if cut else limits.max_prompt
+    arrives = visual + typical.prompt - typical.visual[0]
+    return {
+        "S": _Sizes(1, arrives, limits.max_prompt),
+        "N": _Sizes(1, visual, most),
+        "k": _Sizes(1, kept, limits.max_kept_tokens),
+    }
 
 
 def _shapes(component: Component, sizes: Mapping[str, _Sizes]) -> dict[str, ShapeRange]:

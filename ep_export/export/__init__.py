@@ -1,8 +1,8 @@
-"""Export: a checkpoint and a policy become a bundle of ONNX components."""
+"""Export: a checkpoint and a schedule become a bundle of ONNX components; policies are added later."""
 
 from __future__ import annotations
 
 from ep_export.export.export import export_bundle
-from ep_export.export.prune_node import prune_function, scores_model, strip_body
+from ep_export.export.policies import add_policies
 
-__all__ = ["export_bundle", "prune_function", "scores_model", "strip_body"]
+__all__ = ["add_policies", "export_bundle"]

@@ -6,27 +6,23 @@ from typing import Any
 
 from ep_export.checkpoint import Checkpoint
 from ep_export.errors import UserError
-from ep_export.policy import DEGREES, Policy, Source
+from ep_export.plan import check_schedule
+from ep_export.policy import DEGREES, Schedule
 
 __all__ = ["refuse_unsupported"]
 
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn", "proportional", "mrope")
 
 
-def refuse_unsupported(checkpoint: Checkpoint, policy: Policy, degree: int) -> None:
-    """Check a checkpoint and policy against what the graphs can express.
+def refuse_unsupported(checkpoint: Checkpoint, schedule: Schedule, degree: int) -> None:
+    """Check a checkpoint and schedule against what the graphs can express.
 
     Raises:
-        UserError: Sliding-window layers, rotary tables that depend on the length at run time, a layer out of
-            range, states that do not divide into heads, or a degree that is not offered.
+        UserError: An impossible schedule, sliding-window layers, rotary tables that depend on the length at
+            run time, or a degree that is not offered.
     """
-    dims = checkpoint.dims
     text = checkpoint.config.get_text_config()
-    if not 1 <= policy.layer < dims.layers:
-        raise UserError(
-            f"layer {policy.layer} is out of range for a model of {dims.layers} layers",
-            hint=f"give --layer between 1 and {dims.layers - 1}",
-        )
+    check_schedule(schedule, checkpoint.dims.layers)
     kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
     if kinds:
         raise UserError(
@@ -39,8 +35,6 @@ def refuse_unsupported(checkpoint: Checkpoint, policy: Policy, degree: int) -> N
             f"{checkpoint.source} has rope_type {rope!r}, whose tables depend on the length at run time",
             hint=f"exported rope types: {', '.join(_STATIC_ROPE)}",
         )
-    if policy.source is Source.HIDDEN and dims.hidden_size % dims.heads:
-        raise UserError(f"hidden states of {dims.hidden_size} do not divide into {dims.heads} heads")
     if degree not in DEGREES:
         raise UserError(
             f"degree {degree} of the entropy series is not a power of two that is offered",

@@ -1,10 +1,10 @@
-"""The one attention every traced module calls, so that a dialect can write it its own way.
-
-Portable form: MatMul, Softmax, MatMul, in operators every ONNX consumer has.
-"""
+"""The one attention every traced module calls, so that a dialect can write it its own way."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Protocol
 
 import torch
@@ -41,43 +41,47 @@ class Attention(Protocol):
 def portable_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
-    """MatMul, Softmax in float32, MatMul; see `Attention`.
+    """MatMul, Softmax in float32, MatMul, in operators every ONNX consumer has; see `Attention`.
 
-    The query is scaled before the product: it is the smaller tensor, and in float16 it keeps the product of
-    large heads below the overflow at 65504.
+    The query heads that share a key head become rows of one product, so that a decode step reads the cache
+    once a key head instead of once a query head, and nothing is repeated.
+
+    Raises:
+        NotImplementedError: A mask for several prompts whose query heads share key heads.
     """
     batch, heads, length, width = query.shape
-    groups = heads // key.shape[1]
-    query = query * scale
-    if groups > 1:  # one more axis instead of copies of key and value
-        query = query.reshape(batch, key.shape[1], groups, length, width)
-        key, value = key.unsqueeze(2), value.unsqueeze(2)
-        mask = mask if mask is None else mask.unsqueeze(2)
-    scores = torch.matmul(query, key.transpose(-1, -2)).float()
-    if mask is not None:
+    kv_heads = key.shape[1]
+    groups = heads // kv_heads
+    # The query is scaled before the product: it is the smaller tensor, and in float16 it keeps large products
+    # below the overflow at 65504.
+    query = (query * scale).reshape(batch, kv_heads, groups * length, width)
+    scores = torch.matmul(query, key.transpose(2, 3)).float()
+    if mask is not None and groups > 1:
+        if batch != 1:
+            raise NotImplementedError("a mask with grouped heads needs batch 1")
+        split = (kv_heads, groups, length, key.shape[2])
+        scores = (scores.reshape(split) + mask).reshape(scores.shape)
+    elif mask is not None:
         scores = scores + mask
     weights = torch.softmax(scores, dim=-1).to(value.dtype)
     return torch.matmul(weights, value).reshape(batch, heads, length, width)
 
 
-_current: list[Attention] = [portable_attention]
+_form: ContextVar[Attention] = ContextVar("attention", default=portable_attention)
 
 
 def attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
-    """The attention in use; see `Attention`."""
-    return _current[-1](query, key, value, mask, scale)
+    """The attention of this thread's trace; see `Attention`."""
+    return _form.get()(query, key, value, mask, scale)
 
 
-class use_attention:  # noqa: N801 - a context manager, named like a function
-    """Within the block, `attention` is the given form (a dialect's while it is traced)."""
-
-    def __init__(self, form: Attention) -> None:
-        self._form = form
-
-    def __enter__(self) -> None:
-        _current.append(self._form)
-
-    def __exit__(self, *exception: object) -> None:
-        _current.pop()
+@contextmanager
+def use_attention(form: Attention) -> Iterator[None]:
+    """Within the block, in this thread, `attention` is the given form (a dialect's while it is traced)."""
+    token = _form.set(form)
+    try:
+        yield
+    finally:
+        _form.reset(token)

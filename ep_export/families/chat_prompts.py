@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ep_export.errors import UserError
+from ep_export.errors import UserError, as_user_error
 from ep_export.families import processor_files as files
 from ep_export.families.base import Picture, PromptInputs, Video, Visual
 from ep_export.families.picture_modes import to_rgb
+from ep_export.families.template_limits import check_template, rendering
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -33,6 +34,9 @@ Parts: TypeAlias = "tuple[Picture, ...]"
 # Beyond this ratio of sides a picture is a line: Qwen's image processor refuses it, and CLIP's would blow its
 # short side up to hundreds of megabytes.
 _MAX_ASPECT = 200
+# Characters a template may add to the question: some thousand times what published ones do.
+_MOST_MARKUP = 1 << 20
+_TOKENIZER_HINT = "copy tokenizer.json and tokenizer_config.json from the checkpoint again"
 
 
 class ChatPrompts(ABC):
@@ -43,13 +47,16 @@ class ChatPrompts(ABC):
         repetition_penalty: From generation_config.json; 1 is none.
     """
 
-    def __init__(self, processor: Path, config: PreTrainedConfig, *, image_processor: Any) -> None:
+    def __init__(
+        self, processor: Path, config: PreTrainedConfig, *, image_processor: Any, areas: bool = False
+    ) -> None:
         """Load tokenizer and chat template from a local directory.
 
         Args:
             processor: The directory.
             config: The model's config.
             image_processor: The `...Pil` class of transformers, loaded from there too.
+            areas: See `ep_export.families.bounds.check_settings`.
 
         Raises:
             UserError: A file is missing or unusable.
@@ -57,7 +64,7 @@ class ChatPrompts(ABC):
         if not processor.is_dir():
             raise UserError(f"processor directory {processor} is missing", hint="build the bundle again")
         self._tokenizer = files.load_tokenizer(processor)
-        self._images = files.load_image_processor(processor, image_processor)
+        self._images = files.load_image_processor(processor, image_processor, areas=areas)
         self._template = files.chat_template(processor, self._tokenizer)
         self._image_id: int = config.image_token_id
         self._video_id: int | None = getattr(config, "video_token_id", None)
@@ -151,9 +158,10 @@ class ChatPrompts(ABC):
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of generated ids, special tokens dropped."""
-        text: str = self._tokenizer.decode(
-            list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        with as_user_error("the checkpoint's tokenizer fails on an answer", hint=_TOKENIZER_HINT):
+            text: str = self._tokenizer.decode(
+                list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
         return text
 
     def _refuse_special(self, prompt: str) -> None:
@@ -203,26 +211,29 @@ class ChatPrompts(ABC):
 
     def _tokenize(self, groups: Sequence[Parts], prompt: str) -> NDArray[np.int64]:
         """Token ids of the rendered template."""
-        import jinja2
-
         kinds = ["image" if parts[0].video is None else "video" for parts in groups]
         content = [*({"type": kind} for kind in kinds), {"type": "text", "text": prompt}]
-        try:
-            # Rendered by transformers in a sandbox: the template comes with the checkpoint.
+        hint = "use the model's published template"
+        check_template(self._template)
+        # Rendered by transformers in a sandbox: the template comes with the checkpoint.
+        with as_user_error("the checkpoint's chat template fails", hint=hint), rendering():
             text = self._tokenizer.apply_chat_template(
                 [{"role": "user", "content": content}],
                 chat_template=self._template,
                 add_generation_prompt=True,
                 tokenize=False,
             )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+        if len(text) > len(prompt) + _MOST_MARKUP:
             raise UserError(
-                f"the checkpoint's chat template fails: {error}", hint="use the model's published template"
-            ) from error
+                f"the checkpoint's chat template makes {len(text)} characters of a question of {len(prompt)}",
+                hint=hint,
+            )
         text = self._write(text, groups)
         # As Hugging Face's processors: a template that begins the sequence itself is not begun twice.
         begun = self._tokenizer.bos_token is not None and text.startswith(self._tokenizer.bos_token)
-        return np.asarray(self._tokenizer(text, add_special_tokens=not begun)["input_ids"], dtype=np.int64)
+        with as_user_error("the checkpoint's tokenizer fails on the question", hint=_TOKENIZER_HINT):
+            ids = self._tokenizer(text, add_special_tokens=not begun)["input_ids"]
+            return np.asarray(ids, dtype=np.int64)
 
     def _expand(self, ids: NDArray[np.int64], groups: Sequence[Parts]) -> NDArray[np.int64]:
         """Repeat every picture's or video's placeholder once a visual token.

@@ -46,10 +46,12 @@ def clip_features(config: PreTrainedConfig) -> TowerFeatures:
     """Read a LLaVA-like config with a CLIP tower.
 
     Raises:
-        UserError: Another vision tower, features of several layers, or of a layer that is not there.
+        UserError: Another vision tower, sides that differ or hold no patch, features of several layers, or of
+            a layer that is not there.
     """
     _refuse_other_tower(config, "clip_vision_model")
     vision = config.vision_config
+    _refuse_other_sizes(vision)
     return TowerFeatures(
         image_size=vision.image_size,
         patch_size=vision.patch_size,
@@ -63,16 +65,11 @@ def siglip_features(config: PreTrainedConfig) -> TowerFeatures:
     """Read a LLaVA-like config with a SigLIP tower.
 
     Raises:
-        UserError: As `clip_features`; also sides that differ, or a class token to be dropped, which SigLIP
-            does not have.
+        UserError: As `clip_features`; also a class token to be dropped, which SigLIP does not have.
     """
     _refuse_other_tower(config, "siglip_vision_model")
     vision = config.vision_config
-    if not isinstance(vision.image_size, int) or not isinstance(vision.patch_size, int):
-        raise UserError(
-            f"config has pictures of {vision.image_size} in patches of {vision.patch_size}, expected squares",
-            hint="such models are not exported",
-        )
+    _refuse_other_sizes(vision)
     if config.vision_feature_select_strategy != "full":
         raise UserError(
             f"config has vision_feature_select_strategy {config.vision_feature_select_strategy!r}, "
@@ -94,6 +91,15 @@ def _refuse_other_tower(config: PreTrainedConfig, expected: str) -> None:
         raise UserError(
             f"config has the vision tower {found!r}, expected {expected!r}",
             hint="other vision towers are not exported with this family",
+        )
+
+
+def _refuse_other_sizes(vision: PreTrainedConfig) -> None:
+    size, patch = vision.image_size, vision.patch_size
+    if not isinstance(size, int) or not isinstance(patch, int) or not 0 < patch <= size:
+        raise UserError(
+            f"config has pictures of {size} in patches of {patch}, expected squares of at least one patch",
+            hint="such models are not exported",
         )
 
 

@@ -16,7 +16,7 @@ from ep_export.families.chat_prompts import ChatPrompts
 from ep_export.families.clip_features import clip_features
 from ep_export.families.llava import Llava
 from ep_export.families.llava_next_prompt import LlavaNextPrompts
-from ep_export.families.tiles import pack_index, tile_grid
+from ep_export.families.tiles import checked_resolutions, pack_index, tile_grid
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -115,7 +115,8 @@ def refuse_uneven_tiles(config: PreTrainedConfig, tile: int) -> None:
     Raises:
         UserError: Names the resolution.
     """
-    uneven = [list(each) for each in config.image_grid_pinpoints if each[0] % tile or each[1] % tile]
+    resolutions = checked_resolutions(config.image_grid_pinpoints, "config")
+    uneven = [each for each in resolutions if each[0] % tile or each[1] % tile]
     if uneven:
         raise UserError(
             f"config fits pictures into {uneven[0]}, which is no multiple of its tiles of {tile} pixels",

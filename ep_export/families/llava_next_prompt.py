@@ -12,6 +12,7 @@ from ep_export.errors import UserError
 from ep_export.families.base import Picture
 from ep_export.families.chat_prompts import ChatPrompts
 from ep_export.families.clip_features import clip_features
+from ep_export.families.processor_files import prepare
 from ep_export.families.tiles import pack_index, tile_grid, tile_resolutions, token_cells
 
 if TYPE_CHECKING:
@@ -36,8 +37,7 @@ class LlavaNextPrompts(ChatPrompts):
         self._resolutions = tile_resolutions(processor, config, self._images)
 
     def _process(self, pixels: NDArray[np.uint8]) -> Picture:
-        # The channel axis is named: a picture three pixels high must not be taken for channels first.
-        made = self._images(images=[pixels], input_data_format="channels_last")
+        made = prepare(self._images, [pixels])
         values = np.ascontiguousarray(made["pixel_values"][0], dtype=np.float32)
         side, tile = self._features.side, self._features.image_size
         size = (pixels.shape[1], pixels.shape[0])

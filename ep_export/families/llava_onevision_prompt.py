@@ -15,7 +15,7 @@ from ep_export.families.base import Picture, Video, Visual
 from ep_export.families.chat_prompts import ChatPrompts, Parts
 from ep_export.families.clip_features import siglip_features
 from ep_export.families.llava_onevision_tiles import pack_frame, pack_picture, pack_whole
-from ep_export.families.processor_files import load_image_processor
+from ep_export.families.processor_files import load_image_processor, prepare
 from ep_export.families.tiles import tile_grid, tile_resolutions
 
 if TYPE_CHECKING:
@@ -73,8 +73,7 @@ class LlavaOnevisionPrompts(ChatPrompts):
 
     def _process(self, pixels: NDArray[np.uint8]) -> Picture:
         images = [pixels] if self._alone else [pixels, pixels[:1, :1]]  # two are several: the first is taken
-        # The channel axis is named: a picture three pixels high must not be taken for channels first.
-        made = self._images(images=[images], input_data_format="channels_last")
+        made = prepare(self._images, [images])
         side = self._features.side
         size = (pixels.shape[1], pixels.shape[0])
         tiles = tile_grid(size, self._resolutions, self._features.image_size) if self._alone else (0, 0)
@@ -91,7 +90,7 @@ class LlavaOnevisionPrompts(ChatPrompts):
     def _process_video(self, video: Video) -> Parts:
         frames = self._frames(video)
         side, size = self._features.side, (frames.shape[2], frames.shape[1])
-        made = self._whole_frames(images=list(frames), input_data_format="channels_last")
+        made = prepare(self._whole_frames, list(frames))
         values = self._checked(made["pixel_values"], len(frames))
         parts = []
         for i in range(len(frames)):

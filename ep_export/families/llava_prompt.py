@@ -12,7 +12,7 @@ from ep_export.errors import UserError, near_matches
 from ep_export.families.base import Picture
 from ep_export.families.chat_prompts import ChatPrompts
 from ep_export.families.clip_features import clip_features
-from ep_export.families.processor_files import read_json
+from ep_export.families.processor_files import image_settings, prepare
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -37,8 +37,7 @@ class LlavaPrompts(ChatPrompts):
 
     def _square(self, pixels: NDArray[np.uint8], *, with_class: bool) -> Picture:
         """A picture as the one square that the tower takes, its class token a visual token or not."""
-        # The channel axis is named: a picture three pixels high must not be taken for channels first.
-        made = self._images(images=[pixels], input_data_format="channels_last")
+        made = prepare(self._images, [pixels])
         values = np.ascontiguousarray(made["pixel_values"], dtype=np.float32)
         side, size = self._features.side, self._features.image_size
         if values.shape != (1, 3, size, size):
@@ -84,7 +83,10 @@ def _image_processor(processor: Path) -> Any:
         "LlavaImageProcessor": LlavaImageProcessorPil,
         "VideoLlavaImageProcessor": CLIPImageProcessorPil,
     }
-    name = _processor_type(processor)
+    settings = image_settings(processor)
+    name = str(
+        settings.get("image_processor_type", settings.get("feature_extractor_type", "CLIPImageProcessor"))
+    )
     plain = name.removesuffix("Fast").removesuffix("Pil").replace("FeatureExtractor", "ImageProcessor")
     if plain not in known:
         raise UserError(
@@ -92,13 +94,3 @@ def _image_processor(processor: Path) -> Any:
             hint=near_matches(plain, known),
         )
     return known[plain]
-
-
-def _processor_type(processor: Path) -> str:
-    """Where transformers looks: a part of processor_config.json first, then a file of its own."""
-    whole, own = processor / "processor_config.json", processor / "preprocessor_config.json"
-    nested = read_json(whole).get("image_processor") if whole.is_file() else None
-    if not isinstance(nested, dict):
-        nested = read_json(own) if own.is_file() else {}
-    named = nested.get("image_processor_type", nested.get("feature_extractor_type", "CLIPImageProcessor"))
-    return str(named)

@@ -6,11 +6,15 @@ code is run, and whatever is missing or broken is named.
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ep_export.errors import UserError
+import numpy as np
+
+from ep_export.documents import read_json_object
+from ep_export.errors import UserError, as_user_error, reason
+from ep_export.families.bounds import check_settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -19,13 +23,20 @@ __all__ = [
     "chat_template",
     "eos_token_ids",
     "generation_config",
+    "image_settings",
     "load_image_processor",
     "load_tokenizer",
-    "read_json",
+    "prepare",
+    "read_settings",
     "repetition_penalty",
     "special_tokens",
     "video_settings",
 ]
+
+_COPY = "copy it from the checkpoint again"
+# Published: 1.05 and below; far above, every answer ends at once.
+_MOST_PENALTY = 100.0
+_MOST_ID = 1 << 31
 
 
 def load_tokenizer(processor: Path) -> Any:
@@ -36,45 +47,64 @@ def load_tokenizer(processor: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
-    try:
+    sentence = f"tokenizer files in {processor} are missing or broken"
+    hint = "copy tokenizer.json and tokenizer_config.json of the checkpoint beside its config.json"
+    with as_user_error(sentence, hint=hint):
         return AutoTokenizer.from_pretrained(processor, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"tokenizer files in {processor} are missing or broken: {_first_line(error)}",
-            hint="copy tokenizer.json and tokenizer_config.json of the checkpoint beside its config.json",
-        ) from error
 
 
-def load_image_processor(processor: Path, kind: Any) -> Any:
+def load_image_processor(processor: Path, kind: Any, *, areas: bool = False) -> Any:
     """The image processor of a directory.
 
     Args:
         processor: The directory.
         kind: A `...Pil` class of transformers: those need neither torch nor torchvision, AutoProcessor both.
+        areas: See `ep_export.families.bounds.check_settings`.
 
     Raises:
         UserError: Its file is missing or broken.
     """
-    try:
+    sentence = f"preprocessor_config.json in {processor} is missing or broken"
+    check_settings(image_settings(processor), f"preprocessor_config.json in {processor}", areas=areas)
+    with as_user_error(sentence, hint=_COPY):
         return kind.from_pretrained(processor, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"preprocessor_config.json in {processor} is missing or broken: {_first_line(error)}",
-            hint="copy it from the checkpoint",
-        ) from error
+
+
+def prepare(processor: Any, images: Sequence[Any], **options: Any) -> Any:
+    """What an image processor makes of pictures.
+
+    Args:
+        processor: From `load_image_processor`.
+        images: As it takes them, each [height, width, 3].
+        options: Of this call.
+
+    Raises:
+        UserError: Its settings, which come with the checkpoint, are no settings, or make no numbers.
+    """
+    sentence = "the checkpoint's image processor fails on a picture"
+    with as_user_error(sentence, hint=_COPY), np.errstate(all="ignore"):
+        # The channel axis is named: a picture three pixels high must not be taken for channels first.
+        made = processor(images=images, input_data_format="channels_last", **options)
+        finite = all(np.isfinite(part).all() for part in made["pixel_values"])
+    if not finite:
+        raise UserError(f"{sentence}: it makes values that are not finite", hint=_COPY)
+    return made
 
 
 def chat_template(processor: Path, tokenizer: Any) -> str:
     """The processor's template, else the tokenizer's: the order in which Hugging Face looks.
 
     Raises:
-        UserError: There is none.
+        UserError: There is none, or it cannot be read.
     """
     jinja, older = processor / "chat_template.jinja", processor / "chat_template.json"
     if jinja.is_file():
-        return jinja.read_text(encoding="utf-8")
+        try:
+            return jinja.read_text(encoding="utf-8")
+        except (OSError, UnicodeError) as error:
+            raise UserError(f"chat template {jinja} cannot be read: {reason(error)}", hint=_COPY) from error
     if older.is_file():
-        found = read_json(older).get("chat_template")
+        found = read_settings(older).get("chat_template")
         if isinstance(found, str):
             return found
     if isinstance(tokenizer.chat_template, str):
@@ -97,7 +127,7 @@ def generation_config(processor: Path) -> dict[str, Any]:
         UserError: It is broken.
     """
     file = processor / "generation_config.json"
-    return read_json(file) if file.is_file() else {}
+    return read_settings(file) if file.is_file() else {}
 
 
 def eos_token_ids(generation: dict[str, Any], config: PreTrainedConfig, tokenizer: Any) -> tuple[int, ...]:
@@ -114,10 +144,9 @@ def eos_token_ids(generation: dict[str, Any], config: PreTrainedConfig, tokenize
         tokenizer.eos_token_id,
     )
     for found in candidates:
-        if isinstance(found, int):
-            return (found,)
-        if isinstance(found, list) and found and all(isinstance(item, int) for item in found):
-            return tuple(found)
+        ids = found if isinstance(found, list) else [found]
+        if ids and all(type(item) is int and 0 <= item <= _MOST_ID for item in ids):
+            return tuple(ids)
     raise UserError(
         "the checkpoint names no token that ends an answer",
         hint="copy its generation_config.json beside config.json",
@@ -128,14 +157,15 @@ def repetition_penalty(generation: dict[str, Any]) -> float:
     """The penalty generation_config.json asks for; 1 is none.
 
     Raises:
-        UserError: It is no number above 0.
+        UserError: It is no number above 0, or too large to be one.
     """
     found = generation.get("repetition_penalty")
     if found is None:
         return 1.0
-    if isinstance(found, bool) or not isinstance(found, (int, float)) or not found > 0:
+    if isinstance(found, bool) or not isinstance(found, (int, float)) or not 0 < found <= _MOST_PENALTY:
         raise UserError(
-            f"generation_config.json has repetition_penalty {found!r}, expected a number above 0",
+            f"generation_config.json has repetition_penalty {found!r}, expected a number above 0, at most "
+            f"{_MOST_PENALTY:g}",
             hint="copy the file from the checkpoint again",
         )
     return float(found)
@@ -149,32 +179,33 @@ def video_settings(processor: Path) -> dict[str, Any]:
     Raises:
         UserError: The file is broken.
     """
+    own, shared = "video_preprocessor_config.json", "preprocessor_config.json"
+    return _settings(processor, "video_processor", own if (processor / own).is_file() else shared)
+
+
+def image_settings(processor: Path) -> dict[str, Any]:
+    """Settings of the image processor, from the file where Hugging Face looks; empty when there is none.
+
+    A part of processor_config.json, else a file of its own.
+
+    Raises:
+        UserError: The file is broken.
+    """
+    return _settings(processor, "image_processor", "preprocessor_config.json")
+
+
+def _settings(processor: Path, part: str, own: str) -> dict[str, Any]:
     whole = processor / "processor_config.json"
-    nested = read_json(whole).get("video_processor") if whole.is_file() else None
+    nested = read_settings(whole).get(part) if whole.is_file() else None
     if isinstance(nested, dict):
         return nested
-    for name in ("video_preprocessor_config.json", "preprocessor_config.json"):
-        if (processor / name).is_file():
-            return read_json(processor / name)
-    return {}
+    return read_settings(processor / own) if (processor / own).is_file() else {}
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_settings(file: Path) -> dict[str, Any]:
     """A JSON object.
 
     Raises:
         UserError: The file is no JSON, or holds something else.
     """
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{file} is not readable JSON: {error}", hint="copy it from the checkpoint again"
-        ) from error
-    if not isinstance(raw, dict):
-        raise UserError(f"{file} holds {type(raw).__name__}, expected an object", hint="copy it again")
-    return raw
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0]
+    return read_json_object(file, hint=_COPY)

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
+from ep_export.dims import DecoderDims
+from ep_export.errors import UserError
 from ep_export.families.base import Picture, VisionTrace
 from ep_export.families.qwen2_vl import Qwen2VL
 from ep_export.families.windows import window_layout
@@ -25,6 +27,17 @@ class Qwen2_5_VL(Qwen2VL):  # noqa: N801 - the model's name
         "small trained and random tiny weights against Hugging Face, pictures and videos; 7B shape built "
         "with random weights; published weights: not available here"
     )
+
+    def dims(self, config: PreTrainedConfig) -> DecoderDims:
+        """Dimensions of the decoder; see `Family.dims`."""
+        if not _window_side(config):
+            vision = config.vision_config
+            raise UserError(
+                f"config has a window_size of {vision.window_size} pixels, expected at least a merge block: "
+                f"{vision.spatial_merge_size} patches of {vision.patch_size}",
+                hint="check config.json",
+            )
+        return super().dims(config)
 
     def vision_feeds(self, picture: Picture, config: PreTrainedConfig) -> dict[str, NDArray[Any]]:
         """Inputs of `vision_encoder.onnx` for one picture or part of a video, in the stem's order.

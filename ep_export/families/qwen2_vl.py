@@ -156,9 +156,19 @@ def _refuse_unsupported(text: PreTrainedConfig) -> None:
             f"{text.num_key_value_heads} kv heads, which do not divide",
             hint="check config.json",
         )
-    sections, head_dim = text.rope_parameters["mrope_section"], text.hidden_size // text.num_attention_heads
-    if 2 * sum(sections) != head_dim:
+    head_dim = text.hidden_size // text.num_attention_heads
+    sections = text.rope_parameters.get("mrope_section")
+    if not _three_sizes(sections) or 2 * sum(sections) != head_dim:
         raise UserError(
-            f"config has mrope_section {sections}, expected a sum of half the head dimension {head_dim}",
+            f"config has mrope_section {sections}, expected three sizes whose sum is half the head dimension "
+            f"{head_dim}",
             hint="check config.json",
         )
+
+
+def _three_sizes(sections: Any) -> bool:
+    return (
+        isinstance(sections, list)
+        and len(sections) == 3
+        and all(type(size) is int and size > 0 for size in sections)
+    )

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ep_export.errors import UserError
+from ep_export.errors import UserError, as_user_error
 from ep_export.families import processor_files as files
 from ep_export.families.base import Picture, Video
+from ep_export.families.bounds import check_settings
 from ep_export.families.chat_prompts import ChatPrompts, Parts
 from ep_export.families.mrope import VisualRun, mrope_positions
 
@@ -56,14 +57,15 @@ class Qwen2VLPrompts(ChatPrompts):
         """
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-        super().__init__(processor, config, image_processor=Qwen2VLImageProcessorPil)
+        super().__init__(processor, config, image_processor=Qwen2VLImageProcessorPil, areas=True)
         self._config = config
         self._video_settings = files.video_settings(processor)
         self._videos = _video_processor(self._video_settings, processor)
+        for each, what in ((self._images, "pictures"), (self._videos, "videos")):
+            _refuse_other_patches(each, config, f"{processor} cuts {what}")
 
     def _process(self, pixels: NDArray[np.uint8]) -> Picture:
-        # The channel axis is named: a picture three pixels high must not be taken for channels first.
-        made = self._images(images=[pixels], input_data_format="channels_last")
+        made = files.prepare(self._images, [pixels])
         time, rows, columns = (int(n) for n in made["image_grid_thw"][0])
         merge = int(self._images.merge_size)
         return Picture(
@@ -80,9 +82,7 @@ class Qwen2VLPrompts(ChatPrompts):
         Pillow's in the last digit of some pixels; sizes, padding and patches are the same.
         """
         frames = self._frames(video)
-        made = self._videos(
-            images=list(frames), input_data_format="channels_last", size=self._frame_size(len(frames))
-        )
+        made = files.prepare(self._videos, list(frames), size=self._frame_size(len(frames)))
         _, rows, columns = (int(n) for n in made["image_grid_thw"][0])
         merge, depth = int(self._videos.merge_size), int(self._videos.temporal_patch_size)
         patches = np.asarray(made["pixel_values"], dtype=np.float32)
@@ -107,7 +107,7 @@ class Qwen2VLPrompts(ChatPrompts):
         least, most = self._videos.size["shortest_edge"], self._videos.size["longest_edge"]
         if self._video_settings.get("cap_pixels_per_frame"):
             side = int(self._videos.patch_size) * int(self._videos.merge_size)
-            tokens = int(self._video_settings.get("max_video_tokens", _VIDEO_TOKENS))
+            tokens = self._video_settings.get("max_video_tokens") or _VIDEO_TOKENS
             whole = int(tokens * side * side * 0.9) * int(self._videos.temporal_patch_size)
             most = max(min(most, whole // frames), int(least * 1.05))
         return {"shortest_edge": least, "longest_edge": most}
@@ -134,8 +134,11 @@ def _video_processor(settings: dict[str, Any], processor: Path) -> Any:
     """
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+    check_settings(settings, f"the video settings in {processor}", areas=True)
     size = settings.get("size") or _VIDEO_SIZE
-    try:
+    with as_user_error(
+        f"the video settings in {processor} are broken", hint="copy them from the checkpoint again"
+    ):
         return Qwen2VLImageProcessorPil(
             size={
                 "shortest_edge": int(settings.get("min_pixels") or size["shortest_edge"]),
@@ -143,8 +146,16 @@ def _video_processor(settings: dict[str, Any], processor: Path) -> Any:
             },
             **{name: settings[name] for name in _SHARED_SETTINGS if settings.get(name) is not None},
         )
-    except (KeyError, TypeError, ValueError) as error:
+
+
+def _refuse_other_patches(images: Any, config: PreTrainedConfig, what: str) -> None:
+    """Stop where the processor and the vision encoder take different patches."""
+    vision = config.vision_config
+    expected = (vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
+    found = (images.patch_size, images.merge_size, images.temporal_patch_size)
+    if found != expected:
         raise UserError(
-            f"the video settings in {processor} are broken: {error}",
-            hint="copy the processor's files from the checkpoint again",
-        ) from error
+            f"{what} into patches of {found[0]} pixels, {found[1]} x {found[1]} a token, {found[2]} frames "
+            f"deep; the model takes {expected[0]}, {expected[1]} x {expected[1]} and {expected[2]}",
+            hint="copy the processor's files and config.json from one checkpoint again",
+        )

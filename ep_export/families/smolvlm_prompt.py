@@ -20,6 +20,7 @@ from ep_export.errors import UserError
 from ep_export.families.base import Picture, PromptInputs, Video, Visual
 from ep_export.families.chat_prompts import ChatPrompts, Parts
 from ep_export.families.number_words import number_words
+from ep_export.families.processor_files import prepare
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -116,8 +117,7 @@ class SmolVLMPrompts(ChatPrompts):
         return tuple(self._picture(value[None], (0, 0), shape, seconds=seconds) for value in values)
 
     def _tiles(self, pictures: list[NDArray[np.uint8]], **options: Any) -> Any:
-        # The channel axis is named: a picture three pixels high must not be taken for channels first.
-        return self._images(images=[pictures], input_data_format="channels_last", **options)
+        return prepare(self._images, [pictures], **options)
 
     def _checked(self, made: Any, count: int) -> NDArray[np.float32]:
         """[tiles, 3, height, width] of the one prompt."""

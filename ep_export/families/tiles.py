@@ -20,7 +20,45 @@ from ep_export.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["feature_grid", "grid_cells", "pack_index", "tile_grid", "tile_resolutions", "token_cells"]
+__all__ = [
+    "checked_resolutions",
+    "feature_grid",
+    "grid_cells",
+    "pack_index",
+    "tile_grid",
+    "tile_resolutions",
+    "token_cells",
+]
+
+# Along a side: nearly twice the 2304 of LLaVA-OneVision, the largest published.
+_MOST_PIXELS = 4096
+
+
+def checked_resolutions(pairs: Any, where: str) -> list[list[int]]:
+    """What pictures may be fitted into, (height, width) each, as a file has it.
+
+    Args:
+        pairs: Its image_grid_pinpoints.
+        where: What errors call the file.
+
+    Raises:
+        UserError: They are none, or no sizes of a picture.
+    """
+    if not isinstance(pairs, (list, tuple)) or not pairs or not all(_is_size(pair) for pair in pairs):
+        raise UserError(
+            f"{where} has image_grid_pinpoints {pairs!r}, expected pairs of a height and a width, "
+            f"1 to {_MOST_PIXELS} pixels each",
+            hint="copy the file from the checkpoint again",
+        )
+    return [list(pair) for pair in pairs]
+
+
+def _is_size(pair: Any) -> bool:
+    return (
+        isinstance(pair, (list, tuple))
+        and len(pair) == 2
+        and all(type(side) is int and 0 < side <= _MOST_PIXELS for side in pair)
+    )
 
 
 def tile_resolutions(processor: Path, config: PreTrainedConfig, images: Any) -> list[list[int]]:
@@ -34,8 +72,8 @@ def tile_resolutions(processor: Path, config: PreTrainedConfig, images: Any) -> 
     Raises:
         UserError: They do not agree.
     """
-    expected = [list(each) for each in config.image_grid_pinpoints]
-    found = [list(each) for each in images.image_grid_pinpoints]
+    expected = checked_resolutions(config.image_grid_pinpoints, "config")
+    found = checked_resolutions(images.image_grid_pinpoints, f"preprocessor_config.json in {processor}")
     if found != expected:
         raise UserError(
             f"preprocessor_config.json in {processor} fits pictures into {found}, the model's config "

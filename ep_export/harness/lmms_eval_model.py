@@ -18,10 +18,11 @@ from lmms_eval.api.model import lmms
 from PIL import Image
 from tqdm import tqdm
 
-from ep_export.calibrate.choose import PolicyRequest, resolve_policy
+from ep_export.calibrate.choose import ScheduleRequest, resolve_schedule
 from ep_export.checkpoint import open_checkpoint
 from ep_export.errors import UsageError
-from ep_export.policy import Budget, Keep, Select, Source
+from ep_export.plan import settled_keep
+from ep_export.policy import Chooser, Cut, Keep, Scorer, Select, TopK, chooser_named
 from ep_export.reference import PruneSpec, load_model, prune
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ __all__ = ["PrunedModel"]
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _MAX_NEW_TOKENS = 1024  # lmms-eval's own default where a task names none
+_AUTO = "auto"
 
 
 class PrunedModel(lmms):  # type: ignore[misc] # lmms-eval ships no types
@@ -38,7 +40,7 @@ class PrunedModel(lmms):  # type: ignore[misc] # lmms-eval ships no types
 
     Attributes:
         is_simple: Tasks give one text and a list of pictures or videos, which stand before it.
-        kept_tokens: Visual tokens kept after layer K, of every prompt with a picture so far.
+        kept_tokens: Visual tokens that reach the last layer, of every prompt with a picture so far.
         visual_tokens: Those there were.
     """
 
@@ -50,11 +52,9 @@ class PrunedModel(lmms):  # type: ignore[misc] # lmms-eval ships no types
         *,
         keep: float | None = None,
         keep_tokens: int | None = None,
-        policy: str = "auto",
+        policy: str = _AUTO,
         layer: int | None = None,
-        select: str | None = None,
-        source: str | None = None,
-        budget: str = Budget.JOINT.value,
+        cuts: str | None = None,
         calibration: str | None = None,
         dtype: str = "float16",
         device: str | None = None,
@@ -65,13 +65,12 @@ class PrunedModel(lmms):  # type: ignore[misc] # lmms-eval ships no types
 
         Args:
             pretrained: Alias, hub id in the local cache, or checkpoint directory.
-            keep: Average share of visual tokens; with neither this nor `keep_tokens` nothing is pruned.
+            keep: Average share of visual tokens; with none of this, `keep_tokens` and `cuts` nothing is
+                pruned.
             keep_tokens: Average number of visual tokens.
-            policy: Token score, or "auto": what the record says.
+            policy: A policy's name, e.g. norm-lowest, or "auto": what the record says.
             layer: K.
-            select: "highest" or "lowest".
-            source: States that are scored.
-            budget: "joint" or "per_picture".
+            cuts: LAYER:SHARE[:NAME] as `--cut` takes it, several joined by "+", since commas part arguments.
             calibration: A record made by `ep-export calibrate`.
             dtype: float16, bfloat16 or float32.
             device: "cuda" where there is one, else "cpu".
@@ -79,7 +78,7 @@ class PrunedModel(lmms):  # type: ignore[misc] # lmms-eval ships no types
             max_batch_size: Not read.
 
         Raises:
-            UserError: See `open_checkpoint`, `resolve_policy`, `load_model`.
+            UserError: See `open_checkpoint`, `resolve_schedule`, `load_model`.
             UsageError: An unknown dtype or a batch.
         """
         super().__init__()
@@ -90,19 +89,18 @@ class PrunedModel(lmms):  # type: ignore[misc] # lmms-eval ships no types
         checkpoint = open_checkpoint(str(pretrained))
         self._family = checkpoint.family
         self._spec: PruneSpec | None = None
-        if keep is not None or keep_tokens is not None:
-            request = PolicyRequest(
-                name=policy,
+        if keep is not None or keep_tokens is not None or cuts is not None:
+            request = ScheduleRequest(
+                cuts=_cuts(cuts) if cuts is not None else None,
                 layer=layer,
-                select=Select(select) if select else None,
-                source=Source(source) if source else None,
-                budget=Budget(budget),
-                record=Path(calibration) if calibration else None,
+                chooser=None if policy == _AUTO else _chooser(policy),
+                calibration=Path(calibration) if calibration else None,
             )
-            wanted = Keep(ratio=keep, tokens=keep_tokens)
-            chosen, evidence = resolve_policy(checkpoint, request, keep=wanted)
-            self._spec = PruneSpec(chosen, wanted)
-            print(f"ep_export_pruned: keep {wanted}, {chosen} ({evidence.summary})")  # noqa: T201
+            told = Keep(keep, keep_tokens) if (keep, keep_tokens) != (None, None) else None
+            schedule, evidence = resolve_schedule(checkpoint, request, keep=told)
+            wanted = settled_keep(told, schedule, layers=checkpoint.dims.layers)
+            self._spec = PruneSpec(schedule, wanted)
+            print(f"ep_export_pruned: keep {wanted}, {schedule} ({evidence.summary})")  # noqa: T201
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model = load_model(checkpoint, _DTYPES[dtype]).to(self._device)
         self.prompts = self._family.prompt_builder(checkpoint.path, checkpoint.config)
@@ -154,8 +152,7 @@ class PrunedModel(lmms):  # type: ignore[misc] # lmms-eval ships no types
             )
         if trace is not None and trace.visual_index is not None and len(trace.visual_index):
             self.visual_tokens.append(len(trace.visual_index))
-            text = prompt.input_ids.shape[1] - len(trace.visual_index)
-            self.kept_tokens.append(len(trace.kept_index) - text)
+            self.kept_tokens.append(len(trace.cuts[-1].kept_visual))
         answer = self.prompts.decode(ids[0, prompt.input_ids.shape[1] :].tolist())
         return _cut(answer, settings.get("until", ()))
 
@@ -169,6 +166,31 @@ class PrunedModel(lmms):  # type: ignore[misc] # lmms-eval ships no types
             name: value.to(self._device, self.model.dtype if name.startswith("pixel_values") else None)
             for name, value in inputs.items()
         }
+
+
+def _cuts(text: str) -> tuple[Cut, ...]:
+    """Cuts as one argument of lmms-eval's holds them.
+
+    Raises:
+        UsageError: One is not LAYER:SHARE or LAYER:SHARE:NAME.
+    """
+    cuts = []
+    for part in text.split("+"):
+        layer, _, rest = part.partition(":")
+        share, _, name = rest.partition(":")
+        try:
+            cuts.append(Cut(int(layer), _chooser(name) if name else TopK(), float(share)))
+        except ValueError:
+            raise UsageError(
+                f"cut {part!r} is not LAYER:SHARE or LAYER:SHARE:NAME",
+                hint="e.g. cuts=2:0.5+14:0.2:norm-lowest",
+            ) from None
+    return tuple(cuts)
+
+
+def _chooser(name: str) -> Chooser:
+    """A policy's name; a score alone means its highest."""
+    return chooser_named(f"{name}-{Select.HIGHEST.value}" if name in set(Scorer) else name)
 
 
 def _opened(visuals: Iterable[Any] | None) -> Iterable[Any]:

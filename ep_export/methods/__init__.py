@@ -1,7 +1,7 @@
-"""Ways of choosing visual tokens, one file a method, all behind one contract.
+"""Ways of choosing visual tokens: the choosers a bundle can prune by, and rivals, one file each.
 
-Left out, because they are not one choice of tokens at one layer: PyramidDrop (arXiv 2410.17247) drops in
-several stages; SparseVLM (arXiv 2410.04417) prunes at several layers, each by its own share, and merges what
+Left out, because they are not a choice of tokens at given layers: PyramidDrop (arXiv 2410.17247) drops in
+stages of its own; SparseVLM (arXiv 2410.04417) prunes at several layers, each by its own share, and merges what
 it drops into new tokens.
 """
 
@@ -11,44 +11,48 @@ from ep_export.errors import UsageError, near_matches
 from ep_export.methods.cdpruner import CDPRUNER
 from ep_export.methods.contract import Choose, LayerStates, Method, Place, TokenView
 from ep_export.methods.dart import DART
-from ep_export.methods.divprune import DIVPRUNE
-from ep_export.methods.entropy_prune import ENTROPY_METHODS, policy_method
 from ep_export.methods.fastv import FASTV
-from ep_export.methods.query_norm import NORM_METHODS
-from ep_export.methods.random_tokens import RANDOM_TOKENS
+from ep_export.methods.ours import CHOOSER_METHODS, chooser_method
+from ep_export.policy import chooser_named
 
 __all__ = [
     "METHODS",
-    "RANDOM_TOKENS",
     "Choose",
     "LayerStates",
     "Method",
     "Place",
     "TokenView",
+    "chooser_method",
     "find_methods",
-    "policy_method",
+    "method_named",
 ]
 
-METHODS: tuple[Method, ...] = (
-    *ENTROPY_METHODS,
-    *NORM_METHODS,
-    FASTV,
-    DART,
-    DIVPRUNE,
-    CDPRUNER,
-    RANDOM_TOKENS,
-)
+METHODS: tuple[Method, ...] = (*CHOOSER_METHODS[:-1], FASTV, DART, CDPRUNER, CHOOSER_METHODS[-1])
 """In the order of the tables: ours, the rivals, the floor."""
+
+_KNOWN = {method.key: method for method in METHODS}
+
+
+def method_named(key: str) -> Method:
+    """A rival, or the method that a policy is.
+
+    Raises:
+        UsageError: The name is neither.
+    """
+    if key in _KNOWN:
+        return _KNOWN[key]
+    try:
+        return chooser_method(chooser_named(key))
+    except UsageError as error:
+        raise UsageError(f"method {key!r} is unknown", hint=near_matches(key, _KNOWN)) from error
 
 
 def find_methods(keys: tuple[str, ...]) -> tuple[Method, ...]:
-    """The methods of those keys, in the order of `METHODS`.
+    """The methods of those names, in the order of `METHODS`, others last.
 
     Raises:
-        UsageError: A key is unknown.
+        UsageError: A name is unknown.
     """
-    known = {method.key: method for method in METHODS}
-    for key in keys:
-        if key not in known:
-            raise UsageError(f"method {key!r} is unknown", hint=near_matches(key, known))
-    return tuple(method for method in METHODS if method.key in keys)
+    wanted = {key: method_named(key) for key in keys}
+    listed = tuple(method for method in METHODS if method.key in wanted)
+    return (*listed, *(method for key, method in wanted.items() if key not in _KNOWN))

@@ -8,7 +8,7 @@ Relevance is the mean cosine between a visual token and the question's words. Th
 whose picture and text towers share a space (their code flips the sign there, because similarities of CLIP's
 patches point the wrong way). A model without such towers has one space that both share: the embeddings that
 enter the decoder. Those are used here, with the sign as the paper defines it. The authors prune before the
-decoder (K = 0); where another K is asked for, the choice is the same and takes effect there.
+decoder (K = 0); at another K the choice is the same and takes effect there.
 """
 
 from __future__ import annotations
@@ -18,15 +18,22 @@ import torch
 from numpy.typing import NDArray
 
 from ep_export.methods.contract import Method, Place, TokenView
-from ep_export.methods.divprune import cosine_similarity
 
-__all__ = ["CDPRUNER", "conditional_kernel", "greedy_map", "relevance"]
+__all__ = ["CDPRUNER", "conditional_kernel", "cosine_similarity", "greedy_map", "relevance"]
 
 _FLOOR = 1e-6
 """What the authors add to the least relevant token, so that its row of the kernel is not zero."""
 
 _EXHAUSTED = 1e-10
 """Below this share of the largest diagonal entry what a token adds to the determinant is rounding."""
+
+
+def cosine_similarity(rows: torch.Tensor) -> NDArray[np.float64]:
+    """[n, n] cosines of rows [n, d], in float64; a zero row is at 0 to all."""
+    exact = rows.detach().to("cpu", torch.float64).numpy()
+    norms = np.linalg.norm(exact, axis=1, keepdims=True)
+    unit = exact / np.where(norms > 0, norms, 1)
+    return np.asarray(unit @ unit.T)
 
 
 def relevance(similarity: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -1,8 +1,8 @@
 """What a way of choosing visual tokens may look at, and what it must answer.
 
-A method sees a `TokenView`: one prompt at the door of layer K, everything taken from the unpruned forward
-pass up to there. It answers with k positions. How many that is, and what the model does with them, is
-decided outside, alike for all: that is what makes methods comparable.
+A method of ours is a chooser, whose exact form is in `ep_export.choosers`. A rival sees a `TokenView`: one
+prompt as it arrives at a cut. Either answers with k positions. How many that is, and what the model does with
+them, is decided outside, alike for all: that is what makes methods comparable.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TypeVar
 
-import numpy as np
 import torch
+
+from ep_export.policy import Chooser, Random
 
 __all__ = ["Choose", "LayerStates", "Method", "Place", "TokenView", "keep_best"]
 
@@ -22,12 +23,11 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class LayerStates:
-    """States of layer K-1 for every position of the prompt, in the model's number type.
+    """States of layer K-1 for every position that arrives at layer K, in the model's number type.
 
     Attributes:
         queries: [S, heads, head_dim], q_proj output before rotary embedding.
         keys: [S, kv_heads, head_dim], before rotary embedding.
-        values: [S, kv_heads, head_dim].
         rotate: (queries [S, heads, D], keys [S, kv_heads, D]) -> the same after the model's own rotary
             embedding.
         scale: Factor on the attention scores.
@@ -35,7 +35,6 @@ class LayerStates:
 
     queries: torch.Tensor
     keys: torch.Tensor
-    values: torch.Tensor
     rotate: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
     scale: float
 
@@ -43,7 +42,7 @@ class LayerStates:
         """What one position attends to: softmax over itself and all before it, mean over heads.
 
         Args:
-            position: Of the prompt, 0 to S - 1.
+            position: Of the sequence, 0 to S - 1.
 
         Returns:
             [position + 1] float32, sums to 1.
@@ -57,17 +56,16 @@ class LayerStates:
 
 @dataclass(frozen=True)
 class TokenView:
-    """One prompt at the door of layer K.
+    """One prompt as it arrives at a cut, before anything is dropped there. Positions are of that sequence.
 
     Attributes:
         visual_index: [N] int64, positions of the visual tokens, ascending.
         instruction: [T] int64, positions of the question's own words; the chat template's are left out.
-        embeds: [S, d] what enters layer 0: visual embeddings at `visual_index`, word embeddings elsewhere.
-        hidden: [S, d] what enters layer K; `embeds` when K is 0.
+        embeds: [S, d] what entered layer 0: visual embeddings at `visual_index`, word embeddings elsewhere.
+        hidden: [S, d] what enters the cut's layer K; `embeds` when K is 0.
         final_norm: The decoder's last norm, for methods that compare normed states.
         states: Of layer K-1; None when K is 0.
-        rng: For methods that draw.
-        memo: What methods have computed at this layer already, shared between budgets; see `once`.
+        memo: What methods have computed here already, shared between budgets; see `once`.
     """
 
     visual_index: torch.Tensor
@@ -76,7 +74,6 @@ class TokenView:
     hidden: torch.Tensor
     final_norm: Callable[[torch.Tensor], torch.Tensor]
     states: LayerStates | None
-    rng: np.random.Generator
     memo: dict[Hashable, object] = field(default_factory=dict)
 
     @property
@@ -95,22 +92,22 @@ class TokenView:
             raise ValueError("this method needs the states of a decoder layer, so K must be at least 1")
         return self.states
 
-    def once(self, key: Hashable, make: Callable[[], _T]) -> _T:
-        """The value made under `key`, made at the first call."""
+    def once(self, key: Hashable, compute: Callable[[], _T]) -> _T:
+        """What is computed under `key`, at the first call only."""
         if key not in self.memo:
-            self.memo[key] = make()
-        found: _T = self.memo[key]  # type: ignore[assignment]  # a key belongs to one maker
-        return found
+            self.memo[key] = compute()
+        value: _T = self.memo[key]  # type: ignore[assignment]  # a key belongs to one computation
+        return value
 
 
 Choose = Callable[[TokenView, int], torch.Tensor]
-"""(view, k) -> [k] int64 kept positions of the prompt, ascending, each one of `visual_index`."""
+"""(view, k) -> [k] int64 kept positions, ascending, each one of `visual_index`."""
 
 
 class Place(str, Enum):
     """Where in the model a method can prune."""
 
-    INSIDE = "inside"  # at the door of a layer K >= 1: it reads states of layer K-1
+    INSIDE = "inside"  # at a layer K >= 1: it reads states of layer K-1
     ANYWHERE = "anywhere"  # also before the decoder, K = 0
 
 
@@ -119,26 +116,34 @@ class Method:
     """A way of choosing visual tokens.
 
     Attributes:
-        key: Short unique name.
+        key: Short unique name; of a method of ours the policy's.
         title: Name for people.
         source: Citation.
         idea: One sentence: what it keeps.
-        choose: See `Choose`.
         place: Where it can prune.
+        chooser: What a bundle of ep-export would prune by; None for a rival.
+        choose: Of a rival, see `Choose`; None for a method of ours.
         published_layer: The K its authors use by default; None where that depends on the model.
-        ours: Whether a bundle of ep-export can prune this way.
-        chance: Whether it draws, so that one run says little.
     """
 
     key: str
     title: str
     source: str
     idea: str
-    choose: Choose
     place: Place = Place.INSIDE
+    chooser: Chooser | None = None
+    choose: Choose | None = None
     published_layer: int | None = None
-    ours: bool = False
-    chance: bool = False
+
+    @property
+    def ours(self) -> bool:
+        """Whether a bundle can prune this way."""
+        return self.chooser is not None
+
+    @property
+    def chance(self) -> bool:
+        """Whether it draws, so that one run says little."""
+        return isinstance(self.chooser, Random)
 
 
 def keep_best(view: TokenView, scores: torch.Tensor, k: int) -> torch.Tensor:

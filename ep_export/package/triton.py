@@ -1,11 +1,11 @@
 """A Triton Inference Server model repository made of a bundle.
 
 With ONNX Runtime: one model a component, and a Python model that builds the prompt, calls them and decodes
-(business logic scripting). An ensemble could not: decoding is a loop, and the caches have two lengths.
+(business logic scripting). An ensemble could not: decoding is a loop, and the caches differ in length.
 
-With TensorRT engines: the Python model alone, with the engines in its own process. Triton's TensorRT backend
-opens plugin libraries with dlopen, which registers none that exports `getCreators` as ours does; and caches
-then stay on the GPU.
+With TensorRT engines: the Python model alone, with the engines in its own process, and beside them ONNX
+Runtime for prune components that stayed graphs. Triton's TensorRT backend opens plugin libraries with dlopen,
+which registers none that exports `getCreators` as ours does; and caches then stay on the GPU.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ import ep_export
 from ep_export.bundle import MANIFEST, Bundle, Component
 from ep_export.data import data_dir
 from ep_export.documents import encode
-from ep_export.engine_record import ENGINES, RECORD, engine_directory, read_record
+from ep_export.engine_record import ENGINES, RECORD, check_engine_files, engine_directory, read_record
 from ep_export.errors import UsageError
 from ep_export.links import link_or_copy
 from ep_export.package.triton_config import component_config, front_config
 from ep_export.package.triton_model import BUNDLE
-from ep_export.plugin.build import LIBRARY
 from ep_export.runtime.backends import Runtime
 from ep_export.staging import staged
 from ep_export.targets import Flavour, Target
@@ -113,15 +112,15 @@ def write_repository(
                 names.append(name)
         (models / FRONT / _VERSION / "model.py").write_text(_MODEL_PY, encoding="utf-8")
         (models / FRONT / "config.pbtxt").write_text(front_config(FRONT, parameters), encoding="utf-8")
-        made = Repository(
+        repository = Repository(
             path=out,
             models=tuple(names),
             runtime="tensorrt" if engines is not None else "onnxruntime",
             target=engines.name if engines is not None else None,
             linked=linked,
         )
-        _write_texts(bundle, made, aside, gpu=gpu or engines is not None)
-    return made
+        _write_texts(bundle, repository, aside, gpu=gpu or engines is not None)
+    return repository
 
 
 def _link_bundle(bundle: Bundle, folder: Path) -> bool:
@@ -132,12 +131,16 @@ def _link_bundle(bundle: Bundle, folder: Path) -> bool:
 
 
 def _link_engines(bundle: Bundle, target: Target, folder: Path) -> bool:
+    """The engines and their plugin, and the graphs that run beside them."""
     directory = engine_directory(bundle.path, target.name)
     record = read_record(directory)
+    check_engine_files(directory, record, verify=False)  # computed where they are loaded
     names = [RECORD, *(engine.file for engine in record.components.values())]
-    if record.plugin:
-        names.append(LIBRARY)
+    if record.plugin is not None:
+        names.append(record.plugin.file)
     linked = [link_or_copy(directory / name, folder / ENGINES / target.name / name) for name in names]
+    beside = [bundle.manifest.component(name).file for name in record.on_cpu]
+    linked += [link_or_copy(bundle.file(file), folder / file) for file in beside]
     return all(linked)
 
 
@@ -161,24 +164,24 @@ def _shards(bundle: Bundle, component: Component) -> list[str]:
     return sorted({str(tensor.location) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)})
 
 
-def _write_texts(bundle: Bundle, made: Repository, aside: Path, *, gpu: bool) -> None:
+def _write_texts(bundle: Bundle, repository: Repository, aside: Path, *, gpu: bool) -> None:
     templates = data_dir("engines") / "triton"
     needs = "GPU" if gpu else "CPU"
     values = {
         "version": ep_export.__version__,
         "front": FRONT,
-        "engines": made.target or "",
-        "models": "\n".join(f"    models/{name}/" for name in made.models),
+        "engines": repository.target or "",
+        "models": "\n".join(f"    models/{name}/" for name in repository.models),
         "gpus": "--gpus all " if gpu else "",
         "needs": needs,
         "opset": str(bundle.manifest.opset),
     }
-    for name in ("Dockerfile", f"README.{made.runtime}.md"):
+    for name in ("Dockerfile", f"README.{repository.runtime}.md"):
         text = Template((templates / name).read_text(encoding="utf-8")).substitute(values)
         file = "README.md" if name.startswith("README") else name
         (aside / file).write_text(text, encoding="utf-8")
     (aside / ".dockerignore").write_text(f"{_MODELS}\n", encoding="utf-8")
     told = json.dumps(
-        {**encode(made), "path": ".", "made_by": {"ep-export": ep_export.__version__}}, indent=2
+        {**encode(repository), "path": ".", "made_by": {"ep-export": ep_export.__version__}}, indent=2
     )
     (aside / REPOSITORY).write_text(told + "\n", encoding="utf-8")

@@ -42,6 +42,7 @@ INPUTS = (
     Port("fps", "TYPE_FP32", 1, optional=True),
     Port("max_new_tokens", "TYPE_INT32", 1, optional=True),
     Port("keep", "TYPE_FP32", 1, optional=True),
+    Port("policy", "TYPE_STRING", -1, optional=True),
     Port("temperature", "TYPE_FP32", 1, optional=True),
     Port("top_p", "TYPE_FP32", 1, optional=True),
     Port("top_k", "TYPE_INT32", 1, optional=True),

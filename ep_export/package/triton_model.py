@@ -1,7 +1,8 @@
 """The model that people talk to, inside Triton's Python backend: a question and pictures in, text out.
 
-It builds the prompt, decodes token by token and streams text; the components run as models of the server
-(`runtime` "bls") or as TensorRT engines in this process ("tensorrt", where caches never leave the GPU).
+It builds the prompt, walks the bundle's spans and cuts, decodes token by token and streams text; the
+components run as models of the server (`runtime` "bls") or as TensorRT engines in this process ("tensorrt",
+where caches never leave the GPU).
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ep_export.bundle import Bundle, read_manifest
-from ep_export.errors import UserError
+from ep_export.errors import UserError, reason
 from ep_export.families.base import Video, Visual
 from ep_export.package.triton_runner import TritonFactory, server
 from ep_export.policy import Keep
@@ -35,6 +38,7 @@ __all__ = ["BUNDLE", "FrontModel", "TextStream"]
 BUNDLE = "bundle"
 """Folder of the manifest and the processor files, beside model.py."""
 
+_LOG = logging.getLogger(__name__)  # the server's log has what Python says on stderr
 _MAX_NEW_TOKENS = 128
 _FPS = 1.0  # of frames that say nothing
 _UNFINISHED = "\ufffd"  # what a tokenizer shows for a character whose last bytes are still to come
@@ -95,6 +99,7 @@ class FrontModel:
         self._session.close()
 
     def _answer(self, request: Any) -> None:
+        """Answer one request. Whatever happens, its last response is sent: the client waits for it."""
         triton = server()
         sender = request.get_response_sender()
         final = triton.TRITONSERVER_RESPONSE_COMPLETE_FINAL
@@ -104,13 +109,16 @@ class FrontModel:
             sender.send(flags=final)
         except UserError as error:
             told = f"{error} ({error.hint})" if error.hint else str(error)
-            wrong = triton.TritonError(told, triton.TritonError.INVALID_ARG)
-            sender.send(triton.InferenceResponse(output_tensors=[], error=wrong), flags=final)
+            sender.send(_refusal(told, triton.TritonError.INVALID_ARG), flags=final)
+        except Exception as error:  # noqa: BLE001 - whatever a model or a codec raises on somebody's input
+            _LOG.exception("a request failed")
+            told = f"{type(error).__name__}: {reason(error)}"
+            sender.send(_refusal(told, triton.TritonError.INTERNAL), flags=final)
 
     def _generate(self, request: Any, sender: Any) -> Any:
         """Answer one request, streaming pieces if it asks for them; returns the last response."""
-        asked = _Asked(request)
-        stream, live = TextStream(self._session.prompts.decode), asked.flag("stream")
+        inputs = _Inputs(request)
+        stream, live = TextStream(self._session.prompts.decode), inputs.flag("stream")
 
         def on_token(token: int) -> None:
             if sender.is_cancelled():
@@ -118,16 +126,18 @@ class FrontModel:
             if live and (piece := stream.add(token)):
                 sender.send(_response(text=piece))
 
-        longest = asked.number("max_new_tokens")
-        made = self._session.generate(
-            asked.visuals(),
-            asked.text("prompt"),
+        longest = inputs.number("max_new_tokens")
+        generation = self._session.generate(
+            inputs.visuals(),
+            inputs.text("prompt"),
             max_new_tokens=_MAX_NEW_TOKENS if longest is None else int(longest),
-            keep=asked.keep(),
-            sampling=asked.sampling(),
+            keep=inputs.keep(),
+            policies=inputs.texts("policy"),
+            sampling=inputs.sampling(),
             on_token=on_token,
         )
-        return _response(text=stream.rest(made.answer) if live else made.answer, made=made)
+        text = stream.rest(generation.answer) if live else generation.answer
+        return _response(text=text, generation=generation)
 
 
 def _runner(bundle: Bundle, settings: Mapping[str, str]) -> RunnerFactory:
@@ -136,20 +146,43 @@ def _runner(bundle: Bundle, settings: Mapping[str, str]) -> RunnerFactory:
     return TritonFactory(bundle.manifest, settings["prefix"])
 
 
-class _Asked:
+class _Inputs:
     """The inputs of a request; one that is left out is None."""
 
     def __init__(self, request: Any) -> None:
         self._request = request
 
     def number(self, name: str) -> float | None:
-        """A single number."""
+        """A single number.
+
+        Raises:
+            UserError: It is none, several, or not finite.
+        """
         values = self._values(name)
-        return None if values is None else values.reshape(-1)[0].item()
+        if values is None:
+            return None
+        if values.size != 1:
+            raise UserError(f"{name} has {values.size} values, expected 1", hint="give one, or leave it out")
+        value: float = values.reshape(-1)[0].item()
+        if not math.isfinite(value):
+            raise UserError(f"{name} is {value}, expected a finite number")
+        return value
 
     def flag(self, name: str) -> bool:
         """Whether a switch is on; off when left out."""
         return bool(self.number(name))
+
+    def texts(self, name: str) -> list[str]:
+        """Strings; none when left out.
+
+        Raises:
+            UserError: One is not UTF-8.
+        """
+        values = self._values(name)
+        try:
+            return [] if values is None else [_bytes(value).decode("utf-8") for value in values.reshape(-1)]
+        except UnicodeDecodeError as error:
+            raise UserError(f"{name} is not UTF-8 text", hint="encode it as UTF-8") from error
 
     def text(self, name: str) -> str:
         """A single string.
@@ -157,23 +190,22 @@ class _Asked:
         Raises:
             UserError: It is missing or not UTF-8.
         """
-        values = self._values(name)
-        if values is None or not values.size:
+        texts = self.texts(name)
+        if not texts:
             raise UserError(f"the request has no {name}", hint=f'give the input "{name}"')
-        try:
-            return _bytes(values.reshape(-1)[0]).decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{name} is not UTF-8 text", hint="encode it as UTF-8") from error
+        return texts[0]
 
     def visuals(self) -> list[Visual]:
         """The pictures, then the frames as one video.
 
         Raises:
-            UserError: One cannot be read.
+            UserError: One cannot be read, or the frames' rate is not above 0.
         """
         shown: list[Visual] = [*self._pictures("image")]
         if frames := self._pictures("frames"):
             fps = self.number("fps")
+            if fps is not None and fps <= 0:
+                raise UserError(f"fps is {fps:g}, expected a number above 0")
             shown.append(Video(tuple(frames), fps=_FPS if fps is None else fps))
         return shown
 
@@ -229,15 +261,22 @@ def _file_bytes(value: bytes) -> bytes:
         return value  # PNG and JPEG files hold bytes that base64 never has
 
 
-def _response(*, text: str, made: Generation | None = None) -> Any:
+def _response(*, text: str, generation: Generation | None = None) -> Any:
     """One response. All outputs are there; before the last one only text is known."""
     triton = server()
     outputs = {
         "text": np.array([text.encode()], dtype=np.object_),
-        "token_ids": np.array(made.token_ids if made else (), dtype=np.int64),
-        "kept_index": np.array(made.kept_index if made else (), dtype=np.int64),
-        "finish_reason": np.array([made.finish.value.encode() if made else b""], dtype=np.object_),
+        "token_ids": np.array(generation.token_ids if generation else (), dtype=np.int64),
+        "kept_index": np.array(generation.kept_index if generation else (), dtype=np.int64),
+        "finish_reason": np.array(
+            [generation.finish.value.encode() if generation else b""], dtype=np.object_
+        ),
     }
     return triton.InferenceResponse(
         output_tensors=[triton.Tensor(name, values) for name, values in outputs.items()]
     )
+
+
+def _refusal(told: str, code: int) -> Any:
+    triton = server()
+    return triton.InferenceResponse(output_tensors=[], error=triton.TritonError(told, code))

@@ -6,7 +6,7 @@ Tensors travel as NumPy arrays through the server's shared memory, caches includ
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,8 +55,8 @@ class TritonRunner(Runner):
         self._model, self._types = model, {name: np.dtype(dtype) for name, dtype in types.items()}
         self.input_names, self.output_names = tuple(types), outputs
 
-    def run(self, feeds: Mapping[str, Feed]) -> dict[str, Value]:
-        """See `Runner.run`."""
+    def run(self, feeds: Mapping[str, Feed], *, on_device: Collection[str] = ()) -> dict[str, Value]:  # noqa: ARG002
+        """See `Runner.run`; tensors travel through the host's memory, all of them."""
         triton = server()
         if set(feeds) != set(self._types):
             missing, unknown = sorted(set(self._types) - set(feeds)), sorted(set(feeds) - set(self._types))
@@ -73,8 +73,8 @@ class TritonRunner(Runner):
                 f"{self._model} failed: {response.error().message()}",
                 hint="the server's log has the whole message",
             )
-        made = {tensor.name(): _HostTensor(tensor.as_numpy()) for tensor in response.output_tensors()}
-        return {name: made[name] for name in self.output_names}
+        outputs = {tensor.name(): _HostTensor(tensor.as_numpy()) for tensor in response.output_tensors()}
+        return {name: outputs[name] for name in self.output_names}
 
     def close(self) -> None:
         """See `Runner.close`; the server keeps its models."""

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ep_export.families import family_of
-from ep_export.reference.prune import Prunable, PruneTrace, SelectTokens, prune
+from ep_export.reference.prune import CutTrace, Prunable, PruneTrace, SelectTokens, prune
+from ep_export.reference.spans import SpanRecorder
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
@@ -26,28 +27,26 @@ class PrefillStates:
     """One pruned prefill of the oracle. Tensors are on the CPU, in the model's type unless said otherwise.
 
     Attributes:
-        inputs_embeds: [1, S, d] what enters layer 0, visual embeddings in place.
+        inputs_embeds: [1, S, d] what enters the decoder, visual embeddings in place.
         position_ids: [A, 1, S] int64 as Hugging Face computed them for the rotary embedding.
-        visual_embeds: [N, d] the rows of it that the vision encoder made.
-        states: [N, heads, head_dim] what was scored; None for a prompt without pictures.
-        scores: [N] float64 exact; None without pictures or when `select` was given.
-        hidden_before: [1, S, d] output of layer K-1, before pruning.
-        hidden_kept: [1, M, d] what enters layer K.
-        kept_index: [M] int64 prompt positions that reach layer K.
+        visual_embeds: [N, d] the rows of `inputs_embeds` that the vision encoder made.
         visual_index: [N] int64.
-        logits: [V] at the last position.
-        caches: Per layer (key, value), [1, kv_heads, S or M, head_dim].
+        cuts: What every cut did; empty for a prompt without pictures.
+        hidden_before: For every cut [1, S_i, d], what arrives there.
+        hidden_after: For every cut [1, M_i, d], what enters its layer.
+        kept_index: [M] int64 prompt positions that reach the last layer.
+        logits: [V] float32 at the last position.
+        caches: Per layer (key, value), [1, kv_heads, tokens its span holds, head_dim].
     """
 
     inputs_embeds: torch.Tensor
     position_ids: torch.Tensor
     visual_embeds: torch.Tensor
-    states: torch.Tensor | None
-    scores: torch.Tensor | None
-    hidden_before: torch.Tensor
-    hidden_kept: torch.Tensor
-    kept_index: torch.Tensor
     visual_index: torch.Tensor
+    cuts: tuple[CutTrace, ...]
+    hidden_before: tuple[torch.Tensor, ...]
+    hidden_after: tuple[torch.Tensor, ...]
+    kept_index: torch.Tensor
     logits: torch.Tensor
     caches: tuple[tuple[torch.Tensor, torch.Tensor], ...]
 
@@ -68,19 +67,26 @@ def capture(
     """
     family = family_of(model.config.model_type)
     decoder = family.decoder(model)
-    layers = decoder.layers
     inputs = _on_device(family.reference_inputs(prompt, model.config), model)
-    seen: dict[str, torch.Tensor] = {}
+    cuts = [cut.layer for cut in plan.schedule.cuts]
+    # One is installed before `prune`, so that it sees what arrives, and one after
+    before, after = SpanRecorder(decoder, [0, *cuts]), SpanRecorder(decoder, cuts)
+    positions: list[torch.Tensor] = []
 
     with ExitStack() as undo, torch.inference_mode():
-        undo.callback(_record(decoder.rotary, seen, "position_ids", argument=1))
-        undo.callback(_record(layers[0], seen, "inputs_embeds"))
-        # Registered before `prune`, so that it sees what arrives at layer K and not what prune makes of it
-        undo.callback(_record(layers[plan.policy.layer], seen, "hidden_before"))
+        undo.callback(_record_positions(decoder.rotary, positions))
+        before.install(undo)
         trace = undo.enter_context(prune(model, plan, select=select))
-        undo.callback(_record(layers[plan.policy.layer], seen, "hidden_kept"))
+        after.install(undo)
         output = model(**inputs, use_cache=True)
-    return _states(seen, trace, output)
+    return _states(
+        trace,
+        embeds=before.hidden[0].cpu(),
+        positions=positions[-1].cpu(),
+        before=tuple(before.hidden[layer].cpu() for layer in cuts),
+        after=tuple(after.hidden[layer].cpu() for layer in cuts),
+        output=output,
+    )
 
 
 @dataclass(frozen=True)
@@ -190,31 +196,36 @@ def _greedy_settings(max_new_tokens: int, stop: Any, repetition_penalty: float) 
     )
 
 
-def _record(module: torch.nn.Module, seen: dict[str, torch.Tensor], name: str, argument: int = 0) -> Any:
-    """Keep what enters a module as its `argument`-th parameter under `name`; returns the hook's remover."""
-    parameter = list(inspect.signature(module.forward).parameters)[argument]
+def _record_positions(rotary: torch.nn.Module, seen: list[torch.Tensor]) -> Any:
+    """Keep the position ids that enter the rotary embedding; returns the hook's remover."""
+    name = list(inspect.signature(rotary.forward).parameters)[1]
 
     def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        value = args[argument] if len(args) > argument else kwargs[parameter]
-        seen[name] = value.detach().cpu()
+        seen.append(args[1] if len(args) > 1 else kwargs[name])
 
-    return module.register_forward_pre_hook(hook, with_kwargs=True).remove
+    return rotary.register_forward_pre_hook(hook, with_kwargs=True).remove
 
 
-def _states(seen: dict[str, torch.Tensor], trace: PruneTrace, output: Any) -> PrefillStates:
-    if trace.visual_index is None or trace.kept_index is None:
+def _states(
+    trace: PruneTrace,
+    *,
+    embeds: torch.Tensor,
+    positions: torch.Tensor,
+    before: tuple[torch.Tensor, ...],
+    after: tuple[torch.Tensor, ...],
+    output: Any,
+) -> PrefillStates:
+    if trace.visual_index is None:
         raise RuntimeError("the forward did not fill the trace")  # unreachable: a prefill always does
-    caches = tuple((layer.keys.cpu(), layer.values.cpu()) for layer in output.past_key_values.layers)
     return PrefillStates(
-        inputs_embeds=seen["inputs_embeds"],
-        position_ids=seen["position_ids"].reshape(-1, 1, seen["position_ids"].shape[-1]),
-        visual_embeds=seen["inputs_embeds"][0, trace.visual_index],
-        states=trace.states,
-        scores=trace.scores,
-        hidden_before=seen["hidden_before"],
-        hidden_kept=seen["hidden_kept"],
-        kept_index=trace.kept_index,
+        inputs_embeds=embeds,
+        position_ids=positions.reshape(-1, 1, positions.shape[-1]),
+        visual_embeds=embeds[0, trace.visual_index],
         visual_index=trace.visual_index,
+        cuts=trace.cuts,
+        hidden_before=before,
+        hidden_after=after,
+        kept_index=trace.kept_index,
         logits=output.logits[0, -1].float().cpu(),
-        caches=caches,
+        caches=tuple((layer.keys.cpu(), layer.values.cpu()) for layer in output.past_key_values.layers),
     )

@@ -1,43 +1,51 @@
 """Prune a Hugging Face model while it runs: hooks on unmodified `forward` and `generate`.
 
-On a prefill, layers 0..K-1 see the whole prompt. At the door of layer K the visual tokens are scored on
-states of layer K-1, the kept ones are gathered with all text, and layers K..L-1 run on those M positions with
-their original rotary positions. The KV cache therefore has two lengths. A decode step passes untouched: layer
-0's cache still has the full length, which is what positions are counted from; only a mask, where there is
-one, is cut to the columns the upper layers have.
+On a prefill, the layers before the first cut see the whole prompt. Where a cut stands, a chooser says which
+visual tokens stay; they are gathered with all text, and the layers from there on run on those positions with
+their original rotary positions. The KV cache therefore has a length for each span of layers. A decode step
+passes untouched: the cache still tells the full length, which is what positions are counted from; only a
+mask, where there is one, is cut to the columns that a span's layers hold.
 """
 
 from __future__ import annotations
 
-import functools
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from ep_export.entropy import select_tokens, token_scores
+from ep_export.choosers import CutTokens, choose
 from ep_export.errors import UserError
 from ep_export.families import family_of
-from ep_export.plan import check_keep, check_layer, kept_tokens
-from ep_export.policy import Keep, Policy, Source
+from ep_export.plan import check_keep, check_schedule, kept_tokens
+from ep_export.policy import Keep, Schedule
+from ep_export.reference.caches import note_columns, past_columns, plain_length
+from ep_export.reference.spans import SpanRecorder, cut_tokens, layer_arguments, staying
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from ep_export.families.base import DecoderModules
+__all__ = [
+    "CutTrace",
+    "Prunable",
+    "PruneSpec",
+    "PruneTrace",
+    "SelectTokens",
+    "kept_as",
+    "prune",
+    "visual_positions",
+]
 
-__all__ = ["Prunable", "PruneSpec", "PruneTrace", "SelectTokens", "prune", "visual_positions"]
-
-SelectTokens = Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]
-"""(states [N, heads, head_dim], k, visual_index [N]) -> [k] kept prompt positions, in any order."""
+SelectTokens = Callable[[int, CutTokens, int], torch.Tensor]
+"""(number of the cut, what arrived there, k) -> [k] positions that stay, in the arriving sequence, in any
+order."""
 
 _VISUAL_TOKEN_IDS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
-_COLUMNS = "ep_export_columns"
-"""Attribute of a cache: which columns of the full-length cache the layers from K on hold. It lives on the
-cache so that a deep copy of it (Hugging Face's way to reuse a prompt) takes it along."""
 
 _pruned: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
@@ -46,7 +54,7 @@ class Prunable(Protocol):
     """What `prune` reads: a `Plan` or a `PruneSpec`."""
 
     @property
-    def policy(self) -> Policy:
+    def schedule(self) -> Schedule:
         """Where and how tokens are pruned."""
         ...
 
@@ -60,25 +68,52 @@ class Prunable(Protocol):
 class PruneSpec:
     """The two fields of a plan that pruning needs, for prompts whose size is not known beforehand."""
 
-    policy: Policy
+    schedule: Schedule
     keep: Keep
+
+
+@dataclass(frozen=True)
+class CutTrace:
+    """What one cut did with one prompt. Everything is on the CPU.
+
+    Attributes:
+        visual_index: [N_i] int64, prompt positions of the visual tokens that arrived.
+        arrived: [S_i] int64, prompt positions of the sequence that arrived.
+        tokens: What the chooser looked at; its positions are those of the arriving sequence.
+        kept_index: [M_i] int64, prompt positions that go on.
+        scores: [N_i] float64, exact; None when `select` was given, and for `Nothing`.
+    """
+
+    visual_index: torch.Tensor
+    arrived: torch.Tensor
+    tokens: CutTokens
+    kept_index: torch.Tensor
+    scores: torch.Tensor | None
+
+    @property
+    def kept_visual(self) -> torch.Tensor:
+        """[k_i] int64, prompt positions of the visual tokens that go on."""
+        return self.visual_index[torch.isin(self.visual_index, self.kept_index)]
 
 
 @dataclass
 class PruneTrace:
-    """What the last prefill inside `prune` did; every field is None before the first one.
+    """What the last prefill inside `prune` did; empty before the first one.
 
     Attributes:
         visual_index: [N] int64, positions of the visual tokens in the prompt.
-        kept_index: [M] int64, positions that reach layer K.
-        scores: [N] float64, exact; None when `select` was given.
-        states: [N, heads, head_dim] as the layer computed them: what was scored.
+        length: Tokens of the prompt.
+        cuts: What every cut did; empty for a prompt without visual tokens.
     """
 
     visual_index: torch.Tensor | None = None
-    kept_index: torch.Tensor | None = None
-    scores: torch.Tensor | None = None
-    states: torch.Tensor | None = None
+    length: int = 0
+    cuts: tuple[CutTrace, ...] = ()
+
+    @property
+    def kept_index(self) -> torch.Tensor:
+        """[M] int64, prompt positions that reach the last layer (so far)."""
+        return self.cuts[-1].kept_index if self.cuts else torch.arange(self.length)
 
 
 @contextmanager
@@ -87,31 +122,48 @@ def prune(
 ) -> Iterator[PruneTrace]:
     """Inside the block, `model(...)` and `model.generate(...)` run pruned. The model is restored on leaving.
 
-    Prompts without pictures and decode steps pass through untouched. Logits of a pruned forward have M
-    positions; the last is the prompt's last. Batch 1 only, hence no beam search.
+    Prompts without pictures and decode steps pass through untouched. Logits of a pruned forward have as many
+    positions as reach the last layer; the last is the prompt's last. Batch 1 only, hence no beam search.
 
     Args:
         model: A Hugging Face model of a supported family, with `sdpa` or `eager` attention.
-        plan: A plan or `PruneSpec`; the number kept is worked out from `keep` for each prompt's own N.
-        select: Chooses the kept tokens instead of the policy's scores, e.g. at random.
+        plan: A plan or `PruneSpec`; the numbers kept are worked out from `keep` for each prompt's own N.
+        select: Chooses the kept tokens instead of the schedule's choosers, e.g. those of another runtime.
 
     Yields:
         The trace, filled by each prefill.
 
     Raises:
-        UserError: Unsupported family, K outside 1..L-1, nested use, another attention implementation; and,
-            from the forward, more than one prompt in the batch, embeddings without ids, labels, a static or
-            sliding cache, or a keep below what K allows.
+        UserError: Unsupported family, an impossible schedule, nested use, another attention implementation;
+            and, from the forward, more than one prompt in the batch, embeddings without ids, labels, a static
+            or sliding cache, one pruned at other layers, or a keep the cuts cannot reach.
     """
-    decoder = family_of(model.config.model_type).decoder(model)
-    _check(model, plan, len(decoder.layers))
-    trace = PruneTrace()
-    hooks = _Hooks(model, decoder, plan, select, trace)
+    _check(model, plan)
+    hooks = _Hooks(model, plan, select)
     _pruned.add(model)
     with ExitStack() as undo:
         undo.callback(_pruned.discard, model)
         hooks.install(undo)
-        yield trace
+        yield hooks.trace
+
+
+def kept_as(kept: Sequence[torch.Tensor | NDArray[np.int64]]) -> SelectTokens:
+    """Choose at every cut what somebody else chose there.
+
+    Args:
+        kept: For every cut the prompt positions that go on, text included, ascending.
+    """
+    positions = [torch.as_tensor(index) for index in kept]
+
+    def select(cut: int, tokens: CutTokens, _k: int) -> torch.Tensor:
+        # positions of what arrives, which before the first cut is the prompt
+        stays = positions[0]
+        if cut:
+            stays = torch.isin(positions[cut - 1], positions[cut]).nonzero()[:, 0]
+        index = tokens.visual_index.cpu()
+        return index[torch.isin(index, stays.cpu())]
+
+    return select
 
 
 def visual_positions(input_ids: torch.Tensor, config: PreTrainedConfig) -> torch.Tensor:
@@ -129,13 +181,14 @@ def visual_positions(input_ids: torch.Tensor, config: PreTrainedConfig) -> torch
     return torch.isin(input_ids, ids).nonzero()[:, 0]
 
 
-def _check(model: PreTrainedModel, plan: Prunable, layers: int) -> None:
+def _check(model: PreTrainedModel, plan: Prunable) -> None:
+    dims = family_of(model.config.model_type).dims(model.config)
     if model in _pruned:
         raise UserError(
             "this model is being pruned already", hint="leave the inner `prune`; one block holds at a time"
         )
     check_keep(plan.keep)
-    check_layer(plan.policy.layer, layers)
+    check_schedule(plan.schedule, dims.layers)
     attention = model.config.get_text_config()._attn_implementation  # noqa: SLF001 - the only place it is kept
     if attention not in {"sdpa", "eager"}:
         # Flash attention takes gaps in position_ids for borders between packed sequences.
@@ -153,54 +206,56 @@ class _Prompt:
         visual: [N] int64 positions in this forward's tokens; empty when nothing is to be pruned.
         length: Tokens of this forward.
         past: Tokens in the cache before it.
+        budgets: For every cut the visual tokens that go on; zeros when nothing is to be pruned.
     """
 
     visual: torch.Tensor
     length: int
     past: int
+    budgets: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Span:
+    """What the layers between two cuts see of the forward they are in.
+
+    Attributes:
+        rows: [M] positions of this forward's tokens; None for all.
+        columns: [P + M] columns of the full-length cache after this forward; None for all.
+    """
+
+    rows: torch.Tensor | None = None
+    columns: torch.Tensor | None = None
 
 
 class _Hooks:
     """The hooks of one `prune` block and the state of the forward they are in."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        decoder: DecoderModules,
-        plan: Prunable,
-        select: SelectTokens | None,
-        trace: PruneTrace,
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, plan: Prunable, select: SelectTokens | None) -> None:
+        family = family_of(model.config.model_type)
+        self.trace = PruneTrace()
         self._model = model
-        self._decoder = decoder
-        self._policy = plan.policy
-        self._keep = plan.keep
+        self._decoder = family.decoder(model)
+        self._dims = family.dims(model.config)
+        self._plan = plan
         self._select = select
-        self._trace = trace
+        self._cut_layers = tuple(cut.layer for cut in plan.schedule.cuts)
+        self._recorder = SpanRecorder(self._decoder, self._cut_layers)
         self._prompt: _Prompt | None = None
-        self._states: torch.Tensor | None = None
-        self._kept: torch.Tensor | None = None  # [M], when this forward was pruned
-        self._columns: torch.Tensor | None = None  # full-cache columns of the upper layers, when not all
+        self._span = _Span()
 
     def install(self, undo: ExitStack) -> None:
         """Register every hook; `undo` removes them."""
-        layers, split = self._decoder.layers, self._policy.layer
-        model = self._model
+        layers, model = self._decoder.layers, self._model
         undo.callback(model.register_forward_pre_hook(self._enter_forward, with_kwargs=True).remove)
         # always_call: a forward that fails must not leave its prompt behind
         undo.callback(model.register_forward_hook(self._leave_forward, always_call=True).remove)
         undo.callback(layers[0].register_forward_pre_hook(self._refuse_bypass).remove)
-        if self._policy.source is not Source.HIDDEN:
-            attention: Any = layers[split - 1].self_attn
-            projection = {
-                Source.QUERY: attention.q_proj,
-                Source.KEY: attention.k_proj,
-                Source.VALUE: attention.v_proj,
-            }[self._policy.source]
-            undo.callback(projection.register_forward_hook(self._capture_states).remove)
-        for index in range(split, len(layers)):
-            hook = functools.partial(self._enter_upper_layer, first=index == split)
-            undo.callback(layers[index].register_forward_pre_hook(hook, with_kwargs=True).remove)
+        self._recorder.install(undo)  # before the hooks that prune: it sees what arrives
+        for index in range(self._cut_layers[0], len(layers)):
+            cut = self._cut_layers.index(index) if index in self._cut_layers else None
+            hook = layers[index].register_forward_pre_hook(self._enter_layer(cut), with_kwargs=True)
+            undo.callback(hook.remove)
 
     def _enter_forward(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)
@@ -220,17 +275,18 @@ class _Hooks:
                 hint="compute the loss from the logits outside",
             )
         length = ids.shape[1]
-        cache = kwargs.get("past_key_values")
         # one token is a decode step, whatever its id
         visual = visual_positions(ids[0], self._model.config) if length > 1 else ids.new_empty(0)
-        self._prompt = _Prompt(visual, length, _plain_cache_length(cache))
+        budgets = kept_tokens(
+            self._plan.keep, self._plan.schedule, layers=self._dims.layers, visual_tokens=len(visual)
+        )
+        self._prompt = _Prompt(visual, length, plain_length(kwargs.get("past_key_values")), budgets)
         if length > 1:
-            self._trace.visual_index = visual.cpu()
-            self._trace.kept_index = torch.arange(length)
-            self._trace.scores = self._trace.states = None
+            self.trace.visual_index, self.trace.length, self.trace.cuts = visual.cpu(), length, ()
 
     def _leave_forward(self, *_: Any) -> None:
-        self._prompt = self._states = self._kept = self._columns = None
+        self._prompt, self._span = None, _Span()
+        self._recorder.clear()
 
     def _refuse_bypass(self, _module: Any, _args: Any) -> None:
         if self._prompt is None:
@@ -239,128 +295,107 @@ class _Hooks:
                 hint="inside `prune` call the model itself, or its generate",
             )
 
-    def _capture_states(self, _module: Any, _args: Any, output: torch.Tensor) -> None:
-        if self._prompt is not None and len(self._prompt.visual):
-            self._states = output[0, self._prompt.visual]
+    def _enter_layer(self, cut: int | None) -> Any:
+        """The hook of a layer from the first cut on; `cut` is the number of the cut that stands before it."""
 
-    def _enter_upper_layer(
-        self, _layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, first: bool
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        if first:
-            self._choose(hidden)
-            self._place(kwargs.get("past_key_values"), hidden.device)
-            if self._kept is not None:
-                hidden = hidden.index_select(1, self._kept)
-        if args:
-            args = (hidden, *args[1:])
-        else:
-            kwargs = {**kwargs, "hidden_states": hidden}
-        return args, _cut(kwargs, self._kept, self._columns)
+        def hook(
+            _layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            if cut is not None:
+                hidden = self._pass_cut(cut, hidden, kwargs.get("past_key_values"))
+            span = self._span
+            kwargs = layer_arguments(
+                kwargs,
+                None if span.rows is None else [span.rows],
+                None if span.columns is None else [span.columns],
+            )
+            if args:
+                return (hidden, *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": hidden}
 
-    def _choose(self, hidden: torch.Tensor) -> None:
-        """Score the visual tokens at the door of layer K and decide which positions go on."""
-        prompt = self._require_prompt()
-        count = len(prompt.visual)
-        if not count:
-            return
-        states = self._states if self._states is not None else hidden[0, prompt.visual]
-        states = states.view(count, self._heads(), -1)
-        keep = kept_tokens(
-            self._keep, layers=len(self._decoder.layers), layer=self._policy.layer, visual_tokens=count
-        )
-        kept_visual, scores = self._selection(states, keep, prompt.visual)
-        stays = torch.ones(prompt.length, dtype=torch.bool, device=hidden.device)
-        stays[prompt.visual] = False
-        stays[kept_visual] = True
-        self._kept = stays.nonzero()[:, 0]
-        self._trace.kept_index = self._kept.cpu()
-        self._trace.scores = scores
-        self._trace.states = states.detach().cpu()
+        return hook
 
-    def _selection(
-        self, states: torch.Tensor, keep: int, visual: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if self._select is not None:
-            chosen = self._select(states, keep, visual)
-            if len(set(chosen.tolist())) != keep or not torch.isin(chosen, visual).all():
-                expected = f"{keep} different positions of visual tokens"
-                raise ValueError(f"select must return {expected}, got {chosen.tolist()}")
-            return chosen, None
-        policy = self._policy
-        scores = token_scores(states, policy.scorer).cpu()
-        chosen = select_tokens(
-            scores, keep, select=policy.select, visual_index=visual.cpu(), budget=policy.budget
-        )
-        return chosen.to(visual.device), scores
+    def _pass_cut(self, cut: int, hidden: torch.Tensor, cache: Any) -> torch.Tensor:
+        """Choose what goes on at a cut, and note what the layers after it hold.
 
-    def _heads(self) -> int:
-        """Rows a token's states are seen as: query heads, or key/value heads for key and value."""
-        dims = family_of(self._model.config.model_type).dims(self._model.config)
-        return dims.kv_heads if self._policy.source in {Source.KEY, Source.VALUE} else dims.heads
+        Args:
+            cut: Its number.
+            hidden: [1, S, d] what arrives.
+            cache: The forward's cache, if it has one.
 
-    def _place(self, cache: Any, device: torch.device) -> None:
-        """Work out which columns of the full-length cache the layers from K on have after this forward."""
-        prompt = self._require_prompt()
-        past = torch.arange(prompt.past, device=device)
-        if cache is not None:
-            if prompt.past:  # else a leftover of a cache that was reset
-                past = getattr(cache, _COLUMNS, past)
-            held = cache.get_seq_length(self._policy.layer)
-            if held != len(past):
-                raise UserError(
-                    f"the cache holds {held} tokens at layer {self._policy.layer}, expected {len(past)}",
-                    hint="a cache pruned at one layer cannot go on at another; start from the prompt",
-                )
-        new = self._kept if self._kept is not None else torch.arange(prompt.length, device=device)
-        columns = torch.cat([past, prompt.past + new])
-        if len(columns) == prompt.past + prompt.length:
-            return
-        self._columns = columns
-        if cache is not None:
-            setattr(cache, _COLUMNS, columns)
-
-    def _require_prompt(self) -> _Prompt:
-        if self._prompt is None:  # unreachable: layer 0 refuses first
+        Returns:
+            [1, M, d] what goes on.
+        """
+        prompt = self._prompt
+        if prompt is None:  # unreachable: layer 0 refuses first
             raise RuntimeError("a decoder layer ran outside the model's forward")
-        return self._prompt
+        rows = self._span.rows
+        if len(prompt.visual):
+            arrived = torch.arange(prompt.length, device=hidden.device) if rows is None else rows
+            local = self._choose(cut, hidden[0], arrived, prompt)
+            if len(local) < len(arrived):
+                rows, hidden = arrived[local], hidden.index_select(1, local)
+        self._span = _Span(rows, self._place(cut, cache, rows, prompt, hidden.device))
+        return hidden
 
-
-def _plain_cache_length(cache: Any) -> int:
-    """Length of a growing cache.
-
-    Raises:
-        UserError: The cache is static, sliding or of another kind: its masks cannot be cut by column.
-    """
-    if cache is None:
-        return 0
-    if getattr(cache, "is_compileable", True) or any(getattr(cache, "is_sliding", [True])):
-        raise UserError(
-            f"a {type(cache).__name__} that is static or sliding cannot be pruned",
-            hint="leave cache_implementation out; the default DynamicCache grows",
+    def _choose(self, cut: int, hidden: torch.Tensor, arrived: torch.Tensor, prompt: _Prompt) -> torch.Tensor:
+        """[M] positions of the arriving sequence [S, d] that go on."""
+        settings, k = self._plan.schedule.cuts[cut], prompt.budgets[cut]
+        before = self.trace.cuts[-1].kept_visual.to(hidden.device) if self.trace.cuts else prompt.visual
+        tokens = cut_tokens(
+            settings,
+            self._dims,
+            hidden=hidden,
+            projections=self._recorder.projected(settings.layer),
+            visual_index=torch.isin(arrived, before).nonzero()[:, 0],
         )
-    return int(cache.get_seq_length())
+        if self._select is None:
+            choice = choose(settings.chooser, tokens, k)
+            kept, scores = choice.kept.to(hidden.device), choice.scores
+        else:
+            kept, scores = self._selected(cut, tokens, k), None
+        local = staying(len(arrived), tokens.visual_index, kept)
+        trace = CutTrace(
+            visual_index=before.cpu(),
+            arrived=arrived.cpu(),
+            tokens=_on_cpu(tokens),
+            kept_index=arrived[local].cpu(),
+            scores=None if scores is None else scores.cpu(),
+        )
+        self.trace.cuts = (*self.trace.cuts, trace)
+        return local
+
+    def _selected(self, cut: int, tokens: CutTokens, k: int) -> torch.Tensor:
+        """What the caller's `select` keeps.
+
+        Raises:
+            ValueError: It broke its contract.
+        """
+        if self._select is None:  # unreachable: `_choose` asks
+            raise RuntimeError("there is no select")
+        kept = self._select(cut, tokens, k).to(tokens.visual_index.device)
+        if len(set(kept.tolist())) != k or not torch.isin(kept, tokens.visual_index).all():
+            expected = f"{k} different positions of visual tokens"
+            raise ValueError(f"select must return {expected}, got {kept.tolist()}")
+        return kept
+
+    def _place(
+        self, cut: int, cache: Any, rows: torch.Tensor | None, prompt: _Prompt, device: torch.device
+    ) -> torch.Tensor | None:
+        """[P + M] columns of the full-length cache that the layers after a cut hold; None for all."""
+        layer, length = self._cut_layers[cut], prompt.past + prompt.length
+        past = past_columns(cache, layer, prompt.past, cuts=self._cut_layers)
+        new = torch.arange(prompt.length) if rows is None else rows.cpu()
+        columns = torch.cat([past, prompt.past + new])
+        if cache is not None:
+            note_columns(cache, layer, columns, length, fresh=not prompt.past and cut == 0)
+        return columns.to(device) if len(columns) < length else None
 
 
-def _cut(
-    kwargs: Mapping[str, Any], rows: torch.Tensor | None, columns: torch.Tensor | None
-) -> dict[str, Any]:
-    """Keyword arguments of a decoder layer for the positions it is to see.
-
-    Args:
-        kwargs: As the model passes them.
-        rows: [M] positions of this forward that stay; None for all.
-        columns: Columns of the full-length cache that the layer holds; None for all.
-    """
-    cut = dict(kwargs)
-    if rows is not None:
-        cos, sin = kwargs["position_embeddings"]
-        cut["position_embeddings"] = (cos.index_select(-2, rows), sin.index_select(-2, rows))
-        if kwargs.get("position_ids") is not None:
-            cut["position_ids"] = kwargs["position_ids"].index_select(-1, rows)
-    mask = kwargs.get("attention_mask")
-    # None stays None: causal for a prefill, everything for a decode step, both by order
-    if mask is not None and columns is not None:
-        mask = mask.index_select(-1, columns)
-        cut["attention_mask"] = mask if rows is None else mask.index_select(-2, rows)
-    return cut
+def _on_cpu(tokens: CutTokens) -> CutTokens:
+    return CutTokens(
+        hidden=tokens.hidden.detach().cpu(),
+        states=None if tokens.states is None else tokens.states.detach().cpu(),
+        visual_index=tokens.visual_index.cpu(),
+    )

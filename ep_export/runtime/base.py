@@ -7,7 +7,7 @@ out as, and only what the host needs (embeddings, logits, kept positions) is rea
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,11 +39,13 @@ class Runner(ABC):
     output_names: tuple[str, ...]
 
     @abstractmethod
-    def run(self, feeds: Mapping[str, Feed]) -> dict[str, Value]:
+    def run(self, feeds: Mapping[str, Feed], *, on_device: Collection[str] = ()) -> dict[str, Value]:
         """Run once.
 
         Args:
             feeds: Every input by name. NumPy floats of another width are converted to the input's type.
+            on_device: Outputs that go into another run rather than to the host: where a backend can, they
+                stay in its device's memory.
 
         Returns:
             Every output by name.

@@ -1,4 +1,7 @@
-"""The engines of a bundle as a backend: found, checked against bundle, software and GPU, then opened."""
+"""The engines of a bundle as a backend: found, checked against bundle, software and GPU, then opened.
+
+Prune components that stayed ONNX files run beside them with ONNX Runtime on the CPU.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ep_export.bundle import Bundle
+from ep_export.bundle import Bundle, hash_file
 from ep_export.engine_record import (
     EngineRecord,
     check_engine,
     check_engine_files,
     compiled_targets,
     engine_directory,
+    engine_of,
     read_record,
 )
-from ep_export.errors import UserError, near_matches
-from ep_export.plugin.build import LIBRARY
+from ep_export.errors import UserError, as_user_error, near_matches
+from ep_export.runtime.base import Runner
 from ep_export.runtime.device import CudaDevice, Device, DeviceMemory
+from ep_export.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from ep_export.runtime.tensorrt_runner import Scratch, TensorRtRunner, open_engine
 from ep_export.targets import Flavour
 
@@ -69,30 +74,36 @@ class EngineBackend:
         check_engine(self._record, bundle, flavour=self._record.flavour, version=version, sm=None)
         self._device = device
         opened = device()
-        check_engine(self._record, bundle, flavour=self._record.flavour, version=version, sm=opened.sm)
-        check_engine_files(self._directory, self._record, verify=verify)
         self._memory = DeviceMemory(opened)
+        try:
+            check_engine(self._record, bundle, flavour=self._record.flavour, version=version, sm=opened.sm)
+            check_engine_files(self._directory, self._record, verify=verify)
+            if self._record.plugin:
+                _load_plugin(self._module, self._record, self._directory)
+        except BaseException:
+            self._memory.close()
+            raise
         self._scratch = Scratch(self._memory)
         self._runners, self._gone = 0, False
-        if self._record.plugin:
-            _load_plugin(self._module, self._record, self._directory)
 
-    def __call__(self, file: Path) -> TensorRtRunner:
-        """Open the engine of a component's file.
+    def __call__(self, file: Path) -> Runner:
+        """Open the engine of a component's file, or the file itself where the record says so.
 
         Raises:
-            UserError: No such component, or TensorRT refuses the engine.
+            UserError: No such component, or TensorRT or ONNX Runtime refuses it.
         """
+        component = next(c for c in self._bundle.manifest.components if c.file == file.name)
+        engine = engine_of(self._record, self._bundle, component)
+        if engine is None:
+            return OnnxRuntimeRunner(file)
         if self._gone and not self._runners:
             self._memory = DeviceMemory(self._device())
             self._scratch = Scratch(self._memory)
             self._gone = False
-        name = next(c.name for c in self._bundle.manifest.components if c.file == file.name)
-        engine = self._record.components[name]
         opened = open_engine(
             self._module,
             self._directory / engine.file,
-            name=name,
+            name=component.name,
             profiles=engine.profiles,
             limits=self._record.limits,
         )
@@ -141,16 +152,21 @@ def _module(flavour: Flavour) -> Any:
 
 
 def _load_plugin(module: Any, record: EngineRecord, directory: Path) -> None:
-    """Register the plugin before an engine that holds it is opened; TensorRT-RTX would abort the process."""
+    """Register the plugin before an engine that holds it is opened; TensorRT-RTX would abort the process.
+
+    It is code that this process is to run, so its checksum is computed whatever else may be skipped.
+    """
+    assert record.plugin is not None  # noqa: S101 - called only then
     if record.flavour is not Flavour.TENSORRT:
         raise UserError(
             f"engines for {record.target} say they hold a plugin, which {record.flavour.value} has none of",
             hint="compile again with `ep-export compile`",
         )
-    library = directory / LIBRARY
-    if not library.is_file():
+    library = directory / record.plugin.file
+    if hash_file(library) != record.plugin.sha256:
         raise UserError(
-            f"engines for {record.target} hold the EntropyPrune plugin, and {library} is missing",
-            hint="build it with `ep-export plugin build` on this machine and put it there",
+            f"plugin {library} was changed: its SHA-256 differs from its record's",
+            hint="do not run it; build it again with `ep-export plugin build`, and compile again",
         )
-    module.get_plugin_registry().load_library(str(library))
+    with as_user_error(f"plugin {library} cannot be loaded", hint="build it again: ep-export plugin build"):
+        module.get_plugin_registry().load_library(str(library))

@@ -1,7 +1,7 @@
-"""Generation: decode token by token after prefill, with two KV lengths.
+"""Generation: decode token by token after prefill, through the spans alone.
 
-Layers 0..K-1 hold the whole prompt in their caches, layers K..L-1 what was kept. New tokens go into all of
-them and continue at the prompt's own positions.
+The caches of a span hold what reached it: all of the prompt before the first cut, what was kept after it. New
+tokens go into all of them and continue at the prompt's own positions.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from numpy.typing import NDArray
 
 from ep_export.policy import Keep
 from ep_export.runtime.base import Feed
-from ep_export.runtime.prefill import Components, Prefill, Timer, past_feeds, step
+from ep_export.runtime.components import Components, past_feeds, run_span
+from ep_export.runtime.kept import KeptPicture
+from ep_export.runtime.prefill import Prefill, Timer
 from ep_export.runtime.sampling import TokenChooser
 
-__all__ = ["Decoding", "Finish", "Generation", "KeptPicture", "run_decode"]
+__all__ = ["AnswerCut", "Continuation", "Decoding", "Finish", "Generation", "run_decode"]
 
 
 class Finish(str, Enum):
@@ -30,27 +32,18 @@ class Finish(str, Enum):
 
 
 @dataclass(frozen=True)
-class KeptPicture:
-    """What was kept of one picture.
+class AnswerCut:
+    """What a cut let through.
 
     Attributes:
-        token_grid: (height, width) in cells, one a visual token.
-        kept_tokens: Row-major indices of the cells whose tokens reach layer K.
-        view: What the grid lies on; see `ep_export.families.base.Picture`.
-        video: Which video of the prompt this is a part of, counted from 0; None for a picture.
+        layer: K: what is kept enters this layer.
+        policy: Name of the chooser.
+        kept_index: [M] prompt positions that go on.
     """
 
-    token_grid: tuple[int, int]
-    kept_tokens: tuple[int, ...]
-    view: tuple[int, int, int, int] | None = None
-    video: int | None = None
-
-    @property
-    def kept(self) -> NDArray[np.bool_]:
-        """[height * width], true where a cell's token was kept."""
-        mask = np.zeros(self.token_grid[0] * self.token_grid[1], dtype=np.bool_)
-        mask[list(self.kept_tokens)] = True
-        return mask
+    layer: int
+    policy: str
+    kept_index: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -62,12 +55,14 @@ class Generation:
         token_ids: Generated ids, the one that ended the answer included.
         prompt_tokens: S.
         visual_tokens: N.
-        kept_index: [M] prompt positions that reach layer K.
-        timings_ms: prepare, vision, embed, head_prefill, tail_prefill, decode (all steps), decode_per_token,
+        kept_index: [M] prompt positions that reach the last span.
+        timings_ms: prepare, vision, embed, prefill (spans), prune, decode (all steps), decode_per_token,
             total.
         keep: The amount kept that was asked for.
         finish: Why it ended.
         pictures: What was kept of each picture.
+        cuts: Every cut the prompt went through; none without a picture.
+        policies: Names of the choosers in use, cut by cut.
     """
 
     answer: str
@@ -79,6 +74,8 @@ class Generation:
     keep: Keep
     finish: Finish
     pictures: tuple[KeptPicture, ...]
+    cuts: tuple[AnswerCut, ...]
+    policies: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -86,45 +83,72 @@ class Decoding:
     """What the decode loop needs besides the prefill.
 
     Attributes:
-        next_position: Position id of the first generated token.
         limit: Most tokens to generate, at least 1.
         eos_token_ids: Ids that end the answer.
         chooser: Chooses tokens.
         on_token: Called with every id as soon as it is known.
     """
 
-    next_position: int
     limit: int
     eos_token_ids: tuple[int, ...]
     chooser: TokenChooser
     on_token: Callable[[int], None] | None = None
 
 
-def run_decode(components: Components, prefill: Prefill, decoding: Decoding, timer: Timer) -> tuple[int, ...]:
+class Continuation:
+    """An answer under way: takes a token, gives the logits of the next.
+
+    Args:
+        components: The opened bundle.
+        prefill: Of the prompt.
+        next_position: Position id of the first generated token.
+
+    Attributes:
+        logits: [vocab_size] float32, of the next token.
+    """
+
+    def __init__(self, components: Components, prefill: Prefill, next_position: int) -> None:
+        self.logits: NDArray[np.float32] = prefill.logits
+        self._components = components
+        self._caches = dict(prefill.caches)
+        self._position = next_position
+
+    def feed(self, token: int) -> None:
+        """Append a token, whichever chose it."""
+        manifest = self._components.manifest
+        embed = self._components.runner(manifest.embed)
+        hidden: Feed = embed.run(
+            {"input_ids": np.array([[token]], dtype=np.int64)}, on_device=("inputs_embeds",)
+        )["inputs_embeds"]
+        position_ids = np.full((manifest.dims.position_axes, 1, 1), self._position, dtype=np.int64)
+        for span in manifest.spans:
+            outputs = run_span(self._components, span, hidden, position_ids, self._caches)
+            self._caches |= past_feeds(outputs)  # in place of the shorter ones, whose memory is free again
+            if "logits" in outputs:
+                self.logits = outputs["logits"].numpy().reshape(-1)
+            else:
+                hidden = outputs["hidden_states"]
+        self._position += 1
+
+
+def run_decode(answer: Continuation, decoding: Decoding, timer: Timer) -> tuple[int, ...]:
     """Generate until an end token or the limit.
+
+    Args:
+        answer: After the prefill.
+        decoding: How to choose tokens and when to stop.
+        timer: Gets decode, all steps together.
 
     Returns:
         The generated ids, the end token included.
     """
-    embed = components.runners["embed_tokens"]
-    one = np.zeros(1, dtype=np.int64)  # one position is the visual index and is kept: nothing is dropped
-    logits, caches = prefill.logits, prefill.caches
     tokens: list[int] = []
     while True:
-        token = decoding.chooser.choose(logits)
+        token = decoding.chooser.choose(answer.logits)
         tokens.append(token)
         if decoding.on_token:
             decoding.on_token(token)
         if token in decoding.eos_token_ids or len(tokens) == decoding.limit:
             return tuple(tokens)
-        position = decoding.next_position + len(tokens) - 1
         with timer.stage("decode"):
-            feeds: dict[str, Feed] = {
-                **embed.run({"input_ids": np.array([[token]], dtype=np.int64)}),
-                "position_ids": np.full((components.dims.position_axes, 1, 1), position, dtype=np.int64),
-                "visual_index": one,
-                "keep_slots": one,
-            }
-            head, tail = step(components, feeds, caches, (timer, "decode_head", "decode_tail"))
-            logits = tail["logits"].numpy().reshape(-1)
-            caches = past_feeds({**head, **tail})
+            answer.feed(token)

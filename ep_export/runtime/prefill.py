@@ -1,9 +1,9 @@
-"""Prefill: pictures and prompt through vision encoder, embeddings, head and tail, up to the first logits."""
+"""Prefill: pictures and prompt through vision encoder, embeddings, spans and cuts, up to the first logits."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,26 +11,37 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ep_export.dims import DecoderDims
+from ep_export.bundle import Component, Role
 from ep_export.families.base import PromptInputs
-from ep_export.runtime.base import Feed, Runner, Value
+from ep_export.policy import Schedule, TopK
+from ep_export.runtime.base import Feed, Value
+from ep_export.runtime.components import Components, empty_caches, past_feeds, run_span
 
-__all__ = ["Components", "Prefill", "Timer", "past_feeds", "run_prefill", "step"]
+__all__ = ["KeptCut", "Prefill", "Timer", "run_prefill", "run_prune"]
+
+_READ = frozenset({"kept_index", "scores"})
+"""Outputs of a prune component that the host reads."""
 
 
 @dataclass(frozen=True)
-class Components:
-    """The opened components of a bundle and what is needed to feed them.
+class KeptCut:
+    """What a cut did to one prompt.
 
     Attributes:
-        runners: Component name -> runner.
-        dims: The decoder's dimensions.
-        layer: K: the head holds layers 0..K-1.
+        layer: K: what is kept enters this layer.
+        policy: Name of the chooser.
+        kept_index: [M] int64, prompt positions that go on.
+        scores: [N] float32, of the visual tokens that arrived, in their order; None where nothing was scored.
+        hidden_states: [1, M, d], what enters layer K.
+        position_ids: [A, 1, M] int64.
     """
 
-    runners: Mapping[str, Runner]
-    dims: DecoderDims
     layer: int
+    policy: str
+    kept_index: NDArray[np.int64]
+    scores: NDArray[np.float32] | None
+    hidden_states: Value
+    position_ids: Value
 
 
 @dataclass(frozen=True)
@@ -40,20 +51,22 @@ class Prefill:
     Attributes:
         visual_embeds: One array a picture, [N_i, d].
         inputs_embeds: [1, S, d], visual embeddings in place.
-        hidden_states: [1, M, d], the head's output after pruning.
-        kept_index: [M] int64, prompt positions that reach layer K.
-        kept_position_ids: [A, 1, M] int64.
+        cuts: In the order of their layers; none where nothing was to be pruned.
         logits: [vocab_size] float32, of the last position.
-        caches: `past_key_values.{i}.key` and `.value` -> value, as the next step takes them.
+        caches: `past_key_values.{i}.key` and `.value` -> value, as the next step takes them; as long as what
+            reached layer i.
     """
 
     visual_embeds: tuple[NDArray[Any], ...]
     inputs_embeds: NDArray[Any]
-    hidden_states: Value
-    kept_index: NDArray[np.int64]
-    kept_position_ids: NDArray[np.int64]
+    cuts: tuple[KeptCut, ...]
     logits: NDArray[np.float32]
     caches: Mapping[str, Value]
+
+    @property
+    def kept_index(self) -> NDArray[np.int64]:
+        """[M] prompt positions that reach the last span; all of them where there was no cut."""
+        return self.cuts[-1].kept_index if self.cuts else np.arange(self.inputs_embeds.shape[1])
 
 
 class Timer:
@@ -75,95 +88,138 @@ class Timer:
 def run_prefill(
     components: Components,
     prompt: PromptInputs,
-    vision_feeds: list[dict[str, NDArray[Any]]],
-    kept: int,
+    vision_feeds: Sequence[Mapping[str, NDArray[Any]]],
+    cuts: tuple[Schedule, Sequence[int]] | None,
     timer: Timer,
 ) -> Prefill:
-    """Run the vision encoders once a picture, then the others once over the whole prompt.
+    """Run the vision encoders once a picture, then everything else once over the whole prompt.
 
     Args:
         components: The opened bundle.
         prompt: The prompt's arrays.
         vision_feeds: Inputs of the vision encoder each picture names, one a picture.
-        kept: k, visual tokens that reach layer K; not read without a picture.
-        timer: Gets vision, embed, head_prefill and tail_prefill.
+        cuts: The bundle's schedule with the policies to use, and for every cut the visual tokens that go on;
+            None runs the spans alone.
+        timer: Gets vision, embed, prefill (all spans) and prune.
     """
-    embed = components.runners["embed_tokens"]
-    with timer.stage("vision"):
-        visual = tuple(
-            components.runners[picture.encoder].run(feeds)["visual_embeds"].numpy()
-            for picture, feeds in zip(prompt.pictures, vision_feeds, strict=True)
-        )
+    visual = _encode(components, prompt, vision_feeds, timer)
     with timer.stage("embed"):
+        embed = components.runner(components.manifest.embed)
         embeds = embed.run({"input_ids": prompt.input_ids})["inputs_embeds"].numpy()
         if visual:
             embeds = embeds.copy()  # the runner's own memory
             embeds[0, prompt.visual_index] = np.concatenate(visual)
-    # Without a picture one position stands as visual index and is kept: M = S, nothing is dropped.
-    index = prompt.visual_index if visual else np.zeros(1, dtype=np.int64)
-    head, tail = step(
-        components,
-        {
-            "inputs_embeds": embeds,
-            "position_ids": prompt.position_ids,
-            "visual_index": index,
-            "keep_slots": np.zeros(kept if visual else 1, dtype=np.int64),
-        },
-        empty_caches(components.dims),
-        (timer, "head_prefill", "tail_prefill"),
-    )
+    pruned, outputs, caches = _walk(components, prompt, embeds, cuts, timer)
     return Prefill(
         visual_embeds=visual,
         inputs_embeds=embeds,
-        hidden_states=head["hidden_states"],
-        kept_index=head["kept_index"].numpy(),
-        kept_position_ids=head["kept_position_ids"].numpy(),
-        logits=tail["logits"].numpy().reshape(-1),
-        caches=past_feeds({**head, **tail}),
+        cuts=_in_prompt_positions(components, pruned),
+        logits=outputs["logits"].numpy().reshape(-1),
+        caches=caches,
     )
 
 
-def step(
+def run_prune(
     components: Components,
-    feeds: Mapping[str, Feed],
-    caches: Mapping[str, Feed],
-    timing: tuple[Timer, str, str],
-) -> tuple[dict[str, Value], dict[str, Value]]:
-    """Head, then tail; nothing comes back to the host in between.
+    prune: Component,
+    arrived: Mapping[str, Feed],
+    kept: int,
+) -> dict[str, Value]:
+    """One prune component, fed with what its chooser reads.
 
     Args:
         components: The opened bundle.
-        feeds: The head's inputs but the caches.
-        caches: Of all layers, by input name.
-        timing: The timer and its stage names for head and tail.
+        prune: Which.
+        arrived: `hidden` [1, S, d], `position_ids` [A, 1, S] and `visual_index` [N] of the sequence that
+            arrives; `query_states` and the others where a span came before.
+        kept: k, visual tokens that go on.
 
     Returns:
-        Outputs of the head and of the tail.
+        Its outputs by name; positions are those of the sequence that arrives.
     """
-    timer, head_stage, tail_stage = timing
-    head, tail = components.runners["decoder_head"], components.runners["decoder_tail"]
-    with timer.stage(head_stage):
-        made = head.run({**feeds, **_of(head, caches)})
-    with timer.stage(tail_stage):
-        onward = {"hidden_states": made["hidden_states"], "position_ids": made["kept_position_ids"]}
-        return made, tail.run({**onward, **_of(tail, caches)})
+    runner = components.runner(prune)
+    feeds: dict[str, Feed] = {**arrived, "keep_slots": np.zeros(kept, dtype=np.int64)}
+    if isinstance(prune.chooser, TopK) and "states" in runner.input_names:
+        feeds["states"] = arrived[f"{prune.chooser.source.value}_states"]
+    return runner.run(
+        {name: feeds[name] for name in runner.input_names}, on_device=set(runner.output_names) - _READ
+    )
 
 
-def empty_caches(dims: DecoderDims) -> dict[str, Feed]:
-    """Caches of length 0 for all layers; runners convert their type."""
-    empty = np.zeros((1, dims.kv_heads, 0, dims.head_dim), dtype=np.float32)
-    return {f"past_key_values.{i}.{part}": empty for i in range(dims.layers) for part in ("key", "value")}
+def _encode(
+    components: Components,
+    prompt: PromptInputs,
+    vision_feeds: Sequence[Mapping[str, NDArray[Any]]],
+    timer: Timer,
+) -> tuple[NDArray[Any], ...]:
+    """Visual embeddings of every picture."""
+    encoders = {encoder.name: encoder for encoder in components.manifest.with_role(Role.VISION)}
+    with timer.stage("vision"):
+        return tuple(
+            components.runner(encoders[picture.encoder]).run(feeds)["visual_embeds"].numpy()
+            for picture, feeds in zip(prompt.pictures, vision_feeds, strict=True)
+        )
 
 
-def past_feeds(outputs: Mapping[str, Value]) -> dict[str, Value]:
-    """`present.*` of one step under the names the next step takes them by."""
-    return {
-        name.replace("present.", "past_key_values.", 1): value
-        for name, value in outputs.items()
-        if name.startswith("present.")
+def _walk(
+    components: Components,
+    prompt: PromptInputs,
+    embeds: NDArray[Any],
+    cuts: tuple[Schedule, Sequence[int]] | None,
+    timer: Timer,
+) -> tuple[list[tuple[Component, dict[str, Value]]], dict[str, Value], dict[str, Value]]:
+    """From the embeddings to the logits; nothing comes back to the host but what it reads of a cut.
+
+    Returns:
+        Every prune component with its outputs; the last span's outputs; the caches of all layers.
+    """
+    manifest = components.manifest
+    stages, kept = (manifest.spans, iter(())) if cuts is None else (manifest.stages(cuts[0]), iter(cuts[1]))
+    arrived: dict[str, Feed] = {
+        "hidden": embeds,
+        "position_ids": prompt.position_ids,
+        "visual_index": prompt.visual_index,
     }
+    pruned: list[tuple[Component, dict[str, Value]]] = []
+    caches: dict[str, Value] = {}
+    outputs: dict[str, Value] = {}
+    empty = empty_caches(manifest.dims)
+    for stage in stages:
+        if stage.role is Role.PRUNE:
+            with timer.stage("prune"):
+                outputs = run_prune(components, stage, arrived, next(kept))
+            pruned.append((stage, outputs))
+            arrived = {
+                "hidden": outputs["kept_hidden"],
+                "position_ids": outputs["kept_position_ids"],
+                "visual_index": outputs["kept_visual_index"],
+            }
+        else:
+            with timer.stage("prefill"):
+                outputs = run_span(components, stage, arrived["hidden"], arrived["position_ids"], empty)
+            caches |= past_feeds(outputs)
+            if "hidden_states" in outputs:
+                arrived |= {name: value for name, value in outputs.items() if name.endswith("_states")}
+                arrived["hidden"] = outputs["hidden_states"]
+    return pruned, outputs, caches
 
 
-def _of(runner: Runner, caches: Mapping[str, Feed]) -> dict[str, Feed]:
-    """The caches this runner takes."""
-    return {name: caches[name] for name in runner.input_names if name in caches}
+def _in_prompt_positions(
+    components: Components, pruned: Sequence[tuple[Component, Mapping[str, Value]]]
+) -> tuple[KeptCut, ...]:
+    """What the cuts did; a later one speaks of positions in what the one before let through."""
+    made: list[KeptCut] = []
+    for prune, outputs in pruned:
+        assert prune.cut is not None and prune.chooser is not None  # noqa: PT018, S101 - read_manifest checks
+        index = outputs["kept_index"].numpy()
+        made.append(
+            KeptCut(
+                layer=components.manifest.schedule.cuts[prune.cut].layer,
+                policy=prune.chooser.name,
+                kept_index=made[-1].kept_index[index] if made else index,
+                scores=outputs["scores"].numpy() if "scores" in outputs else None,
+                hidden_states=outputs["kept_hidden"],
+                position_ids=outputs["kept_position_ids"],
+            )
+        )
+    return tuple(made)

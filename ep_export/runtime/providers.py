@@ -14,7 +14,15 @@ from typing import Any
 
 from ep_export.errors import UsageError, UserError, near_matches
 
-__all__ = ["CPU", "PROVIDERS", "Provider", "node_counts", "prepare_providers", "short_name"]
+__all__ = [
+    "CPU",
+    "PROVIDERS",
+    "Provider",
+    "device_of",
+    "node_counts",
+    "prepare_providers",
+    "short_name",
+]
 
 CPU = "CPUExecutionProvider"
 
@@ -26,21 +34,27 @@ class Provider:
     Attributes:
         name: ONNX Runtime's.
         needs: What brings it, for a hint.
+        device: Where its tensors lie, by ONNX Runtime's name for `bind_output`.
         plugin: Package that ONNX Runtime loads it from, where it is not built in.
     """
 
     name: str
     needs: str
+    device: str = "cpu"
     plugin: str | None = None
 
 
+# MIGraphX and OpenVINO may have memory of their own; nobody has tried, so their outputs go through the host.
 PROVIDERS: Mapping[str, Provider] = {
     "cpu": Provider(CPU, "every build of ONNX Runtime has it"),
-    "cuda": Provider("CUDAExecutionProvider", "pip install onnxruntime-gpu in place of onnxruntime"),
-    "tensorrt": Provider("TensorrtExecutionProvider", "pip install onnxruntime-gpu and NVIDIA's TensorRT"),
+    "cuda": Provider("CUDAExecutionProvider", "pip install onnxruntime-gpu in place of onnxruntime", "cuda"),
+    "tensorrt": Provider(
+        "TensorrtExecutionProvider", "pip install onnxruntime-gpu and NVIDIA's TensorRT", "cuda"
+    ),
     "tensorrt-rtx": Provider(
         "NvTensorRTRTXExecutionProvider",
         "pip install onnxruntime-ep-nv-tensorrt-rtx on a machine with an RTX GPU and its driver",
+        "cuda",
         "onnxruntime_ep_nv_tensorrt_rtx",
     ),
     "migraphx": Provider("MIGraphXExecutionProvider", "AMD's build of ONNX Runtime for ROCm"),
@@ -64,7 +78,7 @@ def prepare_providers(names: Sequence[str], options: Any) -> list[str]:
     """
     import onnxruntime
 
-    wanted = [_find(name) for name in dict.fromkeys(names)]
+    wanted = list(dict.fromkeys(map(_find, names)))  # one may be given by both of its names
     chosen = [provider.name for provider in wanted]
     if CPU not in chosen:
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
@@ -74,10 +88,19 @@ def prepare_providers(names: Sequence[str], options: Any) -> list[str]:
     missing = [provider for provider in wanted if provider.name not in builtin]
     if not missing:
         return chosen
-    # a session takes either names or devices
-    devices = [device for provider in wanted for device in _devices(provider, builtin)]
-    options.add_provider_for_devices(devices, {})
+    # A session takes either names or devices, and the devices of one provider a call.
+    for provider in wanted:
+        options.add_provider_for_devices(_devices(provider, builtin), {})
     return []
+
+
+def device_of(names: Sequence[str]) -> str:
+    """Where tensors lie between runs: in the memory of the first provider, the one that is to do the work.
+
+    Args:
+        names: As for `prepare_providers`; at least one.
+    """
+    return _find(names[0]).device
 
 
 def node_counts(session: Any) -> dict[str, int]:

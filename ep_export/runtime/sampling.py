@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +29,8 @@ class Sampling:
         seed: Of the random numbers: the same seed gives the same answer on the same machine.
 
     Raises:
-        UsageError: A value is out of range.
+        UsageError: A value is no finite number (NumPy's are numbers, true and false are none), or out of
+            range.
     """
 
     temperature: float = 1.0
@@ -37,14 +39,22 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
+        if not (_finite(self.temperature) and self.temperature > 0):
             raise UsageError(f"temperature is {self.temperature}, expected a finite number above 0")
-        if not 0 < self.top_p <= 1:
-            raise UsageError(f"top-p is {self.top_p}, expected above 0 and at most 1")
-        if self.top_k < 0:
-            raise UsageError(f"top-k is {self.top_k}, expected 0 (all) or more")
-        if self.seed < 0:
-            raise UsageError(f"seed is {self.seed}, expected 0 or more")
+        if not (_finite(self.top_p) and 0 < self.top_p <= 1):
+            raise UsageError(f"top-p is {self.top_p}, expected a number above 0 and at most 1")
+        if not (_whole(self.top_k) and self.top_k >= 0):
+            raise UsageError(f"top-k is {self.top_k}, expected a whole number, 0 (all) or more")
+        if not (_whole(self.seed) and self.seed >= 0):
+            raise UsageError(f"seed is {self.seed}, expected a whole number, 0 or more")
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 class TokenChooser:
@@ -86,9 +96,9 @@ def penalised(logits: NDArray[np.float32], seen: Sequence[int], penalty: float) 
         return logits
     scores = logits.copy()
     known = np.fromiter((i for i in seen if i < scores.shape[0]), dtype=np.int64)
-    found = scores[known]
+    before = scores[known]
     factor = np.float32(penalty)
-    scores[known] = np.where(found < 0, found * factor, found / factor)
+    scores[known] = np.where(before < 0, before * factor, before / factor)
     return scores
 
 

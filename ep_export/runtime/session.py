@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from numpy.typing import NDArray
 
-from ep_export.bundle import Bundle
+from ep_export.bundle import Bundle, Component
 from ep_export.errors import UsageError, UserError
 from ep_export.families import family_named
 from ep_export.families.base import PromptBuilder, PromptInputs, Visual
 from ep_export.plan import kept_tokens
-from ep_export.policy import Keep
-from ep_export.runtime.base import Feed, RunnerFactory
-from ep_export.runtime.generate import Decoding, Finish, Generation, KeptPicture, run_decode
+from ep_export.policy import Keep, Nothing, Schedule
+from ep_export.runtime.base import Feed, Runner, RunnerFactory
+from ep_export.runtime.components import Components
+from ep_export.runtime.generate import (
+    AnswerCut,
+    Continuation,
+    Decoding,
+    Finish,
+    Generation,
+    run_decode,
+)
+from ep_export.runtime.kept import kept_pictures
 from ep_export.runtime.onnxruntime_runner import OnnxRuntimeOptions, OnnxRuntimeRunner
-from ep_export.runtime.prefill import Components, Prefill, Timer, run_prefill
+from ep_export.runtime.prefill import Prefill, Timer, run_prefill
 from ep_export.runtime.sampling import Sampling, TokenChooser
 
 if TYPE_CHECKING:
@@ -59,7 +66,7 @@ class Session:
         prepack: bool = True,
         runner: RunnerFactory | None = None,
     ) -> Session:
-        """Open every component of a bundle.
+        """Open a bundle: every component but those that prune, which are opened when first used.
 
         Args:
             bundle: An opened (verified) bundle.
@@ -77,13 +84,13 @@ class Session:
         processor = bundle.file(_PROCESSOR)
         config = _load_config(bundle)
         prompts = family_named(manifest.family).prompt_builder(processor, config)
-        with ExitStack() as opened:
-            runners = {
-                component.name: opened.enter_context(factory(bundle.file(component.file)))
-                for component in manifest.components
-            }
-            opened.pop_all()  # all open: the session closes them
-        return cls(bundle, config, prompts, Components(runners, manifest.dims, manifest.policy.layer))
+
+        def open_component(component: Component) -> Runner:
+            return factory(bundle.file(component.file))
+
+        components = Components(manifest, open_component)
+        components.open_all_but_prunes()
+        return cls(bundle, config, prompts, components)
 
     def __enter__(self) -> Session:  # noqa: PYI034 - typing.Self needs Python 3.11
         return self
@@ -93,8 +100,7 @@ class Session:
 
     def close(self) -> None:
         """Close every component."""
-        for runner in self._components.runners.values():
-            runner.close()
+        self._components.close()
 
     def run(self, component: str, feeds: Mapping[str, Feed]) -> dict[str, NDArray[Any]]:
         """Run one component, for tests and validation.
@@ -102,21 +108,34 @@ class Session:
         Raises:
             UserError: No such component, or wrong inputs.
         """
-        self.bundle.manifest.component(component)
-        made = self._components.runners[component].run(feeds)
-        return {name: value.numpy() for name, value in made.items()}
+        runner = self._components.runner(self.bundle.manifest.component(component))
+        return {name: value.numpy() for name, value in runner.run(feeds).items()}
 
-    def prefill(self, prompt: PromptInputs, keep: Keep | None = None) -> Prefill:
+    def prefill(
+        self,
+        prompt: PromptInputs,
+        keep: Keep | None = None,
+        policies: Sequence[str] = (),
+        *,
+        prune: bool = True,
+    ) -> Prefill:
         """Everything up to the first logits.
 
         Args:
             prompt: From `prompts.build`.
             keep: Amount kept; the bundle's when None.
+            policies: Which of the bundle's policies; see `Manifest.scheduled`.
+            prune: False runs the spans alone: the unpruned model.
 
         Raises:
-            UserError: The prompt is longer than the context, or `keep` is impossible.
+            UserError: The prompt is longer than the context, `keep` is impossible, or a policy is not there.
         """
-        return self._prefill(prompt, keep or self.bundle.manifest.keep, Timer())
+        schedule = self.bundle.manifest.scheduled(policies) if prune else None
+        return self._prefill(prompt, schedule, self._keep(keep, schedule), Timer())
+
+    def continuation(self, prompt: PromptInputs, prefill: Prefill) -> Continuation:
+        """What follows a prefill, token by token, whoever chooses the tokens."""
+        return Continuation(self._components, prefill, prompt.next_position)
 
     def generate(
         self,
@@ -125,6 +144,8 @@ class Session:
         *,
         max_new_tokens: int,
         keep: Keep | None = None,
+        policies: Sequence[str] = (),
+        prune: bool = True,
         sampling: Sampling | None = None,
         on_token: Callable[[int], None] | None = None,
         ignore_eos: bool = False,
@@ -135,10 +156,12 @@ class Session:
         Hugging Face's `generate` does.
 
         Args:
-            visuals: In prompt order; they share one budget unless the bundle's policy says per picture.
+            visuals: In prompt order; they share one budget unless a policy says per picture.
             prompt: The question.
             max_new_tokens: Longest answer in tokens.
             keep: Amount kept; the bundle's when None.
+            policies: Which of the bundle's policies; see `Manifest.scheduled`.
+            prune: False runs the spans alone: the unpruned model.
             sampling: How to draw tokens; greedy when None.
             on_token: Called with every generated id as soon as it is known.
             ignore_eos: Go on to `max_new_tokens` whatever the model says, for measurements.
@@ -149,14 +172,18 @@ class Session:
         if max_new_tokens < 1:
             raise UsageError(f"max-new-tokens is {max_new_tokens}, expected 1 or more")
         start, timer = time.perf_counter(), Timer()
-        keep = keep or self.bundle.manifest.keep
+        manifest = self.bundle.manifest
+        schedule = manifest.scheduled(policies) if prune else None
+        keep = self._keep(keep, schedule)
         with timer.stage("prepare"):
             ready = self.prompts.build(visuals, prompt)
-        prefill = self._prefill(ready, keep, timer)
+        prefill = self._prefill(ready, schedule, keep, timer)
+        answer = self.continuation(ready, prefill)
+        kept_index, cuts = prefill.kept_index, prefill.cuts
+        del prefill  # its caches, which the answer outgrows
         length = ready.input_ids.shape[1]
-        room = self.bundle.manifest.dims.max_positions - length + 1  # the last token is never fed back
+        room = manifest.dims.max_positions - length + 1  # the last token is never fed back
         decoding = Decoding(
-            next_position=ready.next_position,
             limit=min(max_new_tokens, room),
             eos_token_ids=() if ignore_eos else self.prompts.eos_token_ids,
             chooser=TokenChooser(
@@ -166,20 +193,31 @@ class Session:
             ),
             on_token=on_token,
         )
-        tokens = run_decode(self._components, prefill, decoding, timer)
+        tokens = run_decode(answer, decoding, timer)
         return Generation(
             answer=self.prompts.decode(tokens),
             token_ids=tokens,
             prompt_tokens=length,
             visual_tokens=ready.visual_index.shape[0],
-            kept_index=tuple(prefill.kept_index.tolist()),
+            kept_index=tuple(kept_index.tolist()),
             timings_ms=_timings(timer, len(tokens), start),
             keep=keep,
             finish=_finish(tokens, decoding, max_new_tokens),
-            pictures=_kept_pictures(ready, prefill.kept_index),
+            pictures=kept_pictures(ready, [cut.kept_index for cut in cuts]),
+            cuts=tuple(AnswerCut(cut.layer, cut.policy, tuple(cut.kept_index.tolist())) for cut in cuts),
+            policies=tuple(cut.chooser.name for cut in schedule.cuts) if schedule else (),
         )
 
-    def _prefill(self, prompt: PromptInputs, keep: Keep, timer: Timer) -> Prefill:
+    def _keep(self, keep: Keep | None, schedule: Schedule | None) -> Keep:
+        """As told, else the bundle's, where there is anything to choose."""
+        if schedule is None:
+            return Keep(ratio=1.0)
+        (first, *others) = schedule.cuts
+        if keep is None and not others and isinstance(first.chooser, Nothing):
+            return Keep(ratio=first.layer / self.bundle.manifest.dims.layers)
+        return keep or self.bundle.manifest.keep
+
+    def _prefill(self, prompt: PromptInputs, schedule: Schedule | None, keep: Keep, timer: Timer) -> Prefill:
         manifest = self.bundle.manifest
         length, context = prompt.input_ids.shape[1], manifest.dims.max_positions
         if length > context:
@@ -187,13 +225,17 @@ class Session:
                 f"prompt has {length} tokens, the model's context holds {context}",
                 hint="use fewer or smaller pictures, or a shorter question",
             )
-        visual_tokens = prompt.visual_index.shape[0]
-        kept = kept_tokens(
-            keep, layers=manifest.dims.layers, layer=manifest.policy.layer, visual_tokens=visual_tokens
-        )
+        cuts: tuple[Schedule, tuple[int, ...]] | None = None
+        if schedule is not None:
+            visual_tokens = prompt.visual_index.shape[0]
+            kept = kept_tokens(keep, schedule, layers=manifest.dims.layers, visual_tokens=visual_tokens)
+            cuts = (schedule, kept) if visual_tokens else None
+        if cuts is not None:  # opened before anything is timed
+            for stage in manifest.stages(cuts[0]):
+                self._components.runner(stage)
         with timer.stage("prepare"):
             feeds = [self._family.vision_feeds(picture, self.config) for picture in prompt.pictures]
-        return run_prefill(self._components, prompt, feeds, kept, timer)
+        return run_prefill(self._components, prompt, feeds, cuts, timer)
 
 
 def _load_config(bundle: Bundle) -> PreTrainedConfig:
@@ -215,9 +257,9 @@ def _timings(timer: Timer, tokens: int, start: float) -> dict[str, float]:
     decode = timer.ms.get("decode", 0.0)
     steps = max(1, tokens - 1)  # the first token comes from prefill
     total = 1e3 * (time.perf_counter() - start)
-    names = ("prepare", "vision", "embed", "head_prefill", "tail_prefill")
+    names = ("prepare", "vision", "embed", "prefill", "prune")
     return {
-        **{name: timer.ms[name] for name in names},
+        **{name: timer.ms.get(name, 0.0) for name in names},
         "decode": decode,
         "decode_per_token": decode / steps,
         "total": total,
@@ -228,15 +270,3 @@ def _finish(tokens: Sequence[int], decoding: Decoding, max_new_tokens: int) -> F
     if tokens[-1] in decoding.eos_token_ids:
         return Finish.END
     return Finish.LENGTH if len(tokens) == max_new_tokens else Finish.CONTEXT
-
-
-def _kept_pictures(prompt: PromptInputs, kept_index: NDArray[np.int64]) -> tuple[KeptPicture, ...]:
-    """Kept tokens by picture: which of the visual positions survived, cut at the pictures' ends."""
-    kept = np.isin(prompt.visual_index, kept_index)
-    made, start = [], 0
-    for picture in prompt.pictures:
-        stop = start + picture.visual_tokens
-        cells = np.flatnonzero(picture.kept_cells(kept[start:stop]))
-        made.append(KeptPicture(picture.token_grid, tuple(cells.tolist()), picture.view, picture.video))
-        start = stop
-    return tuple(made)

@@ -8,7 +8,7 @@ Engines say in their record what they are for, and are refused before they are o
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,14 +115,15 @@ class TensorRtRunner(Runner):
         self._opened, self._memory, self._scratch, self._closed = opened, memory, scratch, closed
         self._contexts: dict[int, Any] = {}
 
-    def run(self, feeds: Mapping[str, Feed]) -> dict[str, Value]:
-        """See `Runner.run`."""
+    def run(self, feeds: Mapping[str, Feed], *, on_device: Collection[str] = ()) -> dict[str, Value]:  # noqa: ARG002
+        """See `Runner.run`; every output stays on the device until it is read."""
         opened = self._opened
         if set(feeds) != set(self.input_names):
             missing = sorted(set(self.input_names) - set(feeds))
             unknown = sorted(set(feeds) - set(self.input_names))
             raise UserError(f"{opened.name} misses inputs {missing} and does not know {unknown}")
         number = _profile(opened, {name: tuple(feed.shape) for name, feed in feeds.items()})
+        _log(opened.module).last = ""
         context = self._context(number)
         held = [self._set_input(context, name, feed) for name, feed in feeds.items()]
         unknown_shapes = context.infer_shapes()
@@ -131,7 +132,7 @@ class TensorRtRunner(Runner):
         outputs = self._set_outputs(context)
         self._scratch.lend(context)
         if not context.execute_async_v3(self._memory.device.stream):
-            raise UserError(f"{opened.name} failed: {_log(opened.module).last or 'TensorRT gives no reason'}")
+            raise UserError(f"{opened.name} failed: {_log(opened.module).reason}")
         # waited for here, so that times and errors belong to the component that causes them
         self._memory.device.synchronize()
         del held
@@ -151,8 +152,10 @@ class TensorRtRunner(Runner):
             context = opened.engine.create_execution_context(strategy)
             stream = self._memory.device.stream
             if context is None or not context.set_optimization_profile_async(number, stream):
-                reason = _log(opened.module).last or "TensorRT gives no reason"
-                raise UserError(f"{opened.name} cannot be run: {reason}", hint="see the GPU's free memory")
+                raise UserError(
+                    f"{opened.name} cannot be run: {_log(opened.module).reason}",
+                    hint="see the GPU's free memory",
+                )
             self._scratch.need(opened.engine.get_device_memory_size_for_profile_v2(number))
             self._contexts[number] = context
         return self._contexts[number]
@@ -246,9 +249,8 @@ def open_engine(
         reason = _invalid(module, runtime, content)
         engine = None if reason else runtime.deserialize_cuda_engine(content)
     if engine is None:
-        reason = reason or log.last or "TensorRT gives no reason"
         raise UserError(
-            f"engine {file} cannot be opened: {reason}",
+            f"engine {file} cannot be opened: {reason or log.reason}",
             hint="compile again with `ep-export compile`; other software may hold the GPU's memory",
         )
     return OpenedEngine(module, engine, name, profiles, limits)
@@ -314,6 +316,11 @@ class _Log:
 
         self.last = ""
         self.logger = Logger()
+
+    @property
+    def reason(self) -> str:
+        """Why what was just tried failed; who tries sets `last` to nothing before."""
+        return self.last or "TensorRT gives no reason"
 
 
 _logs: dict[str, _Log] = {}

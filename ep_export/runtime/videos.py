@@ -7,7 +7,6 @@ a Jetson that answers about pictures does not need it.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,10 +14,10 @@ from typing import Any
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ep_export.errors import UsageError, UserError
+from ep_export.errors import UsageError, UserError, as_user_error
 from ep_export.families.base import Video
 from ep_export.families.picture_modes import to_rgb
-from ep_export.runtime.pictures import open_picture, reading
+from ep_export.runtime.pictures import SUFFIXES, open_picture, opened
 
 __all__ = ["DEFAULT_FRAMES", "MOST_FRAMES", "open_video"]
 
@@ -100,9 +99,8 @@ def _video(path: Path, shown: Iterable[Image.Image], count: int, seconds: float)
 
 
 def _folder(path: Path, frames: int | None, fps: float | None) -> Video:
-    suffixes = Image.registered_extensions()
     files = sorted(
-        file for file in path.iterdir() if file.suffix.lower() in suffixes and not file.name.startswith(".")
+        file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
     )
     if not files:
         raise UserError(f"folder {path} holds no pictures", hint="give a folder with the frames of a video")
@@ -112,36 +110,32 @@ def _folder(path: Path, frames: int | None, fps: float | None) -> Video:
 
 
 def _is_picture(path: Path) -> bool:
-    """Whether Pillow can read it; MPEG it recognizes without being able to."""
+    """Whether its content is a picture's, or a damaged picture's: what is wrong is said where it is read."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about its size: said where it is read
-            with Image.open(path) as opened:
-                return opened.format != "MPEG"
-    except UnidentifiedImageError:
-        return False
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return True  # a damaged or huge one: read again where that is said
+        with opened(path):
+            return True
+    except UserError as error:
+        return not isinstance(error.__cause__, UnidentifiedImageError)
 
 
 def _animation(path: Path, frames: int | None, fps: float | None) -> Video:
-    with reading(path), Image.open(path) as opened:
-        count = getattr(opened, "n_frames", 1)
+    with opened(path) as picture:
+        count = getattr(picture, "n_frames", 1)
         if count < 2:
             raise UserError(f"{path} is a still picture, expected a video", hint=f"give it as --image {path}")
         _refuse_long(path, count)
-        seconds = sum(_duration(frame) for frame in _each(opened, range(count)))
+        seconds = sum(_duration(frame) for frame in _each(picture, range(count)))
         chosen = _sample(count, seconds, frames, fps)
-        upright = (to_rgb(ImageOps.exif_transpose(frame)) for frame in _each(opened, chosen))
+        upright = (to_rgb(ImageOps.exif_transpose(frame)) for frame in _each(picture, chosen))
         return _video(path, upright, len(chosen), seconds)
 
 
-def _each(opened: Image.Image, numbers: Iterable[int]) -> Iterator[Image.Image]:
+def _each(picture: Image.Image, numbers: Iterable[int]) -> Iterator[Image.Image]:
     """The same object at every frame; not to be kept."""
     for number in numbers:
-        opened.seek(number)
-        opened.load()  # WebP knows a frame's duration only then
-        yield opened
+        picture.seek(number)
+        picture.load()  # WebP knows a frame's duration only then
+        yield picture
 
 
 def _duration(frame: Image.Image) -> float:
@@ -201,18 +195,18 @@ def _decoder(path: Path) -> Iterator[Any]:
             f"{path} is no animated picture, and video files need PyAV, which is not installed",
             hint="pip install 'ep-export[video]', or give a folder of frames",
         ) from error
-    try:
-        # file: alone, so that nothing in the file can make FFmpeg open another one.
-        options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"}
-        with av.open(f"file:{path}", options=options) as container:
-            if not container.streams.video:
-                raise UserError(f"{path} has no video in it", hint="give a video file")
-            yield container
-    except av.error.FFmpegError as error:
-        raise UserError(
-            f"{path} is no video PyAV can read: {error.strerror or error}",
-            hint="give an intact MP4 or WebM file",
-        ) from error
+    # file: alone, so that nothing in the file can make FFmpeg open another one.
+    options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"}
+    hint = "give an intact MP4 or WebM file"
+    with as_user_error(f"video {path} is damaged", hint=hint):
+        try:
+            with av.open(f"file:{path}", options=options, metadata_errors="replace") as container:
+                if not container.streams.video:
+                    raise UserError(f"{path} has no video in it", hint="give a video file")
+                yield container
+        except av.error.FFmpegError as error:
+            reason = error.strerror or str(error)
+            raise UserError(f"{path} is no video PyAV can read: {reason}", hint=hint) from error
 
 
 def _refuse_long(path: Path, count: int) -> None:

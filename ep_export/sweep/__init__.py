@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ep_export.sweep.dataset import read_asking
 from ep_export.sweep.record import SweepRecord, read_sweep, write_sweep
 
 if TYPE_CHECKING:
     from ep_export.sweep.options import SweepOptions
     from ep_export.sweep.run import sweep
 
-__all__ = ["SweepOptions", "SweepRecord", "read_asking", "read_sweep", "sweep", "write_sweep"]
+__all__ = ["SweepOptions", "SweepRecord", "read_sweep", "sweep", "write_sweep"]
 
 
 def __getattr__(name: str) -> Any:

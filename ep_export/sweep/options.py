@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from ep_export.calibrate.run import DEFAULT_MAX_NEW_TOKENS
 from ep_export.methods import METHODS, Method
-from ep_export.sweep.calibrated import Calibration
+from ep_export.policy import Schedule
+from ep_export.sweep.recommended import Calibration
 
 __all__ = ["SweepOptions"]
 
@@ -19,8 +20,9 @@ class SweepOptions:
         keeps: Averages over layers.
         layers: Layers K; `auto_layers` of every keep when None.
         methods: Competitors.
+        schedule: A schedule that is compared besides, its shares scaled to every keep.
         seeds: Draws of a method of chance.
-        calibration: Where the recommended policy comes from; None leaves it out.
+        calibration: Where the recommended schedule comes from; None leaves it out.
         max_questions: A random sample of so many.
         max_new_tokens: Longest answer of the unpruned model.
         timed_prompts: Prompts whose prefill is timed; 0 for none.
@@ -33,6 +35,7 @@ class SweepOptions:
     keeps: tuple[float, ...]
     layers: tuple[int, ...] | None = None
     methods: tuple[Method, ...] = METHODS
+    schedule: Schedule | None = None
     seeds: int = 3
     calibration: Calibration | None = None
     max_questions: int | None = None

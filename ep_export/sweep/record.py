@@ -1,4 +1,4 @@
-"""What a sweep found: every way of pruning that was compared, on one model and one set of questions.
+"""What a sweep says: every way of pruning that was compared, on one model and one set of questions.
 
 `sweep.json` is this structure. It holds what a report draws and a table prints, and what a paired test of any
 two rows needs: who answered which question right. Pictures of the gallery lie beside it.
@@ -13,49 +13,43 @@ from pathlib import Path
 
 from ep_export.dims import DecoderDims
 from ep_export.documents import read_document, write_document
-from ep_export.policy import Policy
+from ep_export.measure.question import Skipped
+from ep_export.measure.ways import WayCut
+from ep_export.policy import Schedule
+from ep_export.runtime.kept import KeptPicture
+from ep_export.sweep.statistics import MeanInterval
 
 __all__ = [
+    "PAPER",
+    "RANDOM",
+    "RECOMMENDED",
+    "SCHEDULE",
     "SWEEP_FILE",
     "SWEEP_FORMAT",
     "Asked",
     "Dataset",
     "Difference",
     "Entropies",
-    "Estimate",
     "GalleryAnswer",
     "GalleryEntry",
-    "GalleryPart",
     "MethodInfo",
     "Prefill",
     "Recommended",
     "Row",
-    "Skipped",
     "SweepRecord",
     "Unpruned",
     "read_sweep",
     "write_sweep",
 ]
 
-SWEEP_FORMAT = 1
+SWEEP_FORMAT = 2
 SWEEP_FILE = "sweep.json"
 
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over questions with its 95% interval.
-
-    Attributes:
-        value: The mean.
-        low: Lower end of the interval.
-        high: Upper end.
-        interval: How it was made: "wilson" or "bootstrap".
-    """
-
-    value: float
-    low: float
-    high: float
-    interval: str
+PAPER, RANDOM = "paper-highest", "random"
+RECOMMENDED = "recommended"
+"""Key of what a calibration recommends, as a competitor."""
+SCHEDULE = "schedule"
+"""Key of the schedule that was asked for, as a competitor."""
 
 
 @dataclass(frozen=True)
@@ -84,57 +78,73 @@ class Prefill:
 
 @dataclass(frozen=True)
 class Difference:
-    """This row minus the row of another method at the same layer and keep, question by question.
+    """A row minus random tokens at the same layer and keep, question by question.
 
     Attributes:
-        method: Key of the other method.
-        accuracy: In accuracy, bootstrap over pictures (and seeds); None without answers.
-        kl: In KL, nats; below 0 this row is closer to the full model.
+        accuracy: In accuracy, bootstrap over pictures and draws; None without answers.
+        kl: In KL, nats; below 0 the row is closer to the full model.
     """
 
-    method: str
-    accuracy: Estimate | None
-    kl: Estimate
+    accuracy: MeanInterval | None
+    kl: MeanInterval
+
+    @property
+    def standing(self) -> int:
+        """1 when the row beats random tokens, -1 when it loses, 0 when they are not told apart.
+
+        By accuracy, by KL where no answers are known.
+        """
+        return self.accuracy.side if self.accuracy is not None else -self.kl.side
 
 
 @dataclass(frozen=True)
 class Row:
-    """One way of pruning: a method at a layer and a keep.
+    """One way of pruning.
 
     Attributes:
         method: Key of its `MethodInfo`.
-        layer: K: layers 0..K-1 see every visual token. 0 prunes before the decoder.
-        keep: Average share of visual tokens over all layers, as asked for.
+        layer: K of its first cut: layers 0..K-1 see every visual token. 0 prunes before the decoder.
+        keep: Average share of visual tokens over all layers.
+        cuts: Where tokens are dropped, and by which method.
         published: Whether `layer` is where the method's authors prune (None: they leave it open).
         seeds: Random draws a question was measured with; 1 for a method without chance.
-        accuracy: Exact answers; None without answers. Over pictures and seeds where there are several seeds.
+        accuracy: Exact answers; None without answers. Over pictures and draws where there are several.
         agreement: Share of answer positions where the full model's own answer stays the top token.
         kl: KL(full || pruned) in nats, mean over answer positions, then over questions.
-        kept_tokens: Mean visual tokens that reach layer K.
+        kept_tokens: Mean visual tokens that go on after every cut.
         flops: Mean prefill FLOPs of the decoder layers.
         kv_bytes: Mean cache of the visual tokens in float16.
         prefill: Measured time; None where it was not measured.
-        right: A string a seed, a character a question in the order of `SweepRecord.questions`: "1" right, "0"
+        right: A string a draw, a character a question in the order of `SweepRecord.questions`: "1" right, "0"
             wrong. Empty without answers.
-        versus: Paired differences from other rows.
-        found_by: Why the row is here where it is not a plain method, e.g. the recommended policy in words.
+        over_random: Paired difference from random tokens; None for these, and where there are none.
     """
 
     method: str
     layer: int
     keep: float
+    cuts: tuple[WayCut, ...]
     published: bool | None
     seeds: int
-    accuracy: Estimate | None
-    agreement: Estimate
-    kl: Estimate
-    kept_tokens: float
+    accuracy: MeanInterval | None
+    agreement: MeanInterval
+    kl: MeanInterval
+    kept_tokens: tuple[float, ...]
     flops: float
     kv_bytes: float
     prefill: Prefill | None
     right: tuple[str, ...]
-    versus: tuple[Difference, ...]
-    found_by: str = ""
+    over_random: Difference | None
+
+    @property
+    def where(self) -> str:
+        """The cuts in words, e.g. `layer 2 divprune, layer 8 random`."""
+        return ", ".join(f"layer {cut.layer} {cut.method}" for cut in self.cuts)
+
+    @property
+    def measure(self) -> MeanInterval:
+        """What rows are ranked by: accuracy where answers are known, else agreement with the full model."""
+        return self.accuracy if self.accuracy is not None else self.agreement
 
 
 @dataclass(frozen=True)
@@ -151,7 +161,7 @@ class Unpruned:
         prefill_ms: Median measured decoder prefill; None where it was not measured.
     """
 
-    accuracy: Estimate | None
+    accuracy: MeanInterval | None
     right: str
     visual_tokens: float
     text_tokens: float
@@ -190,7 +200,7 @@ class MethodInfo:
     """A method as the sweep ran it.
 
     Attributes:
-        key: Short name, unique, e.g. "fastv".
+        key: Short name, unique, e.g. "fastv"; of a policy its name.
         title: Name for people, e.g. "FastV".
         source: Citation: arXiv number or where it comes from.
         idea: One sentence: what it keeps.
@@ -206,18 +216,18 @@ class MethodInfo:
 
 @dataclass(frozen=True)
 class Recommended:
-    """The policy a calibration recommended for one keep, before any question of this sweep was asked.
+    """What a calibration recommended for one keep, before any question of this sweep was asked.
 
     Attributes:
         keep: For this average.
-        policy: None when nothing beat random tokens.
+        schedule: None when nothing beat random tokens.
         reason: The calibration's sentence.
         pictures: Calibration pictures.
         source: Name of the calibration's pictures or record.
         held_out: Whether no calibration picture is among the sweep's; None where that is not known, as with
-            a record made elsewhere.
+            a record from elsewhere.
         best_method: Key of the method that was best on this sweep, in hindsight, among all that a bundle can
-            prune by at this keep; None without a policy.
+            prune by at this keep; None without a schedule.
         best_layer: Its K.
         regret_kl: KL of the recommended row minus that row's, paired; 0 when it is the best.
         regret_accuracy: Accuracy of the row most accurate in hindsight minus the recommended row's, paired;
@@ -225,23 +235,15 @@ class Recommended:
     """
 
     keep: float
-    policy: Policy | None
+    schedule: Schedule | None
     reason: str
     pictures: int
     source: str
     held_out: bool | None
     best_method: str | None = None
     best_layer: int | None = None
-    regret_kl: Estimate | None = None
-    regret_accuracy: Estimate | None = None
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A picture or answer that could not be used: its name, and why."""
-
-    name: str
-    reason: str
+    regret_kl: MeanInterval | None = None
+    regret_accuracy: MeanInterval | None = None
 
 
 @dataclass(frozen=True)
@@ -283,29 +285,16 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class GalleryPart:
-    """One grid of a picture: most families have one, tiled ones several.
-
-    Attributes:
-        token_grid: (height, width) in cells.
-        view: (left, top, right, bottom) of what the grid lies on, in pixels; None for the whole picture.
-    """
-
-    token_grid: tuple[int, int]
-    view: tuple[int, int, int, int] | None
-
-
-@dataclass(frozen=True)
 class GalleryAnswer:
     """What one row answered on a gallery picture.
 
     Attributes:
         method: Key.
-        layer: K.
+        layer: K of its first cut.
         keep: Average.
         answer: Generated text.
         right: Whether it is the right answer; where none is known, whether it is the unpruned model's.
-        kept_cells: For every part, the cells (row-major numbers) whose token reaches layer K, ascending.
+        kept: What was kept of every part of the picture (most families have one, tiled ones several).
     """
 
     method: str
@@ -313,7 +302,7 @@ class GalleryAnswer:
     keep: float
     answer: str
     right: bool
-    kept_cells: tuple[tuple[int, ...], ...]
+    kept: tuple[KeptPicture, ...]
 
 
 @dataclass(frozen=True)
@@ -323,29 +312,25 @@ class GalleryEntry:
     Attributes:
         picture: Path relative to `sweep.json`.
         sha256: Of that file.
-        size: (width, height) in pixels.
         question: As asked.
         answer: The right one; None where none is known.
         full_answer: Of the unpruned model.
         full_right: Whether that is right; None where it is not known.
-        parts: The grids.
         answers: One for every row shown.
     """
 
     picture: str
     sha256: str
-    size: tuple[int, int]
     question: str
     answer: str | None
     full_answer: str
     full_right: bool | None
-    parts: tuple[GalleryPart, ...]
     answers: tuple[GalleryAnswer, ...]
 
 
 @dataclass(frozen=True)
 class SweepRecord:
-    """Everything a sweep found.
+    """Everything a sweep measured.
 
     Attributes:
         model: Alias, hub id or directory name.
@@ -416,11 +401,17 @@ def read_sweep(path: Path) -> SweepRecord:
     """Read a record from its file or from the directory it lies in.
 
     Raises:
-        UserError: Missing, not JSON, another structure, a newer format, or values that contradict each other.
+        UserError: Missing, not JSON, another structure or format, or values that contradict each other.
     """
-    file = path / SWEEP_FILE if path.is_dir() else path
-    hint = "make one with `ep-export sweep`"
-    return read_document(file, SweepRecord, what="sweep record", newest=SWEEP_FORMAT, hint=hint, check=_check)
+    return read_document(
+        path / SWEEP_FILE if path.is_dir() else path,
+        SweepRecord,
+        what="sweep record",
+        newest=SWEEP_FORMAT,
+        oldest=SWEEP_FORMAT,
+        hint="sweep again with `ep-export sweep`",
+        check=_check,
+    )
 
 
 def write_sweep(path: Path, record: SweepRecord) -> None:
@@ -445,13 +436,19 @@ def _check(record: SweepRecord) -> None:
             raise ValueError(f"method {row.method!r} is not described")
         if not 0 <= row.layer < record.layers:
             raise ValueError(f"layer {row.layer} is outside 0 to {record.layers - 1}")
-        if any(len(seed) != record.dataset.questions or set(seed) - {"0", "1"} for seed in row.right):
+        if any(len(draw) != record.dataset.questions or set(draw) - {"0", "1"} for draw in row.right):
             raise ValueError(f"outcomes of {row.method} at layer {row.layer} do not fit the questions")
-    estimates = [e for row in record.rows for e in (row.accuracy, row.agreement, row.kl) if e is not None]
-    if not all(math.isfinite(value) for e in estimates for value in (e.value, e.low, e.high)):
+    means = [m for row in record.rows for m in (row.accuracy, row.agreement, row.kl) if m is not None]
+    if not all(math.isfinite(value) for m in means for value in (m.value, m.low, m.high)):
         raise ValueError("a value is not finite")
     for entry in record.gallery:
         if Path(entry.picture).is_absolute() or ".." in Path(entry.picture).parts:
             raise ValueError(f"picture {entry.picture!r} lies outside the record's directory")
-        if any(len(answer.kept_cells) != len(entry.parts) for answer in entry.answers):
-            raise ValueError(f"kept cells of {entry.picture} do not fit its grids")
+        for answer in entry.answers:
+            if any(not _in_grid(part) for part in answer.kept):
+                raise ValueError(f"kept cells of {entry.picture} do not fit its grids")
+
+
+def _in_grid(part: KeptPicture) -> bool:
+    height, width = part.token_grid
+    return all(0 <= cell < height * width for cell in part.kept_tokens)

@@ -11,43 +11,74 @@ import os
 import platform
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
 
-from ep_export.calibrate.run import Workplace, tool_versions
-from ep_export.methods import METHODS, Method
+from ep_export.errors import UserError
+from ep_export.measure.bench import Bench, Setting, make_bench
+from ep_export.measure.journal import Workplace
+from ep_export.measure.provenance import tool_versions
+from ep_export.measure.question import Question, QuestionResult, Skipped
+from ep_export.measure.run import Announce, measure_all
 from ep_export.plan import check_keep
 from ep_export.policy import Keep
 from ep_export.progress import Progress, silent
 from ep_export.staging import refuse_existing, staged
-from ep_export.sweep.asking import Announce, Answers, ask_all
-from ep_export.sweep.assemble import entropies, in_hindsight, method_infos, rows, unpruned
-from ep_export.sweep.calibrated import recommended_methods, recommended_policies
-from ep_export.sweep.dataset import Asking, Item, find_items
+from ep_export.sweep.compared import Compared, compared_ways
 from ep_export.sweep.gallery import gallery
-from ep_export.sweep.measure import Bench, make_bench
 from ep_export.sweep.options import SweepOptions
-from ep_export.sweep.record import SWEEP_FILE, Asked, Dataset, Recommended, Skipped, SweepRecord, write_sweep
+from ep_export.sweep.questions import find_questions
+from ep_export.sweep.recommended import recommendations
+from ep_export.sweep.record import (
+    RANDOM,
+    SCHEDULE,
+    SWEEP_FILE,
+    Asked,
+    Dataset,
+    Recommended,
+    SweepRecord,
+    write_sweep,
+)
+from ep_export.sweep.rows import entropies, in_hindsight, method_infos, rows, unpruned
 from ep_export.sweep.statistics import Sampling
 from ep_export.sweep.timing import time_prefill
-from ep_export.sweep.ways import Way, spots, ways_at
 
 if TYPE_CHECKING:
     from ep_export.checkpoint import Checkpoint
+    from ep_export.measure.prompts import Prompts
 
 __all__ = ["sweep"]
+
+_T = TypeVar("_T")
 
 _TIMED_ROUNDS = 3
 """Measurements a prompt and way; the median of three leaves out one disturbance."""
 
 
+@dataclass(frozen=True)
+class _Measured:
+    """What was compared, what was asked, and what came of it."""
+
+    compared: Sequence[Compared]
+    asked: Sequence[tuple[Question, QuestionResult]]
+    skipped: Sequence[Skipped]
+    recommended: Sequence[Recommended]
+    notes: Sequence[str]
+
+    @property
+    def results(self) -> list[QuestionResult]:
+        """In the order of the questions."""
+        return [result for _, result in self.asked]
+
+
 def sweep(
     checkpoint: Checkpoint,
     images: Path,
-    asking: Asking | None,
+    prompts: Prompts | None,
     *,
     out: Path,
     options: SweepOptions,
@@ -60,7 +91,7 @@ def sweep(
     Args:
         checkpoint: The model.
         images: Folder of pictures.
-        asking: Questions, with or without answers; see `read_asking`.
+        prompts: Questions, with or without answers; see `read_prompts`. General ones when None.
         out: Directory to write: `sweep.json` and the gallery's pictures.
         options: What is compared.
         overwrite: Replace an earlier sweep.
@@ -77,90 +108,116 @@ def sweep(
     started = time.monotonic()
     for keep in options.keeps:
         check_keep(Keep(ratio=keep))
-    spots(options.keeps, checkpoint.dims.layers, options.layers, options.methods, {})  # refuse early
-    items, skipped = find_items(images, asking, most=options.max_questions, seed=options.seed)
-    with Workplace(out, None) as work:
-        recommended = _recommended(checkpoint, options, items, work, progress)
-        bench, notes = _bench(checkpoint, options, recommended)
-        announce(_plan(bench, items, skipped))
-        asked = ask_all(bench, options, items, recommended, work, progress, announce)
-        with staged(out, overwrite=overwrite, marker=SWEEP_FILE) as aside:
-            record = _record(
-                bench, options, images, asked, skipped, recommended, notes, aside, started, progress
+    _compared(checkpoint, options, ())  # refuse early
+    questions, skipped = find_questions(images, prompts, most=options.max_questions, seed=options.seed)
+    with Workplace(out) as work:
+        recommended = _recommended(checkpoint, options, questions, work, progress)
+        compared, notes = _compared(checkpoint, options, recommended)
+        bench = make_bench(checkpoint, _setting(options, compared))
+        announce(_plan(bench, compared, questions, skipped))
+        outcomes = measure_all(
+            checkpoint,
+            bench.setting,
+            questions,
+            work=work,
+            jobs=options.jobs,
+            stage="asking",
+            bench=bench,
+            progress=progress,
+            announce=announce,
+        )
+        refused = [outcome for outcome in outcomes if isinstance(outcome, Skipped)]
+        asked = [
+            (question, outcome)
+            for question, outcome in zip(questions, outcomes, strict=True)
+            if isinstance(outcome, QuestionResult)
+        ]
+        if not asked:
+            raise UserError(
+                f"none of the {len(questions)} questions can be used; "
+                f"the first: {refused[0].name}: {refused[0].reason}",
+                hint="give readable pictures, and answers the model's tokenizer can write",
             )
+        measured = _Measured(compared, asked, [*skipped, *refused], recommended, notes)
+        with staged(out, overwrite=overwrite, marker=SWEEP_FILE) as aside:
+            name = images.name or str(images)
+            record = _record(bench, options, measured, name, aside, started, progress)
             write_sweep(aside, record)
     return record
 
 
 def _recommended(
-    checkpoint: Checkpoint, options: SweepOptions, items: Sequence[Item], work: Path, progress: Progress
+    checkpoint: Checkpoint,
+    options: SweepOptions,
+    questions: Sequence[Question],
+    work: Path,
+    progress: Progress,
 ) -> tuple[Recommended, ...]:
     if options.calibration is None:
         return ()
-    return recommended_policies(
+    return recommendations(
         checkpoint,
         options.calibration,
         options.keeps,
-        asked=frozenset(item.digest for item in items),
+        pictures=frozenset(question.digest for question in questions),
         seed=options.seed,
         device=options.device,
+        jobs=options.jobs,
         work=work,
         progress=progress,
     )
 
 
-def _bench(
+def _compared(
     checkpoint: Checkpoint, options: SweepOptions, recommended: Sequence[Recommended]
-) -> tuple[Bench, tuple[str, ...]]:
-    policies = recommended_methods(recommended)
-    more = {keep: layer for keep, (layer, _) in policies.items()}
-    places, notes = spots(options.keeps, checkpoint.dims.layers, options.layers, options.methods, more)
-    bench = make_bench(
-        checkpoint,
-        spots=places,
-        ways={spot: ways_at(spot, options.methods, policies) for spot in places},
-        seeds=options.seeds,
+) -> tuple[tuple[Compared, ...], tuple[str, ...]]:
+    return compared_ways(
+        options.keeps,
+        checkpoint.dims.layers,
+        options.layers,
+        options.methods,
+        recommended={one.keep: one.schedule for one in recommended if one.schedule is not None},
+        schedule=options.schedule,
+    )
+
+
+def _setting(options: SweepOptions, compared: Sequence[Compared]) -> Setting:
+    return Setting(
+        ways=tuple(dict.fromkeys(one.way for one in compared)),
+        draws=options.seeds,
         seed=options.seed,
         max_new_tokens=options.max_new_tokens,
         device=options.device,
     )
-    return bench, notes
 
 
-def _plan(bench: Bench, items: Sequence[Item], skipped: Sequence[Skipped]) -> str:
-    ways = bench.all_ways
-    methods = len({way.method.key for way in ways})
-    runs = len(items) * sum(bench.seeds if way.method.chance else 1 for way in ways)
+def _plan(
+    bench: Bench, compared: Sequence[Compared], questions: Sequence[Question], skipped: Sequence[Skipped]
+) -> str:
+    ways = bench.setting.ways
+    runs = len(questions) * sum(bench.draws(way) for way in ways)
     left_out = f" ({len(skipped)} left out)" if skipped else ""
+    methods, places = {one.method for one in compared}, {(one.layer, one.keep) for one in compared}
     return (
-        f"{len(items)} questions{left_out} x {len(ways)} ways of pruning = {runs:,} pruned answers; "
-        f"ways: {methods} methods, {len(bench.spots)} pairs of layer and keep"
+        f"{len(questions)} questions{left_out} x {len(ways)} ways of pruning = {runs:,} pruned answers; "
+        f"ways: {len(methods)} methods, {len(places)} pairs of layer and keep"
     )
 
 
 def _record(
     bench: Bench,
     options: SweepOptions,
-    images: Path,
-    asked: Answers,
-    skipped: Sequence[Skipped],
-    recommended: Sequence[Recommended],
-    notes: Sequence[str],
-    aside: Path,
+    measured: _Measured,
+    name: str,
+    out: Path,
     started: float,
     progress: Progress,
 ) -> SweepRecord:
-    checkpoint, ways = bench.checkpoint, bench.all_ways
-    timed = _spread(asked.items, options.timed_prompts)
+    checkpoint, results = bench.checkpoint, measured.results
+    questions = [question for question, _ in measured.asked]
+    timed = _spread(questions, options.timed_prompts)
     timings = time_prefill(bench, timed, rounds=_TIMED_ROUNDS, progress=progress) if timed else None
-    sampling = Sampling(_picture_numbers(asked.items), seed=options.seed)
-    methods = {way.method.key: way.method for way in ways}
-    found_by = {
-        way.key: str(one.policy)
-        for one in recommended
-        for way in ways
-        if way.method.key not in {m.key for m in METHODS} and way.spot.keep == one.keep
-    }
+    sampling = Sampling(_picture_numbers(questions), seed=options.seed)
     return SweepRecord(
         model=checkpoint.source,
         fingerprint=checkpoint.fingerprint,
@@ -171,75 +228,70 @@ def _record(
         date=dt.datetime.now(dt.timezone.utc).date().isoformat(),
         machine=_machine(options.device),
         seed=options.seed,
-        dataset=Dataset(
-            name=images.name or str(images),
-            questions=len(asked.items),
-            pictures=len({item.digest for item in asked.items}),
-            answers=bool(asked.items[0].answers),
-            skipped=(*skipped, *asked.skipped),
-            sha256=hashlib.sha256("\n".join(item.key for item in asked.items).encode()).hexdigest(),
-        ),
+        dataset=_dataset(name, questions, measured.skipped),
         keeps=tuple(sorted(options.keeps, reverse=True)),
-        swept_layers=tuple(sorted({spot.layer for spot in bench.spots})),
-        methods=method_infos([methods[key] for key in _order(methods)]),
+        swept_layers=tuple(sorted({one.layer for one in measured.compared})),
+        methods=method_infos(measured.compared, options.schedule),
         unpruned=unpruned(
-            asked.results,
+            results,
             dims=checkpoint.dims,
             sampling=sampling,
             prefill_ms=timings.full_ms if timings else None,
         ),
-        entropies=entropies(asked.results, seed=options.seed),
-        recommended=tuple(in_hindsight(one, ways, asked.results, sampling) for one in recommended),
+        entropies=entropies(results, seed=options.seed),
+        recommended=tuple(
+            in_hindsight(one, measured.compared, results, sampling) for one in measured.recommended
+        ),
         rows=rows(
-            ways,
-            asked.results,
+            measured.compared,
+            results,
             dims=checkpoint.dims,
             sampling=sampling,
             prefill=timings.ways if timings else {},
-            found_by=found_by,
         ),
         questions=tuple(
-            Asked(
-                item.picture.name,
-                item.question,
-                item.answers[0] if item.answers else None,
-                result.full_answer,
-            )
-            for item, result in zip(asked.items, asked.results, strict=True)
+            Asked(q.picture.name, q.text, q.answers[0] if q.answers else None, result.full_answer)
+            for q, result in measured.asked
         ),
         gallery=gallery(
             bench,
-            _spread(asked.items, options.gallery_pictures),
-            _shown(bench, recommended),
-            aside,
+            _spread(measured.asked, options.gallery_pictures),
+            _shown(measured.compared, measured.recommended),
+            out,
             progress=progress,
         ),
         seconds=time.monotonic() - started,
-        notes=tuple(notes),
+        notes=tuple(measured.notes),
     )
 
 
-def _order(methods: dict[str, Method]) -> list[str]:
-    """The recommended policy first, then as in `METHODS`."""
-    known = [method.key for method in METHODS if method.key in methods]
-    return [*(key for key in methods if key not in known), *known]
+def _dataset(name: str, questions: Sequence[Question], skipped: Sequence[Skipped]) -> Dataset:
+    return Dataset(
+        name=name,
+        questions=len(questions),
+        pictures=len({question.digest for question in questions}),
+        answers=bool(questions[0].answers),
+        skipped=tuple(skipped),
+        sha256=hashlib.sha256("\n".join(question.key for question in questions).encode()).hexdigest(),
+    )
 
 
-def _shown(bench: Bench, recommended: Sequence[Recommended]) -> list[Way]:
-    """Ways of the gallery: every method once a keep, at the recommended layer, else at the first there is."""
-    found: list[Way] = []
-    policies = {one.keep: one.policy.layer for one in recommended if one.policy is not None}
-    for keep in dict.fromkeys(spot.keep for spot in bench.spots):
-        places = [spot for spot in bench.spots if spot.keep == keep and spot.layer > 0]
-        at = next((spot for spot in places if spot.layer == policies.get(keep)), places[0])
-        before = [
-            way for spot in bench.spots if spot.keep == keep and not spot.layer for way in bench.ways[spot]
-        ]
-        found += [*bench.ways[at], *(way for way in before if not way.method.chance)]
-    return found
+def _shown(compared: Sequence[Compared], recommended: Sequence[Recommended]) -> list[Compared]:
+    """What the gallery shows: every method once a keep, at the recommended layer, else at the first there is.
+
+    Methods that prune before the decoder are shown there too.
+    """
+    shown: list[Compared] = []
+    layers = {one.keep: one.schedule.cuts[0].layer for one in recommended if one.schedule is not None}
+    for keep in dict.fromkeys(one.keep for one in compared):
+        here = [one for one in compared if one.keep == keep]
+        layer = layers.get(keep) or min((one.layer for one in here if one.layer > 0), default=0)
+        always = [one for one in here if one.method == SCHEDULE or (one.layer == 0 and one.method != RANDOM)]
+        shown += [one for one in here if one.layer == layer or one in always]
+    return shown
 
 
-def _spread(items: Sequence[Item], most: int) -> list[Item]:
+def _spread(items: Sequence[_T], most: int) -> list[_T]:
     """At most so many, at equal distances."""
     if most <= 0:
         return []
@@ -247,9 +299,9 @@ def _spread(items: Sequence[Item], most: int) -> list[Item]:
     return [items[i] for i in dict.fromkeys(picks.tolist())]
 
 
-def _picture_numbers(items: Sequence[Item]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def _picture_numbers(questions: Sequence[Question]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     known: dict[str, int] = {}
-    return np.array([known.setdefault(item.digest, len(known)) for item in items], dtype=np.int64)
+    return np.array([known.setdefault(question.digest, len(known)) for question in questions], dtype=np.int64)
 
 
 def _machine(device: str) -> str:

@@ -7,19 +7,43 @@ several draws, which are drawn anew with them.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ep_export.sweep.record import Estimate
-
-__all__ = ["Sampling", "wilson"]
+__all__ = ["MeanInterval", "Sampling", "wilson"]
 
 RESAMPLES = 2_000
 """The ends of a 95% interval then move by about 3% of its width from one seed to the next."""
 
 _Z = 1.959964
 """Two-sided 95% of the normal distribution."""
+
+
+@dataclass(frozen=True)
+class MeanInterval:
+    """A mean over questions with its 95% interval.
+
+    Attributes:
+        value: The mean.
+        low: Lower end of the interval.
+        high: Upper end.
+        interval: What it rests on: "wilson" or "bootstrap".
+    """
+
+    value: float
+    low: float
+    high: float
+    interval: str
+
+    @property
+    def side(self) -> int:
+        """1 when it is above 0 for sure, -1 when it is below, else 0."""
+        return 1 if self.low > 0 else -1 if self.high < 0 else 0
+
+    def __str__(self) -> str:
+        return f"{self.value:.1%} [{self.low:.1%}, {self.high:.1%}]"
 
 
 def wilson(right: int, asked: float) -> tuple[float, float]:
@@ -57,7 +81,7 @@ class Sampling:
         self._weights = weights / weights.sum(axis=1, keepdims=True)
         self._seed = seed
 
-    def share(self, right: NDArray[np.bool_]) -> Estimate:
+    def share(self, right: NDArray[np.bool_]) -> MeanInterval:
         """Accuracy of one run.
 
         Wilson's interval where every question has a picture of its own, else over pictures.
@@ -68,9 +92,9 @@ class Sampling:
         if not self._one_each:
             return self.mean(right[:, None].astype(np.float64))
         low, high = wilson(int(right.sum()), len(right))
-        return Estimate(float(right.mean()), low, high, "wilson")
+        return MeanInterval(float(right.mean()), low, high, "wilson")
 
-    def mean(self, values: NDArray[np.float64]) -> Estimate:
+    def mean(self, values: NDArray[np.float64]) -> MeanInterval:
         """Mean over questions and draws, bootstrapped over pictures and draws.
 
         Args:
@@ -83,4 +107,4 @@ class Sampling:
             picks = generator.integers(draws, size=(RESAMPLES, draws))
             means = np.take_along_axis(means, picks, axis=1)
         low, high = np.quantile(means.mean(axis=1), [0.025, 0.975])
-        return Estimate(float(values.mean()), float(low), float(high), "bootstrap")
+        return MeanInterval(float(values.mean()), float(low), float(high), "bootstrap")

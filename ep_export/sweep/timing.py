@@ -9,24 +9,24 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from ep_export.calibrate.fidelity import Projected, run_full, run_layers, staying
+from ep_export.measure.bench import build_prompt
+from ep_export.measure.choosing import AtCut, Prompted
+from ep_export.measure.full_pass import run_full
+from ep_export.measure.pruned import Arrival
 from ep_export.progress import Progress, silent
-from ep_export.sweep.measure import build_prompt
+from ep_export.reference import SpanRecorder, run_layers, staying
 from ep_export.sweep.record import Prefill
-from ep_export.sweep.view import instruction_positions, token_view
-from ep_export.sweep.ways import Way, keeps_after
 
 if TYPE_CHECKING:
-    from ep_export.calibrate.fidelity import FullPass
-    from ep_export.families.base import PromptInputs
-    from ep_export.sweep.dataset import Item
-    from ep_export.sweep.measure import Bench
+    from ep_export.measure.bench import Bench
+    from ep_export.measure.question import Question
+    from ep_export.measure.ways import Way
 
 __all__ = ["Timings", "time_prefill"]
 
@@ -44,37 +44,38 @@ class Timings:
     ways: dict[str, Prefill]
 
 
-def time_prefill(bench: Bench, items: Sequence[Item], *, rounds: int, progress: Progress = silent) -> Timings:
+def time_prefill(
+    bench: Bench, questions: Sequence[Question], *, rounds: int, progress: Progress = silent
+) -> Timings:
     """Measure every way on a few prompts.
 
-    In every round the unpruned prefill comes once before the ways of each spot, so that both sides see the
-    same minute of the machine. A first round of one way a spot is not counted: memory is taken in it.
+    In every round the unpruned prefill comes once before the ways of each layer and keep, so that both sides
+    see the same minute of the machine. A first round of one way each is not counted: memory is taken in it.
 
     Args:
         bench: The setting.
-        items: Which prompts.
+        questions: Which prompts.
         rounds: Measurements a prompt.
         progress: Called as ("timing", done, total).
     """
+    groups: dict[object, list[Way]] = {}
+    for way in bench.setting.ways:
+        groups.setdefault((way.cuts[0].layer, way.keep), []).append(way)
     full_ms: list[list[float]] = []
-    way_ms: dict[str, list[list[float]]] = {way.key: [] for spot in bench.spots for way in bench.ways[spot]}
-    progress("timing", 0, len(items))
-    for number, item in enumerate(items):
-        stand = _Stand(bench, item)
-        seen: list[float] = []
-        counted: dict[str, list[float]] = {key: [] for key in way_ms}
-        for turn in range(rounds + 1):
-            for spot in bench.spots:
-                if turn == 0:
-                    stand.full(), stand.pruned(bench.ways[spot][0])
-                    continue
-                elapsed = [("", stand.full()), *((way.key, stand.pruned(way)) for way in bench.ways[spot])]
-                for key, milliseconds in elapsed:
-                    (counted[key] if key else seen).append(milliseconds)
-        full_ms.append(seen)
-        for key, times in counted.items():
-            way_ms[key].append(times)
-        progress("timing", number + 1, len(items))
+    way_ms: dict[str, list[list[float]]] = {way.key: [] for way in bench.setting.ways}
+    progress("timing", 0, len(questions))
+    for number, question in enumerate(questions, start=1):
+        stand = _Stand(bench, question)
+        for ways in groups.values():
+            stand.full(), stand.pruned(ways[0])
+        full_ms.append([])
+        for times in way_ms.values():
+            times.append([])
+        for ways in [*groups.values()] * rounds:
+            full_ms[-1].append(stand.full())
+            for way in ways:
+                way_ms[way.key][-1].append(stand.pruned(way))
+        progress("timing", number, len(questions))
     return Timings(
         full_ms=float(np.median(np.concatenate(full_ms))),
         ways={key: _prefill(full_ms, times) for key, times in way_ms.items()},
@@ -99,75 +100,54 @@ def _prefill(full_ms: Sequence[Sequence[float]], way_ms: Sequence[Sequence[float
 class _Stand:
     """One prompt, ready to be timed."""
 
-    def __init__(self, bench: Bench, item: Item) -> None:
+    def __init__(self, bench: Bench, question: Question) -> None:
         self._bench = bench
-        self._prompt: PromptInputs = build_prompt(bench, item)
-        checkpoint = bench.checkpoint
-        self._decoder = checkpoint.family.decoder(bench.model)
-        self._full: FullPass = run_full(
-            bench.model,
-            checkpoint.family,
-            self._prompt,
-            bench.speller.end[:1],  # one token to predict: exactly the prompt is fed
-            layers=[0],
-            heads=checkpoint.dims.heads,
-            entropies=False,
-        )
-        self._instruction = instruction_positions(self._prompt, bench.speller.words(item.question))
+        prompt = build_prompt(bench, question)
+        end = bench.speller.end[:1]  # one token to predict: exactly the prompt is fed
+        self._full = run_full(bench.model, bench.checkpoint.family, prompt, end, layers=())
+        self._prompted = Prompted(question, prompt, self._full)
 
     def full(self) -> float:
         """Milliseconds of the unpruned prefill."""
         start = self._now()
         with torch.inference_mode():
-            self._finish(run_layers(self._decoder, self._full, self._full.hidden[0], range(self._layers)))
+            self._finish(self._run(self._full.hidden[0], range(self._layers)))
         return self._now() - start
 
     def pruned(self, way: Way) -> float:
         """Milliseconds of the prefill pruned that way."""
-        layer = way.spot.layer
-        k = keeps_after(way.spot, self._layers, len(self._full.visual_index))
+        visual = self._full.visual_index
+        counts = way.kept(layers=self._layers, visual_tokens=len(visual))
         start = self._now()
-        with torch.inference_mode(), ExitStack() as undo:
-            seen: dict[str, torch.Tensor] = {}
-            if layer > 0:
-                self._watch(layer - 1, seen, undo)
-            hidden = run_layers(self._decoder, self._full, self._full.hidden[0], range(layer))
-            view = token_view(
-                self._decoder,
-                self._bench.checkpoint.dims,
-                replace(self._full, hidden={**self._full.hidden, layer: hidden}),
-                layer,
-                prompt=self._prompt,
-                instruction=self._instruction,
-                rng=np.random.default_rng(0),
-                projected=Projected(**seen) if layer > 0 else None,
-            )
-            rows = staying(self._full, way.method.choose(view, k))
-            kept = hidden.index_select(1, rows)
-            self._finish(run_layers(self._decoder, self._full, kept, range(layer, self._layers), [rows]))
+        with torch.inference_mode():
+            hidden, layer = self._full.hidden[0], 0
+            rows: torch.Tensor | None = None  # all
+            positions = torch.arange(self._full.length, device=visual.device)
+            for cut, k in zip(way.cuts, counts, strict=True):
+                with ExitStack() as undo:
+                    recorder = SpanRecorder(self._bench.decoder, [cut.layer])
+                    recorder.install(undo)
+                    hidden = self._run(hidden, range(layer, cut.layer), rows)
+                projected = recorder.projected(cut.layer)
+                arrival = Arrival.of(self._full, cut.layer, positions, hidden[0], projected)
+                at_cut = AtCut(self._bench, self._prompted, arrival)
+                rows = staying(self._full.length, visual, at_cut.choose(self._bench.methods[cut.method], k))
+                hidden = hidden.index_select(1, torch.searchsorted(positions, rows))
+                positions, layer = rows, cut.layer
+            self._finish(self._run(hidden, range(layer, self._layers), rows))
         return self._now() - start
 
     @property
     def _layers(self) -> int:
-        return len(self._decoder.layers)
+        return len(self._bench.decoder.layers)
+
+    def _run(self, hidden: torch.Tensor, layers: range, rows: torch.Tensor | None = None) -> torch.Tensor:
+        one_set = None if rows is None else [rows]
+        return run_layers(self._bench.decoder, hidden, layers, self._full.arguments, one_set)
 
     def _finish(self, hidden: torch.Tensor) -> None:
         """The logits of the last position."""
-        self._decoder.lm_head(self._decoder.norm(hidden[:, -1:]))
-
-    def _watch(self, index: int, seen: dict[str, torch.Tensor], undo: ExitStack) -> None:
-        """Keep what the projections of a layer give, as the node inside a bundle would see it."""
-
-        def keep(kind: str) -> Any:
-            def hook(_linear: Any, _args: Any, output: torch.Tensor) -> None:
-                seen[kind] = output[0]
-
-            return hook
-
-        attention: Any = self._decoder.layers[index].self_attn
-        for kind in ("query", "key", "value"):
-            projection = getattr(attention, f"{kind[0]}_proj")
-            undo.callback(projection.register_forward_hook(keep(kind)).remove)
+        self._bench.decoder.lm_head(self._bench.decoder.norm(hidden[:, -1:]))
 
     def _now(self) -> float:
         if self._bench.model.device.type == "cuda":

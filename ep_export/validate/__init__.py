@@ -1,10 +1,10 @@
-"""Is the bundle the model? Stage by stage against the pruned Hugging Face model, and a report of it."""
+"""Does a bundle compute what the pruned Hugging Face model does? Stage by stage, and a report of it."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ep_export.validate.report import Case, KeptPicture, Report, Stage, Verdict, text_lines, to_json
+from ep_export.validate.report import Case, Report, Stage, Verdict, text_lines, to_json
 
 if TYPE_CHECKING:
     from ep_export.validate.html import write_html
@@ -12,7 +12,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Case",
-    "KeptPicture",
     "Report",
     "Stage",
     "Verdict",

@@ -1,4 +1,4 @@
-"""The stages that are about choosing tokens: the node's scores, the node's choice, the bundle's choice."""
+"""Is a choice the exact one? `ep_export.choosers` judges kept sets; here is how near a tie may be."""
 
 from __future__ import annotations
 
@@ -8,26 +8,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ep_export.bundle import Manifest
-from ep_export.entropy import (
-    EXACT_TOLERANCE,
-    KeptDifference,
-    approximation_spread,
-    entropy_series,
-    kept_difference,
-    select_tokens,
-    token_scores,
-)
-from ep_export.entropy.selection import picture_of
-from ep_export.policy import Budget, Policy, Select
-from ep_export.validate.comparison import Comparison, Finding, compare
-from ep_export.validate.node_check import run_scores
-from ep_export.validate.observe import Observation
+from ep_export.choosers import EXACT_TOLERANCE, CutTokens, KeptDifference, choose, difference
+from ep_export.dims import DecoderDims
+from ep_export.entropy import approximation_spread, token_scores
+from ep_export.policy import Chooser, MaxMin, TopK
+from ep_export.validate.comparison import Comparison
 from ep_export.validate.report import Verdict
-from ep_export.validate.setting import Setting, to_numpy
-from ep_export.validate.tolerance import EXACT, Tolerance, float32_tolerance, score_bound
+from ep_export.validate.tolerance import float32_tolerance, score_tolerance
 
-__all__ = ["choice_tolerance", "find_kept", "find_node", "find_scores"]
+__all__ = ["choice_tolerance", "compare_choice", "graph_spread"]
 
 _VERDICTS = {
     KeptDifference.EQUAL: Verdict.PASS,
@@ -35,136 +24,127 @@ _VERDICTS = {
     KeptDifference.DIFFERENT: Verdict.FAIL,
 }
 _TYPICAL = 1 / 8  # of a float32 tolerance: what states really differ by, for the sensitivity of scores
+_LARGEST_GAP = 1e3
+"""Beyond every difference of scores: entropies are below 10, distances below 2."""
+_SMALLEST_GAP = 1e-12
+_SAMPLED_ROWS = 64
+"""Tokens whose distances to all others are looked at: their largest shift stands for everybody's."""
 
 
-def find_scores(setting: Setting, case: Observation) -> Finding:
-    """The exported scores against float64 eigenvalues, on the oracle's own states."""
-    if not case.has_pictures:
-        return Finding("scores", (), "no picture")
-    policy, degree = setting.manifest.policy, setting.manifest.degree
-    states = to_numpy(case.free.states)
-    exact = token_scores(torch.from_numpy(states), policy.scorer).numpy()
-    bound, reason = score_bound(policy.scorer, states, entropy_series(degree))
-    scores = run_scores(states, policy.scorer, degree)
-    found = compare(case.question.name, scores, exact, Tolerance(0.0, bound, reason))
-    return Finding("scores", (found,), reason)
+def compare_choice(
+    where: str, chooser: Chooser, tokens: CutTokens, kept: NDArray[np.int64], k: int, tolerance: float
+) -> Comparison:
+    """A kept set against the exact one: the error is the smallest tolerance that makes it a near-tie.
 
-
-def find_node(setting: Setting, case: Observation) -> Finding:
-    """What the bundle's node keeps when it is given the oracle's own states."""
-    reason = "near-tie: exact scores no further apart than the graph's own scoring errors on these tokens"
-    if not case.has_pictures:
-        return Finding("node", (), reason)
-    states = to_numpy(case.free.states)
-    length = case.prompt.input_ids.shape[1]
-    kept = setting.node.kept_index(states, case.prompt.visual_index, length, case.k)
-    visual = kept[np.isin(kept, case.prompt.visual_index)]
-    spread = _spread(setting.manifest, states)
-    return Finding("node", (_choice(setting, case, visual, spread),), reason)
-
-
-def find_kept(setting: Setting, case: Observation) -> Finding:
-    """What the bundle keeps, run from the pictures on."""
-    reason = (
-        "near-tie: exact scores no further apart than the graph's scoring errors plus what rounding of the "
-        "states moves these scores"
-    )
-    if not case.has_pictures:
-        everything = np.arange(case.prompt.input_ids.shape[1])
-        return Finding("kept", (compare(case.question.name, case.got.kept_index, everything, EXACT),), reason)
-    states = to_numpy(case.free.states)
-    half = to_numpy(case.half.states) if case.half is not None else None
-    layers = setting.vision_layers + setting.manifest.policy.layer
-    tolerance = choice_tolerance(setting.manifest, states, layers=layers, half_states=half)
-    if case.forced:
-        found = _choice(setting, case, case.kept_visual, tolerance)
-    else:
-        note = "text tokens are missing, or positions are out of order"
-        found = Comparison(Verdict.FAIL, math.inf, tolerance, 1.0, case.question.name, note)
-    return Finding("kept", (found,), reason)
-
-
-def _choice(setting: Setting, case: Observation, kept: NDArray[np.int64], tolerance: float) -> Comparison:
-    """A kept set against the oracle's: the error is how far exchanged tokens score from the last one kept."""
-    policy = setting.manifest.policy
-    states = torch.from_numpy(to_numpy(case.free.states))
-    scores, index = token_scores(states, policy.scorer).numpy(), case.prompt.visual_index
-    own = select_tokens(scores, case.k, select=policy.select, visual_index=index, budget=policy.budget)
-    difference = kept_difference(
-        scores,
-        own,
-        kept,
-        case.k,
-        visual_index=index,
-        select=policy.select,
-        budget=policy.budget,
-        tolerance=tolerance,
-    )
-    if difference is KeptDifference.EQUAL:
-        return Comparison(Verdict.PASS, 0.0, tolerance, 1.0, case.question.name)
-    exchanged = np.isin(index, own) != np.isin(index, kept)
-    edges = _edges(scores, np.isin(index, own), index, policy)
-    apart = float(np.abs(scores - edges)[exchanged].max(initial=0.0)) if len(kept) == case.k else math.inf
+    Args:
+        where: The case, for the report.
+        chooser: Which tokens stay.
+        tokens: What arrived at the cut, exactly.
+        kept: [k] positions in the arriving sequence.
+        k: How many stay.
+        tolerance: How near a tie is a near-tie.
+    """
+    positions = torch.from_numpy(np.asarray(kept, dtype=np.int64))
+    found = difference(chooser, tokens, positions, k, tolerance=tolerance)
+    if found is KeptDifference.EQUAL:
+        return Comparison(Verdict.PASS, 0.0, tolerance, 1.0, where)
+    own = choose(chooser, tokens, k).kept
+    count = int((~torch.isin(own, positions)).sum())
+    gap = _gap(chooser, tokens, positions, k)
     note = (
-        f"{len(np.setdiff1d(own, kept))} of {case.k} kept tokens differ, by scores within {apart:.1e} of the "
-        "last one kept"
+        f"{count} of {k} kept tokens differ" if len(kept) == k else f"{len(kept)} tokens kept, expected {k}"
     )
-    return Comparison(_VERDICTS[difference], apart, tolerance, 1.0, case.question.name, note)
-
-
-def _edges(
-    scores: NDArray[np.float64], kept: NDArray[np.bool_], index: NDArray[np.int64], policy: Policy
-) -> NDArray[np.float64]:
-    """For every token the score of the last one kept: of all, or of its picture where each has its budget."""
-    pictures = picture_of(index) if policy.budget is Budget.PER_PICTURE else np.zeros_like(index)
-    edges = np.full(len(scores), math.inf)  # a picture of which nothing is kept has none
-    for picture in np.unique(pictures[kept]):
-        inside = pictures == picture
-        own = scores[inside & kept]
-        edges[inside] = own.min() if policy.select is Select.HIGHEST else own.max()
-    return edges
+    if math.isfinite(gap):
+        note += f", by choices no further apart than {gap:.1e}"
+    return Comparison(_VERDICTS[found], gap, tolerance, 1.0, where, note)
 
 
 def choice_tolerance(
-    manifest: Manifest,
-    states: NDArray[np.float32],
+    dims: DecoderDims,
+    chooser: Chooser,
+    tokens: CutTokens,
     *,
+    spread: float,
     layers: int,
-    half_states: NDArray[np.float32] | None = None,
+    half: CutTokens | None = None,
 ) -> float:
-    """How far apart two exact scores may be and still change places in a graph: a near-tie.
+    """How far apart two exact scores (or distances) may be and still change places in a graph.
 
     Args:
-        manifest: The bundle's.
-        states: [N, heads, head_dim] of the oracle.
-        layers: Layers these states went through.
-        half_states: The same by the oracle in the graphs' half type, if they have one.
+        dims: The decoder's dimensions.
+        chooser: Which tokens stay.
+        tokens: What the oracle saw arrive.
+        spread: What scoring in the graph moves on the same tokens; see `graph_spread`.
+        layers: Layers these tokens went through.
+        half: The same by the oracle in the graphs' half type, if they have one.
     """
-    return _spread(manifest, states) + 2 * _sensitivity(manifest, states, layers, half_states)
+    relative = _TYPICAL * float32_tolerance(dims, layers).relative
+    moved = [half] if half is not None else [_shaken(tokens, relative, seed) for seed in range(2)]
+    return spread + 2 * max(_shift(chooser, tokens, other) for other in moved)
 
 
-def _spread(manifest: Manifest, states: NDArray[np.float32]) -> float:
-    """How far the exported scoring can move two of these tokens against each other."""
-    policy, degree = manifest.policy, manifest.degree
-    exact = token_scores(torch.from_numpy(states), policy.scorer)
-    exported = torch.from_numpy(run_scores(states, policy.scorer, degree))
-    return approximation_spread(exact, exported) + EXACT_TOLERANCE
-
-
-def _sensitivity(
-    manifest: Manifest, states: NDArray[np.float32], layers: int, half_states: NDArray[np.float32] | None
+def graph_spread(
+    chooser: Chooser, tokens: CutTokens, scores: NDArray[np.float32] | None, degree: int
 ) -> float:
-    """How far rounding on the way to layer K-1 moves a score: measured, by rounding differently."""
-    scorer = manifest.policy.scorer
-    exact = token_scores(torch.from_numpy(states), scorer)
-    if half_states is not None:
-        moved = [token_scores(torch.from_numpy(half_states), scorer)]
+    """How far a graph's scoring can move two of these tokens against each other.
+
+    Args:
+        chooser: Which tokens stay.
+        tokens: What the graph was given.
+        scores: [N] what the graph made of them.
+        degree: Degree of the entropy series.
+    """
+    if isinstance(chooser, TopK) and tokens.states is not None and scores is not None:
+        exact = token_scores(tokens.states, chooser.scorer)
+        return approximation_spread(exact, torch.from_numpy(scores)) + EXACT_TOLERANCE
+    # scores of a MaxMin depend on what was chosen before: bounded, not measured
+    return EXACT_TOLERANCE + 2 * score_tolerance(chooser, tokens, degree).absolute
+
+
+def _gap(chooser: Chooser, tokens: CutTokens, kept: torch.Tensor, k: int) -> float:
+    """The smallest tolerance at which this set is a near-tie, to 1%; infinite where none is."""
+
+    def tied(tolerance: float) -> bool:
+        found = difference(chooser, tokens, kept, k, tolerance=tolerance)
+        return found is not KeptDifference.DIFFERENT
+
+    if tied(_SMALLEST_GAP):
+        return 0.0
+    low, high = _SMALLEST_GAP, _LARGEST_GAP
+    if not tied(high):
+        return math.inf
+    while high > 1.01 * low:
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if tied(middle) else (middle, high)
+    return high
+
+
+def _shaken(tokens: CutTokens, relative: float, seed: int) -> CutTokens:
+    """The tokens, rounded differently on their way."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def shake(values: torch.Tensor) -> torch.Tensor:
+        noise = torch.randn(values.shape, generator=generator, dtype=torch.float64)
+        return values.double() + relative * values.double().abs().mean() * noise
+
+    states = None if tokens.states is None else shake(tokens.states)
+    return CutTokens(shake(tokens.hidden), states, tokens.visual_index)
+
+
+def _shift(chooser: Chooser, tokens: CutTokens, moved: CutTokens) -> float:
+    """How far what the chooser compares moves, at most."""
+    if isinstance(chooser, TopK) and tokens.states is not None and moved.states is not None:
+        before, after = (token_scores(each, chooser.scorer) for each in (tokens.states, moved.states))
+    elif isinstance(chooser, MaxMin):
+        before, after = (_distances(each.hidden) for each in (tokens, moved))
     else:
-        relative = _TYPICAL * float32_tolerance(manifest.dims, layers).relative
-        generator = np.random.default_rng(0)
-        size = relative * float(np.abs(states).mean())
-        moved = [
-            token_scores(torch.from_numpy(states + size * generator.standard_normal(states.shape)), scorer)
-            for _ in range(2)
-        ]
-    return max(float((other - exact).abs().max()) for other in moved)
+        return 0.0  # nothing that is computed is compared
+    apart = (after - before).abs()
+    return float(apart[torch.isfinite(apart)].max()) if apart.numel() else 0.0
+
+
+def _distances(hidden: torch.Tensor) -> torch.Tensor:
+    """[rows, N] cosine distances of some tokens to all."""
+    unit = torch.nn.functional.normalize(hidden.double(), dim=1)
+    rows = torch.linspace(0, len(unit) - 1, min(len(unit), _SAMPLED_ROWS)).round().long()
+    return 1 - unit[rows] @ unit.T

@@ -4,40 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
+from ep_export.bundle import Component
+from ep_export.choosers import CutTokens
 from ep_export.plan import kept_tokens
-from ep_export.reference import Answer, PrefillStates, Prunable, SelectTokens, capture, greedy_answer
+from ep_export.reference import (
+    Answer,
+    PrefillStates,
+    PruneSpec,
+    capture,
+    greedy_answer,
+    kept_as,
+)
+from ep_export.validate.component_feeds import prune_feeds, rounded
+from ep_export.validate.component_oracle import prune_tokens
 
 if TYPE_CHECKING:
     from PIL import Image
     from transformers import PreTrainedModel
 
     from ep_export.families.base import PromptInputs
+    from ep_export.policy import Keep
     from ep_export.runtime import Session
     from ep_export.runtime.generate import Generation
     from ep_export.runtime.prefill import Prefill
+    from ep_export.validate.questions import Question
 
-__all__ = ["Observation", "Oracle", "Question", "observe"]
-
-
-@dataclass(frozen=True)
-class Question:
-    """One prompt to validate with.
-
-    Attributes:
-        name: For the report.
-        pictures: Numbers among the pictures given to `validate`, in prompt order.
-        prompt: The question.
-    """
-
-    name: str
-    pictures: tuple[int, ...]
-    prompt: str
+__all__ = ["Observation", "Oracle", "PruneRun", "observe"]
 
 
 @dataclass(frozen=True)
@@ -47,12 +44,33 @@ class Oracle:
     Attributes:
         exact: The float32 model.
         half: The same weights in the graphs' half type; None for float32 graphs.
-        plan: The bundle's policy and keep.
     """
 
     exact: PreTrainedModel
     half: PreTrainedModel | None
-    plan: Prunable
+
+
+@dataclass(frozen=True)
+class PruneRun:
+    """A prune component alone, on what the oracle saw arrive at its cut.
+
+    Attributes:
+        component: The component.
+        feeds: What it was given, rounded to its types.
+        tokens: The same, as its chooser looks at it.
+        outputs: What it made of that.
+    """
+
+    component: Component
+    feeds: dict[str, NDArray[Any]]
+    tokens: CutTokens
+    outputs: dict[str, NDArray[Any]]
+
+    @property
+    def kept(self) -> NDArray[np.int64]:
+        """Visual tokens it keeps, as positions of the sequence it was given."""
+        rows = self.outputs["kept_index"]
+        return rows[np.isin(rows, self.feeds["visual_index"])]
 
 
 @dataclass(frozen=True)
@@ -62,102 +80,118 @@ class Observation:
     Attributes:
         question: The question.
         prompt: Its arrays, as the bundle's prompt builder makes them.
-        k: Visual tokens to keep.
+        budgets: For every cut the visual tokens that go on.
         got: The bundle's prefill.
         generation: The bundle's greedy answer.
-        free: The oracle's prefill, choosing by itself.
-        given: The oracle's prefill with the bundle's kept set.
+        given: The oracle's prefill with the bundle's kept sets.
         half: As `given`, by the oracle in the graphs' half type.
-        answer: The oracle's greedy answer with the bundle's kept set.
+        answer: The oracle's greedy answer with the bundle's kept sets.
         answer_text: The same as text.
-        forced: Whether `given` really has the bundle's kept set; false when that set is no valid one.
+        forced: Whether `given` really has the bundle's kept sets; false when they are no valid ones.
+        prunes: Every cut's prune component alone; none without visual tokens.
     """
 
     question: Question
     prompt: PromptInputs
-    k: int
+    budgets: tuple[int, ...]
     got: Prefill
     generation: Generation
-    free: PrefillStates
     given: PrefillStates
     half: PrefillStates | None
     answer: Answer
     answer_text: str
     forced: bool
+    prunes: tuple[PruneRun, ...]
 
-    @property
-    def has_pictures(self) -> bool:
-        """Whether anything was chosen."""
-        return len(self.prompt.visual_index) > 0
+    def arrived(self, cut: int) -> NDArray[np.int64]:
+        """Prompt positions that arrive at a cut in the bundle."""
+        if cut == 0:
+            return np.arange(self.prompt.input_ids.shape[1])
+        return self.got.cuts[cut - 1].kept_index
 
-    @property
-    def kept_visual(self) -> NDArray[np.int64]:
-        """Visual positions the bundle keeps."""
-        return self.got.kept_index[np.isin(self.got.kept_index, self.prompt.visual_index)]
-
-    @property
-    def oracle_visual(self) -> NDArray[np.int64]:
-        """Visual positions the oracle keeps by itself."""
-        kept = self.free.kept_index.numpy()
-        return kept[np.isin(kept, self.prompt.visual_index)]
+    def kept_there(self, cut: int) -> NDArray[np.int64]:
+        """Visual tokens that the bundle keeps at a cut, as positions of the sequence that arrives there."""
+        arrived, kept = self.arrived(cut), self.got.cuts[cut].kept_index
+        return np.flatnonzero(np.isin(arrived, kept) & np.isin(arrived, self.prompt.visual_index))
 
 
 def observe(
-    session: Session, oracle: Oracle, question: Question, pictures: Sequence[Image.Image], max_new_tokens: int
+    session: Session,
+    oracle: Oracle,
+    question: Question,
+    pictures: Sequence[Image.Image],
+    *,
+    policies: Sequence[str],
+    max_new_tokens: int,
 ) -> Observation:
     """Run both sides on one question.
 
     Raises:
         UserError: The prompt does not fit, or the bundle's keep is impossible.
     """
-    shown = [pictures[i] for i in question.pictures]
-    prompt = session.prompts.build(shown, question.prompt)
-    got = session.prefill(prompt)
-    generation = session.generate(shown, question.prompt, max_new_tokens=max_new_tokens)
-    free = capture(oracle.exact, prompt, oracle.plan)
-    same = np.array_equal(free.kept_index.numpy(), got.kept_index)
-    forced = same or _valid(got.kept_index, free)
-    select = None if same or not forced else _fixed(got.kept_index)
-    given = free if select is None else capture(oracle.exact, prompt, oracle.plan, select=select)
-    # the half run must not choose by itself: its own near-ties are not the bundle's
-    half_select = _fixed(got.kept_index) if forced else _fixed(free.kept_index.numpy())
-    half = capture(oracle.half, prompt, oracle.plan, select=half_select) if oracle.half is not None else None
+    manifest = session.bundle.manifest
+    schedule = manifest.scheduled(policies)
+    prompt = question.build(session.prompts, pictures)
+    generation = session.generate(
+        question.visuals(pictures), question.prompt, max_new_tokens=max_new_tokens, policies=policies
+    )
+    keep: Keep = generation.keep
+    got = session.prefill(prompt, keep, policies)
+    spec = PruneSpec(schedule, keep)
+    budgets = kept_tokens(keep, schedule, layers=manifest.dims.layers, visual_tokens=len(prompt.visual_index))
+    kept = [cut.kept_index for cut in got.cuts]
+    forced = _valid(kept, prompt, budgets)
+    select = kept_as(kept) if forced and kept else None
+    given = capture(oracle.exact, prompt, spec, select=select)
+    half = None
+    if oracle.half is not None:
+        # the half run must not choose by itself: its own near-ties are not the bundle's
+        same = kept_as([trace.kept_index for trace in given.cuts])
+        half = capture(oracle.half, prompt, spec, select=same)
     answer = greedy_answer(
         oracle.exact,
         prompt,
         max_new_tokens,
-        plan=oracle.plan,
+        plan=spec,
         select=select,
         eos_token_ids=session.prompts.eos_token_ids,
         repetition_penalty=session.prompts.repetition_penalty,
     )
-    manifest = session.bundle.manifest
-    k = kept_tokens(
-        manifest.keep,
-        layers=manifest.dims.layers,
-        layer=manifest.policy.layer,
-        visual_tokens=len(prompt.visual_index),
+    prunes = tuple(
+        _run_prune(session, manifest.prune(cut, settings.chooser.name), given, cut)
+        for cut, settings in enumerate(schedule.cuts)
+        if given.cuts
     )
-    text = session.prompts.decode(answer.token_ids)
-    return Observation(question, prompt, k, got, generation, free, given, half, answer, text, forced)
-
-
-def _valid(kept_index: NDArray[np.int64], free: PrefillStates) -> bool:
-    """Whether the oracle can be made to keep this: all text, as many visual tokens, in order."""
-    own = free.kept_index.numpy()
-    visual = free.visual_index.numpy()
-    text = np.setdiff1d(own, visual)
-    return (
-        kept_index.shape == own.shape
-        and bool(np.all(np.diff(kept_index) > 0))
-        and np.array_equal(np.setdiff1d(kept_index, visual), text)
+    return Observation(
+        question=question,
+        prompt=prompt,
+        budgets=budgets,
+        got=got,
+        generation=generation,
+        given=given,
+        half=half,
+        answer=answer,
+        answer_text=session.prompts.decode(answer.token_ids),
+        forced=forced,
+        prunes=prunes,
     )
 
 
-def _fixed(kept_index: NDArray[np.int64]) -> SelectTokens:
-    positions = torch.from_numpy(kept_index.copy())
+def _run_prune(session: Session, component: Component, given: PrefillStates, cut: int) -> PruneRun:
+    feeds = rounded(component, prune_feeds(component, given, cut))
+    tokens = prune_tokens(component, session.bundle.manifest.dims, feeds)
+    return PruneRun(component, feeds, tokens, session.run(component.name, feeds))
 
-    def select(_states: torch.Tensor, _k: int, visual_index: torch.Tensor) -> torch.Tensor:
-        return visual_index[torch.isin(visual_index.cpu(), positions).to(visual_index.device)]
 
-    return select
+def _valid(kept: Sequence[NDArray[np.int64]], prompt: PromptInputs, budgets: Sequence[int]) -> bool:
+    """Whether the oracle can be made to keep this: all text, as many visual tokens as planned, in order."""
+    if not len(prompt.visual_index):
+        return not kept
+    arrived = np.arange(prompt.input_ids.shape[1])
+    text = np.setdiff1d(arrived, prompt.visual_index)
+    for index, budget in zip(kept, budgets, strict=True):
+        whole = np.isin(index, arrived).all() and np.isin(text, index).all()
+        if not whole or len(index) != len(text) + budget or (np.diff(index) <= 0).any():
+            return False
+        arrived = index
+    return True

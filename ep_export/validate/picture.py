@@ -1,10 +1,7 @@
-"""Draw which patches of a picture the decoder keeps: kept ones as they are, dropped ones grey and dim."""
+"""Draw which patches of a picture a cut keeps: kept ones as they are, dropped ones grey and dim."""
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,7 +10,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["draw_kept", "inline_image"]
+__all__ = ["draw_kept"]
 
 _LONG_SIDE = 1120
 """Pixels of the drawing's longer side: crisp on a phone at 3x and on a printed half page."""
@@ -32,7 +29,7 @@ def draw_kept(
     view: tuple[int, int, int, int] | None = None,
     caption: str = "",
 ) -> Image.Image:
-    """The picture with the patches that reach layer K in colour, the others dim and grey.
+    """The picture with the patches that go on in colour, the others dim and grey.
 
     A thin line separates patches, a bright one goes round what is kept.
 
@@ -69,23 +66,6 @@ def draw_kept(
     pixels = _lines(pixels, mask, cell)
     drawing = Images.fromarray(np.clip(pixels.round(), 0, 255).astype(np.uint8))
     return _captioned(drawing, caption) if caption else drawing
-
-
-def inline_image(picture: Image.Image, alt: str, *, quality: int) -> str:
-    """A picture as an HTML element that holds its own bytes, as JPEG.
-
-    Args:
-        picture: RGB.
-        alt: What it shows, as plain text.
-        quality: JPEG quality, 1 to 95.
-    """
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=quality, optimize=True)
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    return (
-        f'<img src="data:image/jpeg;base64,{data}" width="{picture.width}" height="{picture.height}"'
-        f' alt="{html.escape(alt)}">'
-    )
 
 
 def _dimmed(pixels: NDArray[np.float64]) -> NDArray[np.float64]:

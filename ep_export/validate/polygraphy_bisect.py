@@ -7,7 +7,7 @@ reads, whose module in PyTorch saw the same tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -21,19 +21,24 @@ from polygraphy.comparator import IterationResult
 
 from ep_export.bundle import Bundle
 from ep_export.errors import UserError
-from ep_export.export.prune_node import OP_TYPE
 from ep_export.validate.comparison import Comparison
-from ep_export.validate.polygraphy_compare import Oracles, compared, layers_before, tolerance_of
-from ep_export.validate.polygraphy_feeds import ComponentFeeds
-from ep_export.validate.polygraphy_oracle import STEM, Arrays, Components, Watch
+from ep_export.validate.component_feeds import ComponentFeeds
+from ep_export.validate.component_oracle import STEM, Arrays, ComponentOracle, Watch
+from ep_export.validate.polygraphy_compare import Oracles, compared
 from ep_export.validate.polygraphy_runners import quiet
 from ep_export.validate.report import Verdict
-from ep_export.validate.tolerance import Tolerance
+from ep_export.validate.tolerance import INTEGERS, Tolerance, layers_before, tolerance_of
 
 __all__ = ["Bisection", "Checked", "bisect"]
 
 _SAME_DATA = ("Cast", "Reshape", "Transpose", "Squeeze", "Unsqueeze")
 """Between a weight and the node that computes with it."""
+
+_AFTER_ALL = ("final/", "merger/")
+"""Prefixes of nodes behind the last layer or block."""
+
+_HIDDEN = "hidden_states"
+"""What a span that is not the last hands over."""
 
 
 @dataclass(frozen=True)
@@ -130,9 +135,9 @@ class _Landmark:
         """For people."""
         return f"{self.side.value} of {'the component' if self.side is _Side.RESULT else self.label}"
 
-    def seen(self, watch: Watch, made: Arrays) -> NDArray[Any] | None:
+    def seen(self, watch: Watch, outputs: Arrays) -> NDArray[Any] | None:
         """What PyTorch computed there; None for a module it did not call."""
-        source = {_Side.INPUT: watch.inputs, _Side.OUTPUT: watch.outputs, _Side.RESULT: made}
+        source = {_Side.INPUT: watch.inputs, _Side.OUTPUT: watch.outputs, _Side.RESULT: outputs}
         return source[self.side].get(self.label)
 
 
@@ -165,7 +170,7 @@ class _Search:
         graph = self._model.graph
         self._order = {node: number for number, node in enumerate(graph)}
         self._outputs = {value.name: value for value in graph.outputs}
-        self._layers = oracles.exact.sections(given.component.name)
+        self._layers = oracles.exact.sections(given.component)
         self._modules = dict(oracles.exact.model.named_modules())
 
     def run(self) -> Bisection | None:
@@ -183,14 +188,7 @@ class _Search:
         """What leaves each layer: the one value of its nodes that other parts of the graph compute with."""
         marks = []
         for number, label in enumerate(self._layers):
-            following = _following(label, self._layers)
-            values = {
-                value
-                for node in self._order
-                if (node.name or "").startswith(f"{label}/")
-                for value in node.outputs
-                if any(following(use.node, use.idx) for use in value.uses())
-            }
+            values = self._leaving(label, list(self._layers)[number + 1 :])
             if label == STEM:  # it hands over tables too, but only the hidden state comes from weights
                 values = {value for value in values if any(map(_weights, self._back(value, set())[0]))}
             if len(values) != 1:
@@ -201,16 +199,34 @@ class _Search:
             marks.append(_Landmark(values.pop(), _Side.OUTPUT, label, number + 1))
         return marks
 
+    def _leaving(self, label: str, later: Sequence[str]) -> set[ir.Value]:
+        """Values of a section that the next one computes with, or what stands after the last one."""
+        own = [node for node in self._order if (node.name or "").startswith(f"{label}/")]
+        following = (f"{later[0]}/",) if later else _AFTER_ALL
+        values = {
+            value
+            for node in own
+            for value in node.outputs
+            if any((use.node.name or "").startswith(following) for use in value.uses())
+        }
+        onward = self._outputs.get(_HIDDEN)
+        if later or onward is None:
+            return values
+        # a span that is not the last: back from what it hands over, past nodes that only change its form
+        while onward.producer() not in own and onward.producer() is not None:
+            onward = _producer(onward).inputs[0] or onward
+        return {onward}
+
     def _component_outputs(self) -> list[_Landmark]:
-        component = self._given.component.name
+        component, depth = self._given.component, self._oracles.vision_layers
         return [
             _Landmark(
                 self._outputs[spec.name],
                 _Side.RESULT,
                 spec.name,
-                layers_before(self._bundle.manifest, component, spec.name, self._oracles.vision_layers),
+                layers_before(component, spec.name, depth),
             )
-            for spec in self._given.component.outputs
+            for spec in component.outputs
         ]
 
     def _leaves(self, nodes: Sequence[ir.Node], depth: int) -> list[_Landmark]:
@@ -267,8 +283,9 @@ class _Search:
             wanted[name] = exact[mark].reshape(got[name].shape)
             noise = float(np.abs(half[mark] - exact[mark]).max(initial=0.0))
             integers = np.issubdtype(got[name].dtype, np.integer)
-            floats = tolerance_of(self._bundle.manifest, mark.depth, noise)
-            tolerances[name] = Tolerance(0.0, 0.0, "integers") if integers else floats
+            tolerances[name] = (
+                INTEGERS if integers else tolerance_of(self._bundle.manifest, mark.depth, noise)
+            )
         case = self._given.cases[self._case]
         found = compared(IterationResult(wanted), IterationResult(got), tolerances, case)
         return [(mark, found[name]) for name, mark in known.items()]
@@ -292,12 +309,15 @@ class _Search:
         with OnnxrtRunner(session) as runner:
             return {name: np.array(array) for name, array in runner.infer(feeds).items()}
 
-    def _run_oracle(self, oracle: Components, marks: Sequence[_Landmark]) -> dict[_Landmark, NDArray[Any]]:
-        modules = {**dict(oracle.model.named_modules()), **oracle.sections(self._given.component.name)}
+    def _run_oracle(
+        self, oracle: ComponentOracle, marks: Sequence[_Landmark]
+    ) -> dict[_Landmark, NDArray[Any]]:
+        component = self._given.component
+        modules = {**dict(oracle.model.named_modules()), **oracle.sections(component)}
         wanted = {mark.label for mark in marks if mark.side is not _Side.RESULT}
         watch = Watch({label: modules[label] for label in sorted(wanted & modules.keys())})
-        made = oracle.run(self._given.component.name, self._given.feeds[self._case], watch=watch)
-        seen = ((mark, mark.seen(watch, made)) for mark in marks)
+        outputs = oracle.run(component, self._given.feeds[self._case], watch=watch)
+        seen = ((mark, mark.seen(watch, outputs)) for mark in marks)
         return {mark: array for mark, array in seen if array is not None}
 
     def _bisection(
@@ -311,7 +331,7 @@ class _Search:
             tensor=_name(bad),
             meaning=bad.meaning,
             node=f"{node.op_type} {node.name}",
-            weights=tuple(dict.fromkeys(weight for made_by in nodes for weight in _weights(made_by))),
+            weights=tuple(dict.fromkeys(weight for producer in nodes for weight in _weights(producer))),
             nodes=len(nodes),
             after=tuple(value.name or "" for value in borders),
             max_abs_error=result.error,
@@ -320,22 +340,6 @@ class _Search:
                 Checked(_name(mark), mark.meaning, c.verdict, c.error, c.tolerance) for mark, c in found
             ),
         )
-
-
-def _following(label: str, layers: Mapping[str, Any]) -> Callable[[ir.Node, int], bool]:
-    """Whether a node takes the hidden state that leaves a layer: the next layer, or what stands after all."""
-    labels = list(layers)
-    place = labels.index(label)
-    if place + 1 < len(labels):
-        prefixes: tuple[str, ...] = (f"{labels[place + 1]}/",)
-    else:
-        prefixes = ("final/", "merger/")
-
-    def takes(node: ir.Node, index: int) -> bool:
-        name = node.name or ""
-        return name.startswith(prefixes) or (node.op_type == OP_TYPE and index == 1)
-
-    return takes
 
 
 def _weights(node: ir.Node) -> list[str]:

@@ -12,26 +12,26 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
 from polygraphy.comparator import Comparator, IterationResult, RunResults, SimpleCompareFunc
 
-from ep_export.bundle import Component, Manifest, Precision
-from ep_export.entropy import KeptDifference, kept_difference, token_scores
+from ep_export.bundle import Component, Manifest, Role
+from ep_export.choosers import KeptDifference, difference
+from ep_export.policy import MaxMin
 from ep_export.runtime.base import Runner
-from ep_export.validate.choices import choice_tolerance
+from ep_export.validate.choices import graph_spread
 from ep_export.validate.comparison import Comparison, Finding
-from ep_export.validate.polygraphy_feeds import ComponentFeeds
-from ep_export.validate.polygraphy_oracle import Components
+from ep_export.validate.component_feeds import ComponentFeeds
+from ep_export.validate.component_oracle import Arrays, ComponentOracle, prune_tokens
 from ep_export.validate.polygraphy_runners import BackendRunner, Kept, OracleRunner, quiet
 from ep_export.validate.report import Verdict
-from ep_export.validate.tolerance import EXACT, Tolerance, float32_tolerance, half_tolerance
+from ep_export.validate.tolerance import Tolerance, output_tolerance
 
-__all__ = ["ORACLE", "Oracles", "compare_component", "compared", "layers_before", "tolerance_of"]
+__all__ = ["ORACLE", "Oracles", "compare_component", "compared"]
 
 ORACLE = "pytorch"
 _CACHES = "present"
-_KEPT = "kept_index"
-_INTEGERS = "integers: equal or not"
+_KEPT, _SCORES = "kept_index", "scores"
 _NEAR_TIE = "the kept set differs only by near-ties; compared given the backend's own"
 
 
@@ -45,8 +45,8 @@ class Oracles:
         vision_layers: Depth of the vision encoder.
     """
 
-    exact: Components
-    half: Components | None
+    exact: ComponentOracle
+    half: ComponentOracle | None
     vision_layers: int
 
 
@@ -72,37 +72,19 @@ def compare_component(
     with quiet():
         runners = [BackendRunner(name, component, opener) for name, opener in backends.items()]
         results = Comparator.run(runners, data_loader=list(given.feeds))
-        made = RunResults()
+        everything = RunResults()
         noise = _noise(given, oracles)
         findings: list[Finding] = []
         for name in backends:
-            choices = _choices(manifest, given, oracles, results[name])
-            kept = [choice[1] for choice in choices]
-            oracle = ORACLE if all(choice is None for choice in kept) else f"{ORACLE}, kept as {name}"
-            if oracle not in made:
+            kept = _followed(manifest, given, results[name])
+            oracle = ORACLE if all(rows is None for rows in kept) else f"{ORACLE}, kept as {name}"
+            if oracle not in everything:
                 runner = OracleRunner(oracle, component, oracles.exact, kept)
-                made.extend(Comparator.run([runner], data_loader=list(given.feeds)))
-            made.append((name, results[name]))
-            runs = (made[oracle], results[name], noise)
-            findings += _findings(manifest, given, oracles, name, runs, choices)
-    return findings, made
-
-
-def tolerance_of(manifest: Manifest, layers: int, noise: float) -> Tolerance:
-    """For a value that went through so many layers and that the half type moves by `noise`."""
-    float32 = float32_tolerance(manifest.dims, layers)
-    if manifest.precision is Precision.FP32:
-        return float32
-    return half_tolerance(float32, noise, manifest.precision)
-
-
-def layers_before(manifest: Manifest, component: str, output: str, vision_layers: int) -> int:
-    """Layers of its own component that an output went through."""
-    first = manifest.policy.layer if component == "decoder_tail" else 0
-    last = manifest.policy.layer if component == "decoder_head" else manifest.dims.layers
-    if output.startswith(f"{_CACHES}."):
-        return int(output.split(".")[1]) - first + 1
-    return last - first if component.startswith("decoder_") else vision_layers
+                everything.extend(Comparator.run([runner], data_loader=list(given.feeds)))
+            everything.append((name, results[name]))
+            runs = list(zip(everything[oracle], results[name], noise, kept, strict=True))
+            findings += _findings(manifest, given, oracles.vision_layers, name, runs)
+    return findings, everything
 
 
 def compared(
@@ -144,70 +126,64 @@ def _comparison(result: Any, where: str, allowed: float, scale: float) -> Compar
 
 def _noise(given: ComponentFeeds, oracles: Oracles) -> list[dict[str, float]]:
     """For every run and output: how far PyTorch in the half type is from PyTorch in float32."""
-    if oracles.half is None:
+    component = given.component
+    if oracles.half is None or component.role is Role.PRUNE:  # pruning copies, and scores in float32
         return [{} for _ in given.feeds]
     noise = []
     for feeds in given.feeds:
-        exact = oracles.exact.run(given.component.name, feeds)
-        # the half run must not choose by itself: its own near-ties are nobody's
-        half = oracles.half.run(given.component.name, feeds, kept=exact.get(_KEPT))
+        exact, half = (oracle.run(component, feeds) for oracle in (oracles.exact, oracles.half))
         noise.append({name: float(np.abs(half[name] - exact[name]).max(initial=0.0)) for name in exact})
     return noise
 
 
-def _choices(
-    manifest: Manifest, given: ComponentFeeds, oracles: Oracles, got: Sequence[IterationResult]
-) -> list[tuple[KeptDifference, Kept]]:
-    """How a backend's kept set differs in every run, and the set the oracle is to follow, if any."""
-    if given.component.name != "decoder_head":
-        return [(KeptDifference.EQUAL, None)] * len(given.feeds)
+def _followed(manifest: Manifest, given: ComponentFeeds, results: Sequence[IterationResult]) -> list[Kept]:
+    """For every run the rows the oracle is to keep as the backend did: where they differ by near-ties."""
+    if given.component.role is not Role.PRUNE:
+        return [None] * len(given.feeds)
     return [
-        _choice(manifest, oracles, feeds, outputs[_KEPT])
-        for feeds, outputs in zip(given.feeds, got, strict=True)
+        outputs[_KEPT] if _near_tie(manifest, given.component, feeds, outputs) else None
+        for feeds, outputs in zip(given.feeds, results, strict=True)
     ]
 
 
-def _choice(
-    manifest: Manifest, oracles: Oracles, feeds: dict[str, NDArray[Any]], kept: NDArray[np.int64]
-) -> tuple[KeptDifference, Kept]:
-    index, policy = feeds["visual_index"], manifest.policy
-    if len(index) == len(feeds["keep_slots"]):
-        return KeptDifference.EQUAL, None  # everything is kept: if it is not, the outputs say so
-    own = oracles.exact.choice(feeds)
-    states = own.states.numpy()
-    half = oracles.half.choice(feeds).states.numpy() if oracles.half is not None else None
-    difference = kept_difference(
-        token_scores(own.states, policy.scorer),
-        own.kept,
-        kept[np.isin(kept, index)],
-        len(feeds["keep_slots"]),
-        visual_index=index,
-        select=policy.select,
-        budget=policy.budget,
-        tolerance=choice_tolerance(manifest, states, layers=policy.layer, half_states=half),
-    )
-    text = np.setdiff1d(np.arange(feeds["inputs_embeds"].shape[1]), index)
-    in_order = bool(np.all(np.diff(kept) > 0)) and bool(np.isin(text, kept).all())
-    follows = difference is KeptDifference.NEAR_TIE and in_order
-    return difference, kept if follows else None
+def _near_tie(manifest: Manifest, prune: Component, feeds: Arrays, outputs: IterationResult) -> bool:
+    if prune.chooser is None or "keep_slots" not in feeds:
+        return False
+    index, rows = feeds["visual_index"], outputs[_KEPT]
+    tokens = prune_tokens(prune, manifest.dims, feeds)
+    kept = torch.from_numpy(np.array(rows[np.isin(rows, index)]))
+    scores = np.array(outputs[_SCORES]) if _SCORES in outputs else None
+    spread = graph_spread(prune.chooser, tokens, scores, manifest.degree)
+    found = difference(prune.chooser, tokens, kept, len(feeds["keep_slots"]), tolerance=spread)
+    text = np.setdiff1d(np.arange(feeds["hidden"].shape[1]), index)
+    in_order = bool(np.all(np.diff(rows) > 0)) and bool(np.isin(text, rows).all())
+    return found is KeptDifference.NEAR_TIE and in_order
 
 
 def _findings(
     manifest: Manifest,
     given: ComponentFeeds,
-    oracles: Oracles,
+    vision_layers: int,
     backend: str,
-    runs: tuple[Sequence[IterationResult], Sequence[IterationResult], Sequence[dict[str, float]]],
-    choices: Sequence[tuple[KeptDifference, Kept]],
+    runs: Sequence[tuple[IterationResult, IterationResult, Mapping[str, float], Kept]],
 ) -> list[Finding]:
     component = given.component
-    types = {spec.name: spec.dtype for spec in component.outputs}
     groups: dict[str, list[Comparison]] = {}
     reasons: dict[str, str] = {}
-    for case, wanted, got, noise, (_, kept) in zip(given.cases, *runs, choices, strict=True):
+    for case, feeds, (wanted, got, noise, kept) in zip(given.cases, given.feeds, runs, strict=True):
+        tokens = prune_tokens(component, manifest.dims, feeds) if component.role is Role.PRUNE else None
         tolerances = {
-            name: _tolerance(manifest, component, name, dtype, noise.get(name, 0.0), oracles.vision_layers)
-            for name, dtype in types.items()
+            spec.name: output_tolerance(
+                manifest,
+                component,
+                spec,
+                vision_layers=vision_layers,
+                noise=noise.get(spec.name, 0.0),
+                tokens=tokens,
+            )
+            for spec in component.outputs
+            # what such a score says depends on what was chosen before
+            if kept is None or spec.name != _SCORES or not isinstance(component.chooser, MaxMin)
         }
         for name, found in compared(wanted, got, tolerances, case).items():
             group = _CACHES if name.startswith(f"{_CACHES}.") else name
@@ -225,14 +201,3 @@ def _tied(found: Comparison) -> Comparison:
     if found.verdict is not Verdict.PASS:
         return found
     return Comparison(Verdict.AMBIGUOUS, found.error, found.tolerance, 1.0, found.where, _NEAR_TIE)
-
-
-def _tolerance(
-    manifest: Manifest, component: Component, output: str, dtype: str, noise: float, vision_layers: int
-) -> Tolerance:
-    if dtype == "int64":
-        return Tolerance(0.0, 0.0, _INTEGERS)
-    if component.name == "embed_tokens" and manifest.precision is Precision.FP32:
-        return EXACT
-    layers = layers_before(manifest, component.name, output, vision_layers)
-    return tolerance_of(manifest, layers, noise)

@@ -13,40 +13,35 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from polygraphy.comparator import RunResults
 from polygraphy.json import save_json
 
-from ep_export.bundle import Bundle, Precision
+from ep_export.bundle import Bundle
 from ep_export.documents import encode
-from ep_export.errors import UserError
 from ep_export.families import family_named
-from ep_export.families.base import Video
+from ep_export.policy import Schedule
 from ep_export.progress import Progress, silent
 from ep_export.reference import load_model
 from ep_export.runtime.base import RunnerFactory
 from ep_export.staging import refuse_existing, staged
 from ep_export.validate.comparison import Finding, fold
+from ep_export.validate.component_feeds import ComponentFeeds, component_feeds
+from ep_export.validate.component_oracle import ComponentOracle
 from ep_export.validate.polygraphy_bisect import Bisection, bisect
 from ep_export.validate.polygraphy_compare import ORACLE, Oracles, compare_component
-from ep_export.validate.polygraphy_feeds import ComponentFeeds, component_feeds
-from ep_export.validate.polygraphy_oracle import Components
 from ep_export.validate.polygraphy_runners import quiet
+from ep_export.validate.questions import check_asked, questions
 from ep_export.validate.report import Report, Verdict, text_lines, to_json
-from ep_export.validate.run import vision_layers
+from ep_export.validate.setting import HALF_TYPES, check_checkpoint, usable_keep, vision_layers
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from ep_export.checkpoint import Checkpoint
-    from ep_export.families.base import PromptInputs
 
 __all__ = ["REPORT", "PolygraphyReport", "compare_with_polygraphy", "polygraphy_json", "polygraphy_lines"]
 
 REPORT = "polygraphy.json"
-_VIDEO = "video_encoder"
-_FRAMES = 8  # as Video-LLaVA was trained on
-_DTYPES = {Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -80,14 +75,14 @@ def compare_with_polygraphy(
     pictures: Sequence[Image.Image],
     prompts: Sequence[str],
     out: Path,
+    policies: Sequence[str] = (),
     find_first: bool = False,
     progress: Progress = silent,
 ) -> PolygraphyReport:
     """Run every component on the same inputs in PyTorch and in the backends, and compare.
 
-    Every picture is asked about once, and one prompt has none; a family with an encoder for videos gets one.
-    Head and tail see the prefill and the first decode step. Inputs are what the oracle computed at each
-    component's door, so that every component is judged alone.
+    See `questions` for what is asked. Spans see the prefill and the first decode step. Inputs are what the
+    oracle computed before each component, so that every component is judged alone.
 
     Args:
         bundle: The bundle.
@@ -96,28 +91,20 @@ def compare_with_polygraphy(
         pictures: At least one.
         prompts: At least one question.
         out: Directory to write; an earlier one of the same kind is replaced.
+        policies: Which of the bundle's policies; see `Manifest.scheduled`.
         find_first: For a component that failed, find the first tensor that differs (in ONNX Runtime).
         progress: Told about every component.
 
     Raises:
-        UserError: Another checkpoint, nothing to ask, a backend cannot open a component, or `out` is somebody
-            else's.
+        UserError: Another checkpoint, nothing to ask, no such policy, a backend cannot open a component, or
+            `out` is somebody else's.
     """
-    manifest = bundle.manifest
-    if manifest.model_sha256 != checkpoint.fingerprint:
-        raise UserError(
-            f"bundle {bundle.path} was built from another checkpoint than {checkpoint.source}",
-            hint=f"give the checkpoint it names: {manifest.model}",
-        )
-    if not pictures or not prompts:
-        raise UserError(
-            f"validation got {len(pictures)} pictures and {len(prompts)} prompts, expected some of each",
-            hint="give a picture and a question",
-        )
+    check_checkpoint(bundle, checkpoint)
+    check_asked(pictures, prompts)
     refuse_existing(out, overwrite=True, marker=REPORT)
+    schedule = bundle.manifest.scheduled(policies)
     oracles = _oracles(bundle, checkpoint)
-    asked = _prompts(bundle, checkpoint, pictures, prompts)
-    every = component_feeds(manifest, family_named(manifest.family), checkpoint.config, oracles.exact, asked)
+    every = _feeds(bundle, checkpoint, schedule, oracles.exact, pictures, prompts)
     stages, bisections = [], []
     with staged(out, overwrite=True, marker=REPORT) as aside:
         for number, given in enumerate(every):
@@ -126,7 +113,7 @@ def compare_with_polygraphy(
                 continue
             file = bundle.file(given.component.file)
             openers = {name: partial(factory, file) for name, factory in backends.items()}
-            findings, results = compare_component(manifest, given, oracles, openers)
+            findings, results = compare_component(bundle.manifest, given, oracles, openers)
             _write(aside, given, results)
             stages += [fold([finding]) for finding in findings]
             failed = _failed_case(given, findings)
@@ -134,39 +121,40 @@ def compare_with_polygraphy(
                 found = bisect(bundle, given, failed, oracles)
                 bisections += [found] if found is not None else []
         progress("polygraphy", len(every), len(every))
-        made = PolygraphyReport(
-            Report(subject=manifest.model, settings=_settings(bundle, backends), stages=tuple(stages)),
+        settings = _settings(bundle, schedule, backends)
+        result = PolygraphyReport(
+            Report(subject=bundle.manifest.model, settings=settings, stages=tuple(stages)),
             {given.component.name: len(given.cases) for given in every},
             tuple(bisections) if find_first else None,
         )
-        text = json.dumps(polygraphy_json(made), indent=2, allow_nan=False) + "\n"
+        text = json.dumps(polygraphy_json(result), indent=2, allow_nan=False) + "\n"
         (aside / REPORT).write_text(text, encoding="utf-8")
-    return made
+    return result
 
 
-def polygraphy_json(made: PolygraphyReport) -> dict[str, Any]:
+def polygraphy_json(result: PolygraphyReport) -> dict[str, Any]:
     """Plain JSON values: `verdict`, `stages`, `runs`, `bisections`."""
-    raw = to_json(made.report)
+    raw = to_json(result.report)
     return {
         "verdict": raw["verdict"],
         "stages": raw["stages"],
         "settings": raw["settings"],
-        "runs": dict(made.runs),
-        "bisections": None if made.bisections is None else [encode(found) for found in made.bisections],
+        "runs": dict(result.runs),
+        "bisections": None if result.bisections is None else [encode(found) for found in result.bisections],
     }
 
 
-def polygraphy_lines(made: PolygraphyReport) -> list[str]:
+def polygraphy_lines(result: PolygraphyReport) -> list[str]:
     """A table for a terminal, then where the graph leaves the oracle, then one sentence."""
-    *table, _ = text_lines(made.report)
-    found = [line for bisection in made.bisections or () for line in _bisection_lines(bisection)]
-    if made.bisections == () and made.report.verdict is Verdict.FAIL:
+    *table, _ = text_lines(result.report)
+    found = [line for bisection in result.bisections or () for line in _bisection_lines(bisection)]
+    if result.bisections == () and result.report.verdict is Verdict.FAIL:
         found = [
             "no tensor inside ONNX Runtime's graphs leaves its tolerance: the difference is another backend's"
         ]
-    elif made.bisections == ():
+    elif result.bisections == ():
         found = ["nothing to bisect: no tensor leaves its tolerance"]
-    return [*table, *found, made.sentence]
+    return [*table, *found, result.sentence]
 
 
 def _bisection_lines(found: Bisection) -> list[str]:
@@ -178,31 +166,32 @@ def _bisection_lines(found: Bisection) -> list[str]:
 
 
 def _oracles(bundle: Bundle, checkpoint: Checkpoint) -> Oracles:
-    policy, dtype = bundle.manifest.policy, _DTYPES.get(bundle.manifest.precision)
-    half = Components(load_model(checkpoint, dtype), policy) if dtype is not None else None
-    return Oracles(Components(load_model(checkpoint), policy), half, vision_layers(checkpoint.config))
+    dtype = HALF_TYPES.get(bundle.manifest.precision)
+    half = ComponentOracle(load_model(checkpoint, dtype)) if dtype is not None else None
+    return Oracles(ComponentOracle(load_model(checkpoint)), half, vision_layers(checkpoint.config))
 
 
-def _prompts(
-    bundle: Bundle, checkpoint: Checkpoint, pictures: Sequence[Image.Image], prompts: Sequence[str]
-) -> dict[str, PromptInputs]:
-    family = family_named(bundle.manifest.family)
+def _feeds(
+    bundle: Bundle,
+    checkpoint: Checkpoint,
+    schedule: Schedule,
+    oracle: ComponentOracle,
+    pictures: Sequence[Image.Image],
+    prompts: Sequence[str],
+) -> tuple[ComponentFeeds, ...]:
+    manifest = bundle.manifest
+    family = family_named(manifest.family)
     builder = family.prompt_builder(bundle.file("processor"), checkpoint.config)
-    asked = {
-        f"question {i + 1}": builder.build([picture], prompts[i % len(prompts)])
-        for i, picture in enumerate(pictures)
-    }
-    if any(component.name == _VIDEO for component in bundle.manifest.components):
-        asked["a video"] = builder.build([_video(pictures[0])], prompts[0])
-    return {**asked, "no picture": builder.build([], prompts[0])}
-
-
-def _video(picture: Image.Image) -> Video:
-    """The picture moving: what a tower of its own for videos is compared on."""
-    from PIL import ImageChops
-
-    step = max(1, picture.width // _FRAMES)
-    return Video(tuple(ImageChops.offset(picture, i * step, 0) for i in range(_FRAMES)), fps=1.0)
+    asked, _ = questions(manifest, builder, len(pictures), prompts)
+    return component_feeds(
+        manifest,
+        schedule,
+        usable_keep(manifest, schedule),
+        family=family,
+        config=checkpoint.config,
+        oracle=oracle,
+        prompts={question.name: question.build(builder, pictures) for question in asked},
+    )
 
 
 def _failed_case(given: ComponentFeeds, findings: Sequence[Finding]) -> int | None:
@@ -225,9 +214,10 @@ def _write(directory: Path, given: ComponentFeeds, results: RunResults) -> None:
         results.save(str(directory / f"{name}.outputs.json"))
 
 
-def _settings(bundle: Bundle, backends: Mapping[str, RunnerFactory]) -> dict[str, str]:
+def _settings(bundle: Bundle, schedule: Schedule, backends: Mapping[str, RunnerFactory]) -> dict[str, str]:
     manifest = bundle.manifest
     return {
+        "policies": str(schedule),
         "precision": manifest.precision.value,
         "dialect": f"{manifest.dialect.value}, opset {manifest.opset}",
         "runners": ", ".join([ORACLE, *backends]),

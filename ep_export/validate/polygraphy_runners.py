@@ -16,11 +16,12 @@ from polygraphy.logger import G_LOGGER
 
 from ep_export.bundle import Component
 from ep_export.runtime.base import Runner
-from ep_export.validate.polygraphy_oracle import Arrays, Components
+from ep_export.validate.component_oracle import Arrays, ComponentOracle
 
-__all__ = ["BackendRunner", "OracleRunner", "quiet"]
+__all__ = ["BackendRunner", "Kept", "OracleRunner", "quiet"]
 
 Kept = NDArray[np.int64] | None
+"""Rows that a prune component is to keep, or None for its own choice."""
 
 
 @contextmanager
@@ -65,19 +66,17 @@ class OracleRunner(_ComponentRunner):
         name: Of the runner, in results.
         component: The component.
         oracle: Runs it.
-        kept: What leaves the head, one a run in turn; None where its own choice does.
+        kept: What a prune component keeps, one a run in turn.
     """
 
     def __init__(
-        self, name: str, component: Component, oracle: Components, kept: Sequence[Kept] | None = None
+        self, name: str, component: Component, oracle: ComponentOracle, kept: Sequence[Kept]
     ) -> None:
         super().__init__(name, component)
-        self._oracle, self._kept, self._turn = oracle, kept, 0
+        self._oracle, self._kept = oracle, iter(kept)
 
     def _run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
-        kept = self._kept[self._turn] if self._kept is not None else None
-        self._turn += 1
-        return self._oracle.run(self._component.name, feeds, kept=kept)
+        return self._oracle.run(self._component, feeds, kept=next(self._kept))
 
 
 class BackendRunner(_ComponentRunner):
@@ -91,9 +90,8 @@ class BackendRunner(_ComponentRunner):
 
     def __init__(self, name: str, component: Component, open_runner: Callable[[], Runner]) -> None:
         super().__init__(name, component)
-        self._open, self._runner = open_runner, None
-
-    _runner: Runner | None
+        self._open = open_runner
+        self._runner: Runner | None = None
 
     def activate_impl(self) -> None:
         """Open the session."""
@@ -107,5 +105,4 @@ class BackendRunner(_ComponentRunner):
 
     def _run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
         assert self._runner is not None  # noqa: S101 - Polygraphy infers on active runners only
-        made = self._runner.run(feeds)
-        return {name: np.array(value.numpy()) for name, value in made.items()}
+        return {name: np.array(value.numpy()) for name, value in self._runner.run(feeds).items()}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 from ep_export.documents import encode
+from ep_export.runtime import KeptPicture
 
-__all__ = ["Case", "KeptPicture", "Report", "Stage", "Verdict", "text_lines", "to_json"]
+__all__ = ["Case", "Report", "Stage", "Verdict", "text_lines", "to_json"]
 
 
 class Verdict(str, Enum):
@@ -52,23 +53,6 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class KeptPicture:
-    """Which visual tokens of one picture reach layer K in the bundle.
-
-    Attributes:
-        picture: Number of the picture among those given to `validate`.
-        token_grid: (height, width) in cells, one a visual token.
-        kept: Row-major, one flag a cell.
-        view: What the grid lies on; see `ep_export.families.base.Picture`.
-    """
-
-    picture: int
-    token_grid: tuple[int, int]
-    kept: tuple[bool, ...]
-    view: tuple[int, int, int, int] | None = None
-
-
-@dataclass(frozen=True)
 class Case:
     """One prompt and what came of it.
 
@@ -76,12 +60,14 @@ class Case:
         name: As the stages' notes call it.
         prompt: The question.
         answer: The bundle's greedy answer.
-        reference_answer: The oracle's, given the bundle's kept set.
+        reference_answer: The oracle's, given the bundle's kept sets.
         prompt_tokens: S.
         visual_tokens: N.
-        kept_tokens: k.
-        kept_overlap: Share of the oracle's own kept visual tokens that the bundle keeps; 1 without pictures.
-        pictures: What was kept of each.
+        kept_tokens: Visual tokens that reach the last span.
+        kept_by_cut: For every cut the visual tokens that go on; empty without pictures.
+        kept_overlap: Share of the tokens the oracle itself would keep, of those that arrive at a cut in the
+            bundle, that the bundle keeps; the mean over cuts, 1 without pictures.
+        pictures: What was kept of each picture, or part of a video.
     """
 
     name: str
@@ -91,6 +77,7 @@ class Case:
     prompt_tokens: int
     visual_tokens: int
     kept_tokens: int
+    kept_by_cut: tuple[int, ...]
     kept_overlap: float
     pictures: tuple[KeptPicture, ...]
 
@@ -101,7 +88,8 @@ class Report:
 
     Attributes:
         subject: What was validated, e.g. the bundle's model.
-        settings: Name -> value of what a reader needs to judge it (policy, keep, precision, ...).
+        settings: Name -> value of what a reader needs to judge it (policies, keep, precision, ...).
+        policies: Choosers that were validated, cut by cut; empty where nothing was chosen.
         stages: In the order of the pipeline.
         cases: The prompts.
     """
@@ -109,7 +97,8 @@ class Report:
     subject: str
     settings: Mapping[str, str]
     stages: tuple[Stage, ...]
-    cases: tuple[Case, ...] = field(default=())
+    cases: tuple[Case, ...] = ()
+    policies: tuple[str, ...] = ()
 
     @property
     def verdict(self) -> Verdict:
@@ -127,9 +116,10 @@ class Report:
         """For the bundle's manifest and the last line of a log."""
         bad = [stage.name for stage in self.stages if stage.verdict is not Verdict.PASS]
         where = f" at {', '.join(bad)}" if bad else ""
+        pruned = f" pruned by {', '.join(dict.fromkeys(self.policies))}" if self.policies else ""
         return (
             f"{self.verdict.value}{where}: {len(self.stages)} stages over {len(self.cases)} prompts against "
-            f"Hugging Face, kept sets overlap {self.kept_overlap:.4f}"
+            f"Hugging Face{pruned}, kept sets overlap {self.kept_overlap:.4f}"
         )
 
 

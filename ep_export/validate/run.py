@@ -3,33 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from ep_export.bundle import Bundle, Precision
-from ep_export.errors import UserError
+from ep_export.bundle import Bundle
+from ep_export.choosers import choose
+from ep_export.policy import Schedule
 from ep_export.progress import Progress, silent
-from ep_export.reference import PruneSpec, load_model
+from ep_export.reference import load_model
 from ep_export.runtime import Session
+from ep_export.runtime.kept import kept_pictures
 from ep_export.validate.comparison import Finding
-from ep_export.validate.node_check import NodeRunner
-from ep_export.validate.observe import Observation, Oracle, Question, observe
-from ep_export.validate.report import Case, KeptPicture, Report
-from ep_export.validate.setting import Setting
+from ep_export.validate.observe import Observation, Oracle, observe
+from ep_export.validate.questions import check_asked, questions
+from ep_export.validate.report import Case, Report
+from ep_export.validate.setting import HALF_TYPES, Setting, check_checkpoint, vision_layers
 from ep_export.validate.stages import find, fold_stages
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from ep_export.checkpoint import Checkpoint
+    from ep_export.policy import Keep
 
-__all__ = ["validate", "vision_layers"]
-
-_DTYPES = {Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}
-_DEPTHS = ("depth", "num_hidden_layers")
-"""What vision configs call their number of layers."""
+__all__ = ["validate"]
 
 
 def validate(
@@ -38,112 +36,108 @@ def validate(
     *,
     pictures: Sequence[Image.Image],
     prompts: Sequence[str],
+    policies: Sequence[str] = (),
     max_new_tokens: int = 16,
     progress: Progress = silent,
 ) -> Report:
     """Compare a bundle, run by ONNX Runtime, with the pruned Hugging Face model it was made from.
 
-    Every picture is asked about with one of the prompts in turn (and every prompt is used); then come one
-    prompt with two pictures, where there are two, and one without a picture. The oracle is float32 with exact
-    float64 scores. Hidden states, logits, caches and answers are compared given the bundle's kept set, so
-    that a near-tie among tokens is not taken for an error in arithmetic.
+    See `questions` for what is asked. The oracle is float32 with exact float64 scores. Hidden states, logits,
+    caches and answers are compared given the bundle's kept set at every cut, so that a near-tie among tokens
+    is not taken for an error in arithmetic.
 
     Args:
         bundle: The bundle.
         checkpoint: What it was built from.
         pictures: At least one.
         prompts: At least one question.
+        policies: Which of the bundle's policies; see `Manifest.scheduled`.
         max_new_tokens: Longest greedy answer compared.
         progress: Told about every prompt.
 
     Raises:
-        UserError: Nothing to ask, another checkpoint, or a bundle ONNX Runtime cannot run.
+        UserError: Nothing to ask, another checkpoint, no such policy, or a bundle ONNX Runtime cannot run.
     """
-    if not pictures or not prompts:
-        raise UserError(
-            f"validation got {len(pictures)} pictures and {len(prompts)} prompts, expected some of each",
-            hint="give a picture and a question",
-        )
+    check_asked(pictures, prompts)
+    check_checkpoint(bundle, checkpoint)
     manifest = bundle.manifest
-    if manifest.model_sha256 != checkpoint.fingerprint:
-        raise UserError(
-            f"bundle {bundle.path} was built from another checkpoint than {checkpoint.source}",
-            hint=f"give the checkpoint it names: {manifest.model}",
-        )
-    questions = _questions(len(pictures), prompts)
-    plan = PruneSpec(manifest.policy, manifest.keep)
-    node = NodeRunner(bundle.file(manifest.component("decoder_head").file))
-    setting = Setting(manifest, node, vision_layers(checkpoint.config))
+    schedule = manifest.scheduled(policies)
+    setting = Setting(manifest, schedule, vision_layers(checkpoint.config))
     findings: list[tuple[Finding, ...]] = []
     cases: list[Case] = []
     with Session.open(bundle) as session:
-        half_type = _DTYPES.get(manifest.precision)
+        asked, no_video = questions(manifest, session.prompts, len(pictures), prompts)
+        half_type = HALF_TYPES.get(manifest.precision)
         half = load_model(checkpoint, half_type) if half_type is not None else None
-        oracle = Oracle(load_model(checkpoint), half, plan)
-        progress("validate", 0, len(questions))
-        for question in questions:
-            observation = observe(session, oracle, question, pictures, max_new_tokens)
+        oracle = Oracle(load_model(checkpoint), half)
+        progress("validate", 0, len(asked))
+        keep = manifest.keep
+        for question in asked:
+            observation = observe(
+                session, oracle, question, pictures, policies=policies, max_new_tokens=max_new_tokens
+            )
+            keep = observation.generation.keep
             findings.append(find(setting, observation))
-            cases.append(_case(observation))
-            progress("validate", len(cases), len(questions))
+            cases.append(_case(observation, schedule))
+            progress("validate", len(cases), len(asked))
     return Report(
         subject=manifest.model,
-        settings=_settings(bundle),
+        settings=_settings(bundle, schedule, keep, no_video),
         stages=fold_stages(findings),
         cases=tuple(cases),
+        policies=tuple(cut.chooser.name for cut in schedule.cuts),
     )
 
 
-def _questions(pictures: int, prompts: Sequence[str]) -> list[Question]:
-    asked = [
-        Question(f"question {i + 1}", (i % pictures,), prompts[i % len(prompts)])
-        for i in range(max(pictures, len(prompts)))
-    ]
-    if pictures > 1:
-        asked.append(Question("two pictures", (0, 1), prompts[0]))
-    asked.append(Question("no picture", (), prompts[0]))
-    return asked
-
-
-def vision_layers(config: Any) -> int:
-    """Depth of a config's vision encoder."""
-    vision = config.vision_config
-    return int(next(getattr(vision, name) for name in _DEPTHS if hasattr(vision, name)))
-
-
-def _settings(bundle: Bundle) -> dict[str, str]:
+def _settings(bundle: Bundle, schedule: Schedule, keep: Keep, no_video: str) -> dict[str, str]:
     manifest = bundle.manifest
+    evidence = manifest.evidence.summary
+    if schedule != manifest.schedule:
+        evidence = f"none for these policies; the bundle's own ({manifest.schedule}) stand on: {evidence}"
     return {
-        "policy": str(manifest.policy),
-        "evidence": manifest.evidence.summary,
-        "keep": f"{manifest.keep} on average over {manifest.dims.layers} layers",
+        "keep": f"{keep} on average over {manifest.dims.layers} layers",
+        "layers": ", ".join(_layers(span.layer_range) for span in manifest.spans),
+        "policies": str(schedule),
+        "evidence": evidence,
         "precision": manifest.precision.value,
         "dialect": f"{manifest.dialect.value}, opset {manifest.opset}",
         "scores": f"entropy series of degree {manifest.degree}",
-        "kept set": "hidden states, logits, caches and answers are compared given the bundle's own",
+        "kept sets": "hidden states, logits, caches and answers are compared given the bundle's own",
+        "video": no_video or "a clip of test cards",
         "bundle run by": "ONNX Runtime, CPU",
-        "oracle": "Hugging Face transformers, float32, exact float64 scores",
+        "oracle": "Hugging Face transformers, pruned alike: float32, exact float64 scores",
     }
 
 
-def _case(seen: Observation) -> Case:
-    own = seen.oracle_visual
-    overlap = len(np.intersect1d(seen.kept_visual, own)) / len(own) if len(own) else 1.0
-    kept = np.isin(seen.prompt.visual_index, seen.got.kept_index)
-    shown, start = [], 0
-    for number, picture in zip(seen.question.pictures, seen.prompt.pictures, strict=True):
-        stop = start + picture.visual_tokens
-        cells = tuple(picture.kept_cells(kept[start:stop]).tolist())
-        shown.append(KeptPicture(number, picture.token_grid, cells, picture.view))
-        start = stop
+def _layers(layers: range) -> str:
+    """For people."""
+    return f"{layers.start} to {layers.stop - 1}" if len(layers) > 1 else str(layers.start)
+
+
+def _case(seen: Observation, schedule: Schedule) -> Case:
+    cuts = [cut.kept_index for cut in seen.got.cuts]
+    visual = seen.prompt.visual_index
+    kept = tuple(int(np.isin(visual, index).sum()) for index in cuts)
     return Case(
         name=seen.question.name,
         prompt=seen.question.prompt,
         answer=seen.generation.answer,
         reference_answer=seen.answer_text,
         prompt_tokens=seen.prompt.input_ids.shape[1],
-        visual_tokens=len(seen.prompt.visual_index),
-        kept_tokens=len(seen.kept_visual),
-        kept_overlap=overlap,
-        pictures=tuple(shown),
+        visual_tokens=len(visual),
+        kept_tokens=kept[-1] if kept else len(visual),
+        kept_by_cut=kept,
+        kept_overlap=_overlap(seen, schedule),
+        pictures=kept_pictures(
+            seen.prompt, cuts, numbers=None if seen.question.clip else seen.question.pictures
+        ),
     )
+
+
+def _overlap(seen: Observation, schedule: Schedule) -> float:
+    """Mean over cuts of the share of the oracle's own choice that the bundle keeps."""
+    shares = []
+    for number, (trace, cut) in enumerate(zip(seen.given.cuts, schedule.cuts, strict=False)):
+        own = trace.arrived[choose(cut.chooser, trace.tokens, seen.budgets[number]).kept].numpy()
+        shares.append(float(np.isin(own, seen.got.cuts[number].kept_index).mean()) if len(own) else 1.0)
+    return float(np.mean(shares)) if shares else 1.0

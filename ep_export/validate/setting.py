@@ -1,21 +1,40 @@
-"""What every stage of a validation needs: the bundle's facts, and arrays out of the oracle's tensors."""
+"""What every stage of a validation needs: the bundle's facts, and how far the half type moves the oracle."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ep_export.bundle import Manifest, Precision
+from ep_export.bundle import Bundle, Manifest, Precision
+from ep_export.errors import UserError
+from ep_export.policy import Keep, Nothing, Schedule
 from ep_export.reference import PrefillStates
-from ep_export.validate.node_check import NodeRunner
 from ep_export.validate.observe import Observation
-from ep_export.validate.tolerance import Tolerance, float32_tolerance, half_tolerance
+from ep_export.validate.tolerance import Tolerance, tolerance_of
 
-__all__ = ["Setting", "half_noise", "to_numpy"]
+if TYPE_CHECKING:
+    from ep_export.checkpoint import Checkpoint
+
+__all__ = [
+    "HALF_TYPES",
+    "Setting",
+    "check_checkpoint",
+    "half_noise",
+    "to_numpy",
+    "usable_keep",
+    "vision_layers",
+]
+
+HALF_TYPES = {Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}
+"""Types of graphs in which the oracle is run as well."""
+
+_DEPTHS = ("depth", "num_hidden_layers")
+"""What vision configs call their number of layers."""
 
 
 @dataclass(frozen=True)
@@ -24,32 +43,59 @@ class Setting:
 
     Attributes:
         manifest: The bundle's.
-        node: The bundle's EntropyPrune node.
+        schedule: Cuts and choosers that are validated.
         vision_layers: Depth of the vision encoder.
     """
 
     manifest: Manifest
-    node: NodeRunner
+    schedule: Schedule
     vision_layers: int
 
     def tolerance(self, layers: int, noise: float) -> Tolerance:
-        """For a value that went through so many layers and that the half type changes by `noise`."""
-        float32 = float32_tolerance(self.manifest.dims, layers)
-        if self.manifest.precision is Precision.FP32:
-            return float32
-        return half_tolerance(float32, noise, self.manifest.precision)
+        """For a value behind the vision encoder and so many decoder layers, moved by `noise` in half type."""
+        return tolerance_of(self.manifest, self.vision_layers + layers, noise)
+
+    def numbered(self, stage: str, cut: int) -> str:
+        """Name of a stage at a cut: with its number where there are several."""
+        return f"{stage}_{cut}" if len(self.schedule.cuts) > 1 else stage
+
+
+def check_checkpoint(bundle: Bundle, checkpoint: Checkpoint) -> None:
+    """Refuse to compare a bundle with another model.
+
+    Raises:
+        UserError: The bundle was not built from it.
+    """
+    if bundle.manifest.model_sha256 != checkpoint.fingerprint:
+        raise UserError(
+            f"bundle {bundle.path} was built from another checkpoint than {checkpoint.source}",
+            hint=f"give the checkpoint it names: {bundle.manifest.model}",
+        )
+
+
+def usable_keep(manifest: Manifest, schedule: Schedule) -> Keep:
+    """The bundle's keep, or where a policy drops everything at the only cut, what that comes to."""
+    (first, *others) = schedule.cuts
+    if not others and isinstance(first.chooser, Nothing):
+        return Keep(ratio=first.layer / manifest.dims.layers)
+    return manifest.keep
+
+
+def vision_layers(config: Any) -> int:
+    """Depth of a config's vision encoder."""
+    vision = config.vision_config
+    return int(next(getattr(vision, name) for name in _DEPTHS if hasattr(vision, name)))
 
 
 def half_noise(case: Observation, of: Callable[[PrefillStates], torch.Tensor]) -> float:
     """Largest difference between the oracle in the graphs' half type and in float32; 0 for float32 graphs."""
     if case.half is None:
         return 0.0
-    return float((of(case.half).double() - of(case.given).double()).abs().max())
+    apart = (of(case.half).double() - of(case.given).double()).abs()
+    return float(apart.max()) if apart.numel() else 0.0
 
 
-def to_numpy(tensor: torch.Tensor | None) -> NDArray[np.float32]:
+def to_numpy(tensor: torch.Tensor) -> NDArray[np.float32]:
     """float32 on the host."""
-    if tensor is None:
-        raise ValueError("the oracle scored nothing here")  # callers ask only about prompts with pictures
     array: NDArray[np.float32] = tensor.float().numpy()
     return array

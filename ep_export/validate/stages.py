@@ -1,9 +1,13 @@
-"""The stages in the order of the pipeline: what is compared at each, and with which tolerance."""
+"""The stages in the order of the pipeline: what is compared at each, and with which tolerance.
+
+Scores, prune component, kept set and hidden states are stages of every cut, caches of every span; their names
+end in the cut's or span's number, a cut's only where there are several.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,18 +16,22 @@ import torch
 from numpy.typing import NDArray
 
 from ep_export.bundle import Precision
+from ep_export.choosers import choose
+from ep_export.policy import MaxMin
 from ep_export.reference import PrefillStates
-from ep_export.validate.choices import find_kept, find_node, find_scores
+from ep_export.validate.choices import choice_tolerance, compare_choice, graph_spread
 from ep_export.validate.comparison import Comparison, Finding, compare, fold
-from ep_export.validate.observe import Observation
+from ep_export.validate.observe import Observation, PruneRun
 from ep_export.validate.report import Stage, Verdict
 from ep_export.validate.setting import Setting, half_noise, to_numpy
-from ep_export.validate.tolerance import EXACT
+from ep_export.validate.tolerance import EXACT, score_tolerance, tolerance_of
 
 __all__ = ["find", "fold_stages"]
 
 _Pairs = list[tuple[str, int, NDArray[Any], Callable[[PrefillStates], torch.Tensor]]]
-"""(what, layers it went through, the bundle's array, the oracle's)."""
+"""(what, decoder layers it went through, the bundle's array, the oracle's)."""
+
+_NO_PICTURE = "no picture"
 
 
 def find(setting: Setting, case: Observation) -> tuple[Finding, ...]:
@@ -36,13 +44,12 @@ def find(setting: Setting, case: Observation) -> tuple[Finding, ...]:
         _positions(case),
         _vision(setting, case),
         _embeddings(setting, case),
-        find_scores(setting, case),
-        find_node(setting, case),
-        find_kept(setting, case),
-        _arrays(setting, case, "hidden", _hidden(setting, case)),
+        *(finding for cut in range(len(setting.schedule.cuts)) for finding in _cut(setting, case, cut)),
         _arrays(setting, case, "logits", _logits(setting, case)),
-        _arrays(setting, case, "kv_full", _caches(setting, case, above=False)),
-        _arrays(setting, case, "kv_kept", _caches(setting, case, above=True)),
+        *(
+            _arrays(setting, case, f"kv_{number}", _caches(case, span.layer_range))
+            for number, span in enumerate(setting.manifest.spans)
+        ),
         _tokens(setting, case),
     )
 
@@ -53,15 +60,18 @@ def fold_stages(cases: Sequence[Sequence[Finding]]) -> tuple[Stage, ...]:
 
 
 def _positions(case: Observation) -> Finding:
-    want, name = case.free.position_ids.numpy(), case.question.name
-    inside = case.got.kept_index[case.got.kept_index < want.shape[2]]
-    visual = case.free.visual_index.numpy()
-    found = (
+    want, name = case.given.position_ids.numpy(), case.question.name
+    visual = case.given.visual_index.numpy()
+    found = [
         compare(f"{name}, prompt", case.prompt.position_ids, want, EXACT),
-        compare(f"{name}, kept", case.got.kept_position_ids, want[..., inside], EXACT),
         compare(f"{name}, visual tokens", case.prompt.visual_index, visual, EXACT),
-    )
-    return Finding("positions", found, "integers: Hugging Face's own positions, kept ones unchanged")
+    ]
+    for number, cut in enumerate(case.got.cuts):
+        inside = cut.kept_index[cut.kept_index < want.shape[2]]
+        found.append(
+            compare(f"{name}, kept at cut {number}", cut.position_ids.numpy(), want[..., inside], EXACT)
+        )
+    return Finding("positions", tuple(found), "integers: Hugging Face's own positions, kept ones unchanged")
 
 
 def _vision(setting: Setting, case: Observation) -> Finding:
@@ -70,7 +80,7 @@ def _vision(setting: Setting, case: Observation) -> Finding:
     for number, got in enumerate(case.got.visual_embeds):
         rows = slice(start, start + len(got))
         start += len(got)
-        pairs.append((f"picture {number + 1}", setting.vision_layers, got, partial(_visual_rows, rows=rows)))
+        pairs.append((f"picture {number + 1}", 0, got, partial(_visual_rows, rows=rows)))
     return _arrays(setting, case, "vision", pairs)
 
 
@@ -80,13 +90,88 @@ def _embeddings(setting: Setting, case: Observation) -> Finding:
     rows = partial(_embedding_rows, rows=text)
     got, want = case.got.inputs_embeds[0, text], to_numpy(rows(case.given))
     half = setting.manifest.precision is not Precision.FP32
-    tolerance = setting.tolerance(1, half_noise(case, rows)) if half else EXACT
+    tolerance = tolerance_of(setting.manifest, 1, half_noise(case, rows)) if half else EXACT
     return Finding("embeddings", (compare(case.question.name, got, want, tolerance),), tolerance.reason)
+
+
+def _cut(setting: Setting, case: Observation, cut: int) -> Iterator[Finding]:
+    """What a cut's prune component scores and keeps alone, what the bundle keeps, what goes on."""
+    named = partial(setting.numbered, cut=cut)
+    if not case.prunes:
+        yield from (Finding(named(stage), (), _NO_PICTURE) for stage in ("scores", "node", "kept", "hidden"))
+        return
+    chooser, run = setting.schedule.cuts[cut].chooser, case.prunes[cut]
+    spread = graph_spread(chooser, run.tokens, run.outputs.get("scores"), setting.manifest.degree)
+    yield _scores(setting, case, named("scores"), run, case.budgets[cut])
+    yield _node(case, named("node"), run, case.budgets[cut], spread)
+    yield _kept(setting, case, named("kept"), cut, spread)
+    yield _arrays(setting, case, named("hidden"), _hidden(setting, case, cut))
+
+
+def _scores(setting: Setting, case: Observation, stage: str, run: PruneRun, k: int) -> Finding:
+    """The exported scores against float64, on what the oracle itself saw arrive."""
+    chooser = run.component.chooser
+    if chooser is None or "scores" not in run.outputs:
+        return Finding(stage, (), "this policy scores nothing")
+    choice = choose(chooser, run.tokens, k)
+    if isinstance(chooser, MaxMin) and not np.array_equal(choice.kept.numpy(), run.kept):
+        return Finding(stage, (), "every score rests on those chosen before, and others were chosen")
+    tolerance = score_tolerance(chooser, run.tokens, setting.manifest.degree)
+    exact = choice.scores.numpy() if choice.scores is not None else np.empty(0)
+    found = compare(case.question.name, run.outputs["scores"], exact, tolerance)
+    return Finding(stage, (found,), tolerance.reason)
+
+
+def _node(case: Observation, stage: str, run: PruneRun, k: int, spread: float) -> Finding:
+    """What the prune component keeps of what the oracle saw arrive, and whether it gathers just that."""
+    reason = "near-tie: exact scores no further apart than the graph's own scoring errors on these tokens"
+    name, chooser, rows = case.question.name, run.component.chooser, run.outputs["kept_index"]
+    if chooser is None:
+        return Finding(stage, (), reason)
+    feeds, outputs = run.feeds, run.outputs
+    length, visual = feeds["hidden"].shape[1], feeds["visual_index"]
+    inside = rows[(rows >= 0) & (rows < length)]
+    exact = {
+        "kept_index": np.union1d(np.setdiff1d(np.arange(length), visual), run.kept),
+        "kept_visual_index": np.flatnonzero(np.isin(rows, visual)),
+        "kept_hidden": feeds["hidden"][:, inside],
+        "kept_position_ids": feeds["position_ids"][..., inside],
+    }
+    found = [
+        compare_choice(name, chooser, run.tokens, run.kept, k, spread),
+        *(compare(f"{name}, {output}", outputs[output], want, EXACT) for output, want in exact.items()),
+    ]
+    return Finding(stage, tuple(found), reason)
+
+
+def _kept(setting: Setting, case: Observation, stage: str, cut: int, spread: float) -> Finding:
+    """What the bundle keeps, run from the pictures on, of what arrives at a cut in the bundle."""
+    reason = (
+        "near-tie: exact scores no further apart than the graph's scoring errors plus what rounding on the "
+        "way to the cut moves these scores"
+    )
+    if not case.forced:
+        note = "text or visual tokens are missing, or positions are out of order"
+        found = Comparison(Verdict.FAIL, math.inf, 0.0, 1.0, case.question.name, note)
+        return Finding(stage, (found,), reason)
+    settings, tokens = setting.schedule.cuts[cut], case.given.cuts[cut].tokens
+    tolerance = choice_tolerance(
+        setting.manifest.dims,
+        settings.chooser,
+        tokens,
+        spread=spread,
+        layers=setting.vision_layers + settings.layer,
+        half=case.half.cuts[cut].tokens if case.half is not None else None,
+    )
+    found = compare_choice(
+        case.question.name, settings.chooser, tokens, case.kept_there(cut), case.budgets[cut], tolerance
+    )
+    return Finding(stage, (found,), reason)
 
 
 def _arrays(setting: Setting, case: Observation, stage: str, pairs: _Pairs) -> Finding:
     """Real-valued arrays, the oracle keeping what the bundle keeps."""
-    done, reason = [], "no picture"
+    done, reason = [], _NO_PICTURE
     for what, layers, got, of in pairs:
         tolerance = setting.tolerance(layers, half_noise(case, of))
         reason = tolerance.reason
@@ -94,34 +179,34 @@ def _arrays(setting: Setting, case: Observation, stage: str, pairs: _Pairs) -> F
     return Finding(stage, tuple(done), reason)
 
 
-def _hidden(setting: Setting, case: Observation) -> _Pairs:
-    layers = setting.vision_layers + setting.manifest.policy.layer
-    got = case.got.hidden_states.numpy()
-    return [("hidden states into the tail", layers, got, lambda states: states.hidden_kept)]
+def _hidden(setting: Setting, case: Observation, cut: int) -> _Pairs:
+    layer = setting.schedule.cuts[cut].layer
+    got = case.got.cuts[cut].hidden_states.numpy()
+    return [(f"hidden states into layer {layer}", layer, got, lambda states: states.hidden_after[cut])]
 
 
 def _logits(setting: Setting, case: Observation) -> _Pairs:
-    layers = setting.vision_layers + setting.manifest.dims.layers
-    return [("last position", layers, case.got.logits, lambda states: states.logits)]
+    return [("last position", setting.manifest.dims.layers, case.got.logits, lambda states: states.logits)]
 
 
-def _caches(setting: Setting, case: Observation, *, above: bool) -> _Pairs:
-    split, layers = setting.manifest.policy.layer, setting.manifest.dims.layers
-    made: _Pairs = []
-    for i in range(split, layers) if above else range(split):
-        for part, name in enumerate(("key", "value")):
-            got = case.got.caches[f"past_key_values.{i}.{name}"].numpy()
-            depth = setting.vision_layers + i + 1
-            made.append((f"layer {i} {name}", depth, got, partial(_cache, layer=i, part=part)))
-    return made
+def _caches(case: Observation, layers: range) -> _Pairs:
+    return [
+        (
+            f"layer {i} {name}",
+            i + 1,
+            case.got.caches[f"past_key_values.{i}.{name}"].numpy(),
+            partial(_cache, layer=i, part=part),
+        )
+        for i in layers
+        for part, name in enumerate(("key", "value"))
+    ]
 
 
 def _tokens(setting: Setting, case: Observation) -> Finding:
     """Greedy answers. They may part only where the oracle itself prefers its token by a rounding."""
-    layers = setting.vision_layers + setting.manifest.dims.layers
     noise = half_noise(case, lambda states: states.logits)
     scale = float(case.answer.scores[torch.isfinite(case.answer.scores)].abs().max())
-    allowed = 2 * setting.tolerance(layers, noise).allowed(scale)
+    allowed = 2 * setting.tolerance(setting.manifest.dims.layers, noise).allowed(scale)
     reason = "answers may part where the oracle's two best logits are closer than two logit tolerances"
     return Finding("tokens", (_answers(case, allowed),), reason)
 

@@ -13,12 +13,26 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ep_export.bundle import Precision
+from ep_export.bundle import Component, Manifest, Precision, Role, TensorSpec
+from ep_export.choosers import CutTokens
 from ep_export.dims import DecoderDims
-from ep_export.entropy import EntropySeries
-from ep_export.policy import Scorer
+from ep_export.entropy import EntropySeries, entropy_series
+from ep_export.policy import Chooser, MaxMin, Scorer, TopK
 
-__all__ = ["EXACT", "Tolerance", "float32_tolerance", "half_tolerance", "score_bound"]
+__all__ = [
+    "EXACT",
+    "INTEGERS",
+    "Tolerance",
+    "float32_tolerance",
+    "half_tolerance",
+    "layers_before",
+    "output_tolerance",
+    "score_bound",
+    "score_tolerance",
+    "tolerance_of",
+]
+
+_CACHES = "present."
 
 _UNIT_FLOAT32 = 2.0**-24
 _UNIT = {Precision.FP32: _UNIT_FLOAT32, Precision.FP16: 2.0**-11, Precision.BF16: 2.0**-8}
@@ -50,6 +64,7 @@ class Tolerance:
 
 
 EXACT = Tolerance(0.0, 0.0, "both sides copy the same numbers")
+INTEGERS = Tolerance(0.0, 0.0, "integers: equal or not")
 
 
 def float32_tolerance(dims: DecoderDims, layers: int) -> Tolerance:
@@ -84,6 +99,77 @@ def half_tolerance(float32: Tolerance, noise: float, precision: Precision) -> To
         f"Face's own {precision.value} run on the same input, plus one {precision.value} rounding"
     )
     return Tolerance(float32.relative + _UNIT[precision], _HALF_MARGIN * noise, reason)
+
+
+def tolerance_of(manifest: Manifest, layers: int, noise: float) -> Tolerance:
+    """For a value of a bundle that went through so many layers and that the half type moves by `noise`."""
+    float32 = float32_tolerance(manifest.dims, layers)
+    if manifest.precision is Precision.FP32:
+        return float32
+    return half_tolerance(float32, noise, manifest.precision)
+
+
+def layers_before(component: Component, output: str, vision_layers: int) -> int:
+    """Layers of its own component that an output went through.
+
+    Args:
+        component: The component.
+        output: Its name.
+        vision_layers: Depth of the vision encoder.
+    """
+    if component.role is not Role.DECODER:
+        return vision_layers if component.role is Role.VISION else 1
+    if output.startswith(_CACHES):
+        return int(output.split(".")[1]) - component.layer_range.start + 1
+    return len(component.layer_range)
+
+
+def output_tolerance(
+    manifest: Manifest,
+    component: Component,
+    output: TensorSpec,
+    *,
+    vision_layers: int,
+    noise: float = 0.0,
+    tokens: CutTokens | None = None,
+) -> Tolerance:
+    """What an output of one component may differ, given the same inputs.
+
+    Args:
+        manifest: The bundle's.
+        component: The component.
+        output: One of its outputs.
+        vision_layers: Depth of the vision encoder.
+        noise: How far PyTorch in the graphs' half type is from PyTorch in float32; 0 for float32 graphs.
+        tokens: What a prune component's chooser looks at.
+    """
+    if output.dtype == "int64":
+        return INTEGERS
+    if component.role is Role.PRUNE and component.chooser is not None:
+        if output.name == "scores" and tokens is not None:
+            return score_tolerance(component.chooser, tokens, manifest.degree)
+        return EXACT
+    if component.role is Role.EMBED and manifest.precision is Precision.FP32:
+        return EXACT
+    return tolerance_of(manifest, layers_before(component, output.name, vision_layers), noise)
+
+
+def score_tolerance(chooser: Chooser, tokens: CutTokens, degree: int) -> Tolerance:
+    """How far a graph's scores may be from the exact ones of the same choice.
+
+    Args:
+        chooser: What scores.
+        tokens: What it looks at.
+        degree: Degree of the entropy series.
+    """
+    if isinstance(chooser, TopK) and tokens.states is not None:
+        bound, reason = score_bound(chooser.scorer, tokens.states.float().numpy(), entropy_series(degree))
+        return Tolerance(0.0, bound, reason)
+    if isinstance(chooser, MaxMin):
+        width = tokens.hidden.shape[1]
+        bound = _WORST_OVER_TYPICAL * _UNIT_FLOAT32 * math.sqrt(width)
+        return Tolerance(0.0, bound, f"cosines of {width} terms in float32: 16 x 2^-24 x sqrt({width})")
+    return EXACT  # a draw is made of integers
 
 
 def score_bound(scorer: Scorer, states: NDArray[np.float32], series: EntropySeries) -> tuple[float, str]:

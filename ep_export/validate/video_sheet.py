@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ep_export.families.base import Video
-    from ep_export.runtime.generate import KeptPicture
+    from ep_export.runtime import KeptPicture
 
 __all__ = ["draw_kept_video"]
 
@@ -21,19 +21,20 @@ _LEAST_WIDTH = 160  # of one drawing: a dozen patches across are still told apar
 _PAPER = (16, 22, 34)
 
 
-def draw_kept_video(video: Video, parts: Sequence[KeptPicture]) -> Image.Image:
+def draw_kept_video(video: Video, parts: Sequence[KeptPicture], *, cut: int = -1) -> Image.Image:
     """One drawing a part, row by row; see `draw_kept`.
 
     Args:
         video: What was shown.
         parts: What was kept of it, all its parts in order. Where a part stands for several frames, the first
             of them is drawn.
+        cut: After which cut; the last one.
     """
     from PIL import Image as Images
 
     step = -(-len(video.frames) // len(parts))
     drawings = [
-        draw_kept(video.frames[i * step], part.token_grid, part.kept, view=part.view)
+        draw_kept(video.frames[i * step], part.token_grid, part.masks[cut], view=part.view)
         for i, part in enumerate(parts)
     ]
     columns = math.ceil(math.sqrt(len(drawings)))

@@ -5,18 +5,14 @@
 // | score_careful | <= 2048 x 32         | <= 48 KiB, else global | a warp a token, only those that score_tokens left |
 // | rank_pictures | N/256 x 256          | none                   | a thread a token, only for a budget per picture   |
 // | plan_rows     | 1 x 1024             | 5 KiB                  | radix select, prefix sums                         |
-// | gather_rows   | S x 128              | none                   | a block a prompt position, accesses of 16 bytes   |
+// | gather_rows   | S x 128              | none                   | a block a position, accesses of 16 bytes          |
 //
 // Accumulation: fp32 (fast_score.h, careful_score.h, spectrum.h); integers elsewhere. Atomics only count, so results do
 // not depend on timing. Compiled with -fmad=false: every fused multiply-add is written as fmaf, as on the host where
 // the same text is tested.
 //
-// Versions that led here (accuracy measured on a CPU; there was no GPU, see PERFORMANCE.md):
-//   1. Gram, Householder, bisection of every eigenvalue. Replaced before it ran: 29 passes over T against one.
-//   2. Entropy by quadrature of the resolvent, first-order shares: 8e-6 nats off next to dominant eigenvalues.
-//   3. Second-order terms at large nodes and compensated sums: 3e-6 nats off for tokens with one dominant head.
-//   4. Rank-deficient tokens apart, by Gram-Schmidt twice and L^T L: below 1e-6 nats.
-//   5. Which tokens those are is read off the quadrature: same accuracy, 930 fewer instructions a token. Kept.
+// The scores go straight to their output: score_tokens leaves a mark there that score_careful replaces, and the
+// selection reads them from there.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -49,7 +45,7 @@ constexpr int kWarpsPerBlock = kRows > kWarpLanes ? 2 : 4;
 
 template <class Value, int kRows>
 __global__ void __launch_bounds__(kWarpsPerBlock<kRows>* kWarpLanes)
-    score_tokens(Value const* states, int64_t prompt, int64_t const* visual_index, int visual, int heads, int dim,
+    score_tokens(Value const* states, int64_t sequence, int64_t const* visual_index, int visual, int heads, int dim,
                  Scorer scorer, float* scores) {
   __shared__ FastStage<kRows> stages[kWarpsPerBlock<kRows>];
   int const warp = static_cast<int>(threadIdx.x) / kWarpLanes;
@@ -57,7 +53,7 @@ __global__ void __launch_bounds__(kWarpsPerBlock<kRows>* kWarpLanes)
   int const n = static_cast<int>(blockIdx.x) * kWarpsPerBlock<kRows> + warp;
   if (n >= visual) return;  // a whole warp leaves; nothing below waits for the block
   int64_t const position = visual_index[n];
-  if (position < 0 || position >= prompt) {  // not a position: never read outside, rank last
+  if (position < 0 || position >= sequence) {  // not a position: never read outside, rank last
     if (lane == 0) scores[n] = not_a_number();
     return;
   }
@@ -109,7 +105,8 @@ __global__ void __launch_bounds__(kRankThreads)
 }
 
 __global__ void __launch_bounds__(kSelectThreads)
-    plan_rows(float const* scores, int visual, int kept, Select select, Budget budget, uint32_t* keys, int32_t* plan) {
+    plan_rows(float const* scores, int64_t const* visual_index, int visual, int kept, Select select, Budget budget,
+              uint32_t* keys, int32_t* plan, int64_t* kept_visual_index) {
   __shared__ SelectStage stage;
   DeviceBlock team;
   if (budget == Budget::kJoint) {
@@ -117,30 +114,29 @@ __global__ void __launch_bounds__(kSelectThreads)
       for (int n = thread; n < visual; n += team.size()) keys[n] = preference(scores[n], select);
     });
   }
-  make_plan(team, keys, visual, kept, stage, plan);
+  make_plan(team, keys, visual_index, visual, kept, stage, plan, kept_visual_index);
 }
 
 // `Word` is the widest type that divides a row and its alignment.
 template <class Word>
 __global__ void __launch_bounds__(kGatherThreads)
-    gather_rows(Word const* hidden, int words, int64_t const* position_ids, int axes, int64_t prompt,
+    gather_rows(Word const* hidden, int words, int64_t const* position_ids, int axes, int64_t sequence,
                 int64_t const* visual_index, int visual, int64_t rows, int32_t const* plan, Word* kept_hidden,
                 int64_t* kept_position_ids, int64_t* kept_index) {
   int64_t const position = blockIdx.x;
-  int64_t const row = output_row(position, visual, visual_index, plan);
-  // The bound only bites if visual_index broke its contract; memory outside the outputs must not be touched even then.
-  if (row < 0 || row >= rows) return;
+  int64_t const row = output_row(position, visual, visual_index, plan, rows);
+  if (row < 0) return;
   for (int i = static_cast<int>(threadIdx.x); i < words; i += kGatherThreads) {
     kept_hidden[row * words + i] = hidden[position * words + i];
   }
   for (int axis = static_cast<int>(threadIdx.x); axis < axes; axis += kGatherThreads) {
-    kept_position_ids[axis * rows + row] = position_ids[axis * prompt + position];
+    kept_position_ids[axis * rows + row] = position_ids[axis * sequence + position];
   }
   if (threadIdx.x == 0) kept_index[row] = position;
 }
 
 struct Workspace {
-  size_t scores, keys, plan, scratch, total;
+  size_t keys, plan, scratch, total;
 };
 
 template <int kRows>
@@ -159,8 +155,7 @@ Workspace workspace_of(Shape const& shape) {
   size_t const visual = static_cast<size_t>(shape.visual);
   size_t const slots = careful_in_shared(shape) ? 0 : std::min<int64_t>(shape.visual, kCarefulBlocksInGlobal);
   Workspace at{};
-  at.keys = aligned(visual * sizeof(float));
-  at.plan = at.keys + aligned(visual * sizeof(uint32_t));
+  at.plan = aligned(visual * sizeof(uint32_t));
   at.scratch = at.plan + aligned((visual + 1) * sizeof(int32_t));
   at.total = at.scratch +
              slots * sizeof(float) * careful_row_floats(static_cast<int>(shape.heads), static_cast<int>(shape.dim));
@@ -168,40 +163,39 @@ Workspace workspace_of(Shape const& shape) {
 }
 
 template <int kRows, class Value>
-void launch_fast(Shape const& shape, Options const& options, Tensors const& tensors, float* scores,
-                 cudaStream_t stream) {
+void launch_fast(Shape const& shape, Options const& options, Tensors const& tensors, cudaStream_t stream) {
   constexpr int kWarps = kWarpsPerBlock<kRows>;
   auto const blocks = static_cast<unsigned>((shape.visual + kWarps - 1) / kWarps);
   score_tokens<Value, kRows><<<blocks, kWarps * kWarpLanes, 0, stream>>>(
-      static_cast<Value const*>(tensors.states), shape.prompt, tensors.visual_index, static_cast<int>(shape.visual),
-      static_cast<int>(shape.heads), static_cast<int>(shape.dim), options.scorer, scores);
+      static_cast<Value const*>(tensors.states), shape.sequence, tensors.visual_index, static_cast<int>(shape.visual),
+      static_cast<int>(shape.heads), static_cast<int>(shape.dim), options.scorer, tensors.scores);
 }
 
 template <int kRows>
-void launch_scores(Shape const& shape, Options const& options, Type type, Tensors const& tensors, float* scores,
-                   float* scratch, cudaStream_t stream) {
+void launch_scores(Shape const& shape, Options const& options, Type type, Tensors const& tensors, float* scratch,
+                   cudaStream_t stream) {
   if (type == Type::kFloat16) {
-    launch_fast<kRows, __half>(shape, options, tensors, scores, stream);
+    launch_fast<kRows, __half>(shape, options, tensors, stream);
   } else if (type == Type::kBFloat16) {
-    launch_fast<kRows, __nv_bfloat16>(shape, options, tensors, scores, stream);
+    launch_fast<kRows, __nv_bfloat16>(shape, options, tensors, stream);
   } else {
-    launch_fast<kRows, float>(shape, options, tensors, scores, stream);
+    launch_fast<kRows, float>(shape, options, tensors, stream);
   }
   bool const shared = careful_in_shared(shape);
   size_t const bytes = shared ? careful_shared<kRows>(shape) : sizeof(CarefulStage<kRows>);
   auto const blocks = static_cast<unsigned>(std::min(shape.visual, shared ? kCarefulBlocks : kCarefulBlocksInGlobal));
   score_careful<kRows><<<blocks, kWarpLanes, bytes, stream>>>(
       tensors.states, type, tensors.visual_index, static_cast<int>(shape.visual), static_cast<int>(shape.heads),
-      static_cast<int>(shape.dim), options.scorer, scores, shared ? nullptr : scratch);
+      static_cast<int>(shape.dim), options.scorer, tensors.scores, shared ? nullptr : scratch);
 }
 
 template <class Word>
 void launch_gather(Shape const& shape, size_t row_bytes, Tensors const& tensors, int32_t const* plan,
                    cudaStream_t stream) {
-  int64_t const rows = shape.prompt - shape.visual + shape.kept;
-  gather_rows<Word><<<static_cast<unsigned>(shape.prompt), kGatherThreads, 0, stream>>>(
+  int64_t const rows = shape.sequence - shape.visual + shape.kept;
+  gather_rows<Word><<<static_cast<unsigned>(shape.sequence), kGatherThreads, 0, stream>>>(
       static_cast<Word const*>(tensors.hidden), static_cast<int>(row_bytes / sizeof(Word)), tensors.position_ids,
-      static_cast<int>(shape.axes), shape.prompt, tensors.visual_index, static_cast<int>(shape.visual), rows, plan,
+      static_cast<int>(shape.axes), shape.sequence, tensors.visual_index, static_cast<int>(shape.visual), rows, plan,
       static_cast<Word*>(tensors.kept_hidden), tensors.kept_position_ids, tensors.kept_index);
 }
 
@@ -214,7 +208,7 @@ char const* shape_error(Shape const& shape) {
   if (!in(shape.dim, 1, kMaxDim)) return "states: head dimension is out of range, expected 1 to 256";
   if (!in(shape.visual, 1, kMaxVisual)) return "visual_index: length is out of range, expected 1 to 65536";
   if (!in(shape.kept, 1, shape.visual)) return "keep_slots: length is out of range, expected 1 to that of visual_index";
-  if (!in(shape.prompt, shape.visual, INT32_MAX)) return "hidden: the prompt is shorter than visual_index";
+  if (!in(shape.sequence, shape.visual, INT32_MAX)) return "hidden: the sequence is shorter than visual_index";
   if (!in(shape.width, 1, 1 << 20)) return "hidden: width is out of range, expected 1 to 1048576";
   if (!in(shape.axes, 1, 16)) return "position_ids: axes are out of range, expected 1 to 16";
   return nullptr;
@@ -227,25 +221,25 @@ cudaError_t launch(Shape const& shape, Options const& options, Type states_type,
   if (shape_error(shape) != nullptr) return cudaErrorInvalidValue;
   auto* const base = static_cast<unsigned char*>(workspace);
   Workspace const at = workspace_of(shape);
-  auto* const scores = reinterpret_cast<float*>(base + at.scores);
   auto* const keys = reinterpret_cast<uint32_t*>(base + at.keys);
   auto* const plan = reinterpret_cast<int32_t*>(base + at.plan);
   auto* const scratch = reinterpret_cast<float*>(base + at.scratch);
   int const visual = static_cast<int>(shape.visual);
 
   if (shape.heads <= 16) {
-    launch_scores<16>(shape, options, states_type, tensors, scores, scratch, stream);
+    launch_scores<16>(shape, options, states_type, tensors, scratch, stream);
   } else if (shape.heads <= 32) {
-    launch_scores<32>(shape, options, states_type, tensors, scores, scratch, stream);
+    launch_scores<32>(shape, options, states_type, tensors, scratch, stream);
   } else {
-    launch_scores<64>(shape, options, states_type, tensors, scores, scratch, stream);
+    launch_scores<64>(shape, options, states_type, tensors, scratch, stream);
   }
   if (options.budget == Budget::kPerPicture) {
     rank_pictures<<<static_cast<unsigned>((visual + kRankThreads - 1) / kRankThreads), kRankThreads, 0, stream>>>(
-        scores, tensors.visual_index, visual, options.select, keys);
+        tensors.scores, tensors.visual_index, visual, options.select, keys);
   }
-  plan_rows<<<1, kSelectThreads, 0, stream>>>(scores, visual, static_cast<int>(shape.kept), options.select,
-                                              options.budget, keys, plan);
+  plan_rows<<<1, kSelectThreads, 0, stream>>>(tensors.scores, tensors.visual_index, visual,
+                                              static_cast<int>(shape.kept), options.select, options.budget, keys, plan,
+                                              tensors.kept_visual_index);
   size_t const row_bytes = static_cast<size_t>(shape.width) * (hidden_type == Type::kFloat32 ? 4 : 2);
   auto const spread = reinterpret_cast<uintptr_t>(tensors.hidden) | reinterpret_cast<uintptr_t>(tensors.kept_hidden);
   if ((row_bytes | spread) % 16 == 0) {

@@ -1,7 +1,8 @@
 // EntropyPrune on a CUDA device: what the plugin calls, free of TensorRT types.
 //
 // In:  states [S, heads, dim], hidden [S, width], position_ids [axes, S], visual_index [N], all on the device.
-// Out: the M = S - N + k prompt positions that stay, in order: their hidden states, position ids and indices.
+// Out: the M = S - N + k positions of the sequence that stay, in order: their hidden states, position ids and indices;
+// which of the M rows are visual; and the score of every visual token.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -17,13 +18,13 @@ namespace ep_export {
 enum class Type : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
 struct Shape {
-  int64_t prompt;  // S
-  int64_t visual;  // N
-  int64_t kept;    // k
-  int64_t heads;   // H
-  int64_t dim;     // D
-  int64_t width;   // d
-  int64_t axes;    // A
+  int64_t sequence;  // S: what enters this cut, a prompt or what an earlier cut left of it
+  int64_t visual;    // N
+  int64_t kept;      // k
+  int64_t heads;     // H
+  int64_t dim;       // D
+  int64_t width;     // d
+  int64_t axes;      // A
 };
 
 struct Options {
@@ -39,7 +40,9 @@ struct Tensors {
   int64_t const* visual_index;
   void* kept_hidden;
   int64_t* kept_position_ids;
-  int64_t* kept_index;
+  int64_t* kept_index;         // [M], positions of the sequence
+  int64_t* kept_visual_index;  // [k], rows of the output
+  float* scores;               // [N], NaN where the token's states are not finite
 };
 
 // nullptr, or one sentence that says which dimension is out of range, got and expected.

@@ -123,16 +123,16 @@ Shape shape_of(DimsOf dims) {
   Dims const hidden = dims(kHidden);
   Dims const positions = dims(kPositionIds);
   if (states.d[0] != 1 || hidden.d[0] != 1 || positions.d[1] != 1) {
-    fail("batch: expected 1 (visual_index names positions of one prompt), got " + std::to_string(states.d[0]) + ", " +
+    fail("batch: expected 1 (visual_index names positions of one sequence), got " + std::to_string(states.d[0]) + ", " +
          std::to_string(hidden.d[0]) + " and " + std::to_string(positions.d[1]) +
          " in states, hidden and position_ids");
   }
-  check_equal("prompt lengths of states and hidden", states.d[1], hidden.d[1]);
-  check_equal("prompt lengths of position_ids and hidden", positions.d[2], hidden.d[1]);
+  check_equal("sequence lengths of states and hidden", states.d[1], hidden.d[1]);
+  check_equal("sequence lengths of position_ids and hidden", positions.d[2], hidden.d[1]);
   Shape const shape{hidden.d[1], dims(kVisualIndex).d[0], dims(kKeepSlots).d[0], states.d[2], states.d[3],
                     hidden.d[2], positions.d[0]};
   if (char const* const error = shape_error(shape)) {
-    fail(std::string(error) + "; got S=" + std::to_string(shape.prompt) + " N=" + std::to_string(shape.visual) +
+    fail(std::string(error) + "; got S=" + std::to_string(shape.sequence) + " N=" + std::to_string(shape.visual) +
          " k=" + std::to_string(shape.kept) + " H=" + std::to_string(shape.heads) + " D=" + std::to_string(shape.dim) +
          " d=" + std::to_string(shape.width) + " A=" + std::to_string(shape.axes));
   }
@@ -194,6 +194,8 @@ int32_t EntropyPrunePlugin::getOutputDataTypes(DataType* outputs, int32_t output
     outputs[kKeptHidden] = inputs[kHidden];
     outputs[kKeptPositionIds] = DataType::kINT64;
     outputs[kKeptIndex] = DataType::kINT64;
+    outputs[kKeptVisualIndex] = DataType::kINT64;
+    outputs[kScores] = DataType::kFLOAT;
     return 0;
   });
 }
@@ -216,6 +218,8 @@ int32_t EntropyPrunePlugin::getOutputShapes(nvinfer1::DimsExprs const* inputs, i
     outputs[kKeptPositionIds].d[2] = rows;
     outputs[kKeptIndex].nbDims = 1;
     outputs[kKeptIndex].d[0] = rows;
+    outputs[kKeptVisualIndex] = inputs[kKeepSlots];
+    outputs[kScores] = inputs[kVisualIndex];
     return 0;
   });
 }
@@ -231,6 +235,7 @@ bool EntropyPrunePlugin::supportsFormatCombination(int32_t position, DynamicPlug
       case kStates:
       case kHidden: return is_float(tensor.type);
       case kInputs + kKeptHidden: return tensor.type == tensors[kHidden].desc.type;
+      case kInputs + kScores: return tensor.type == DataType::kFLOAT;
       default: return tensor.type == DataType::kINT64;
     }
   });
@@ -274,7 +279,9 @@ int32_t EntropyPrunePlugin::enqueue(PluginTensorDesc const* input_descs, PluginT
                           static_cast<int64_t const*>(inputs[kVisualIndex]),
                           outputs[kKeptHidden],
                           static_cast<int64_t*>(outputs[kKeptPositionIds]),
-                          static_cast<int64_t*>(outputs[kKeptIndex])};
+                          static_cast<int64_t*>(outputs[kKeptIndex]),
+                          static_cast<int64_t*>(outputs[kKeptVisualIndex]),
+                          static_cast<float*>(outputs[kScores])};
     Shape const shape = shape_of([&](int32_t i) { return input_descs[i].dims; });
     cudaError_t const error = launch(shape, options_, element_type(input_descs[kStates].type),
                                      element_type(input_descs[kHidden].type), tensors, workspace, stream);

@@ -11,12 +11,12 @@
 namespace ep_export {
 
 constexpr char const* kPluginName = "EntropyPrune";
-constexpr char const* kPluginVersion = "1";
+constexpr char const* kPluginVersion = "2";
 constexpr char const* kPluginNamespace = "ep_export";
 
 // Inputs and outputs in the order of the node.
 enum Input : int32_t { kStates, kHidden, kPositionIds, kVisualIndex, kKeepSlots, kInputs };
-enum Output : int32_t { kKeptHidden, kKeptPositionIds, kKeptIndex, kOutputs };
+enum Output : int32_t { kKeptHidden, kKeptPositionIds, kKeptIndex, kKeptVisualIndex, kScores, kOutputs };
 
 // Writes to TensorRT's logger, or to stderr as long as no logger finder was given: an error is never silent.
 void log_message(nvinfer1::ILogger::Severity severity, std::string const& message) noexcept;

@@ -1,4 +1,4 @@
-// From scores to rows of the output: which visual tokens stay, and where every prompt position goes.
+// From scores to rows of the output: which visual tokens stay, and where every position goes.
 //
 // Exact and deterministic for 1 to 65,536 tokens: scores become 32-bit keys whose order is the order of preference, a
 // radix select by one block finds the k-th key, and equal keys are taken from the lowest index up.
@@ -89,9 +89,13 @@ EP_HD void sum_groups(Team& team, SelectStage& stage) {
 }
 
 // plan[n] = 2 x (visual tokens dropped before n) + (n is kept), for n < visual; plan[visual] = 2 x (all dropped).
+// kept_visual_index [kept]: the output rows of the visual tokens that stay, in order. Its slots are counted, not looked
+// up, so each is written once whatever visual_index holds; and an index outside the sequence becomes one outside the
+// output, on the same side, because at most visual - kept is taken off.
 // The team's size is a multiple of 32, at least 256 and at most kSelectThreads.
 template <class Team>
-EP_HD void make_plan(Team& team, uint32_t const* keys, int visual, int kept, SelectStage& stage, int32_t* plan) {
+EP_HD void make_plan(Team& team, uint32_t const* keys, int64_t const* visual_index, int visual, int kept,
+                     SelectStage& stage, int32_t* plan, int64_t* kept_visual_index) {
   team.each([&](int thread) {
     if (thread == 0) {
       stage.key = 0;
@@ -161,18 +165,21 @@ EP_HD void make_plan(Team& team, uint32_t const* keys, int visual, int kept, Sel
     for (int n = thread * run; n < visual && n < (thread + 1) * run; ++n) {
       int32_t const keep = plan[n];
       plan[n] = static_cast<int32_t>(2 * dropped) + keep;
+      if (keep) kept_visual_index[n - static_cast<int>(dropped)] = visual_index[n] - static_cast<int64_t>(dropped);
       dropped += 1 - keep;
     }
     if (thread == 0) plan[visual] = 2 * (visual - kept);
   });
 }
 
-// Output row of prompt position `position`, or -1 if it is dropped.
-EP_HD int64_t output_row(int64_t position, int visual, int64_t const* visual_index, int32_t const* plan) {
+// Output row of `position`, or -1 if it is dropped. That the row is one of `rows` only bites where visual_index breaks
+// its contract: memory outside the outputs must not be touched even then.
+EP_HD int64_t output_row(int64_t position, int visual, int64_t const* visual_index, int32_t const* plan, int64_t rows) {
   int const n = first_not_below(visual, position, [&](int i) { return visual_index[i]; });
   bool const is_visual = n < visual && visual_index[n] == position;
   if (is_visual && plan[n] % 2 == 0) return -1;
-  return position - plan[n] / 2;
+  int64_t const row = position - plan[n] / 2;
+  return 0 <= row && row < rows ? row : -1;
 }
 
 }  // namespace ep_export

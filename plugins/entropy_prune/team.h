@@ -22,7 +22,9 @@ namespace ep_export {
 constexpr int kWarpLanes = 32;
 
 // Four floats that move as one 16-byte access; the compiler does not merge accesses whose alignment it cannot prove.
-struct alignas(16) Quad {
+// may_alias: they are read from memory written as single floats of other structs, which GCC at -O3 would otherwise take
+// for other memory.
+struct alignas(16) [[gnu::may_alias]] Quad {
   float lane[4];
 };
 

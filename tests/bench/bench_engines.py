@@ -3,8 +3,9 @@
 usage: python tests/bench/bench_engines.py small [--targets rtx-ada rtx-blackwell] [--model DIR]
        python tests/bench/bench_engines.py full  [--targets rtx-ada] [--dir build/bench]
 
-small: the shipped trained model. full: embeddings, a head of one layer and a tail of one of Qwen2.5-VL-7B and
-LLaVA-1.5-7B, full-size with made-up weights; the checkpoint is written, compiled and deleted.
+small: the shipped trained model, with one policy of every kind that the target takes. full: embeddings, two
+spans of one layer and one prune component of Qwen2.5-VL-7B and LLaVA-1.5-7B, full-size with made-up weights;
+the checkpoint is written, compiled and deleted.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from synthetic import checkpoint_bytes, free_bytes, write_synthetic
 
 from ep_export.aliases import find_alias
-from ep_export.bundle import Bundle
+from ep_export.bundle import Bundle, Role
 from ep_export.checkpoint import open_checkpoint
 from ep_export.engine.compile import CompileRequest, compile_bundle
 from ep_export.engine.compiler import compile_component
@@ -31,12 +32,25 @@ from ep_export.engine.profiles import LimitsRequest, component_profiles
 from ep_export.engine.worker import Job
 from ep_export.engine_record import Limits
 from ep_export.export import export_bundle
-from ep_export.policy import Evidence, EvidenceKind, Keep, Policy
+from ep_export.policy import (
+    Chooser,
+    Cut,
+    Evidence,
+    EvidenceKind,
+    Keep,
+    MaxMin,
+    Nothing,
+    Random,
+    Schedule,
+    Scorer,
+    TopK,
+)
 from ep_export.targets import Target, find_target
 
 _SHIPPED = Path(__file__).resolve().parents[1] / "fixtures" / "digit-reader"
 _MODELS = ("qwen2.5-vl-7b", "llava-1.5-7b")
 _LAYERS = 2
+_POLICIES: tuple[Chooser, ...] = (*(TopK(scorer) for scorer in Scorer), MaxMin(), Random(), Nothing())
 # (fewest, typical, most) visual tokens of a picture, as the published processors make them.
 _VISUAL_TOKENS = {"qwen2.5-vl-7b": (4, 391, 1280), "llava-1.5-7b": (576, 576, 576)}
 _LIMITS = Limits(max_prompt=2048, max_new_tokens=256, max_pixels=1280 * 28 * 28, max_kept_tokens=2048)
@@ -46,8 +60,10 @@ def small(model: Path, targets: Sequence[Target]) -> None:
     """All components of a real checkpoint."""
     with TemporaryDirectory() as work:
         for target in targets:
-            bundle = _export(model, Path(work) / target.name, target)
-            result = compile_bundle(bundle, CompileRequest(target, LimitsRequest()), _say)
+            policies = [chooser for chooser in _POLICIES if target.takes_chooser(chooser)]
+            bundle = _export(model, Path(work) / target.name, target, policies)
+            names = tuple(chooser.name for chooser in policies)
+            result = compile_bundle(bundle, CompileRequest(target, LimitsRequest(), policies=names), _say)
             assert result.record is not None
             Bundle.open(bundle.path)  # whole, engines included, as its manifest lists them
             engines = result.record.components
@@ -57,7 +73,7 @@ def small(model: Path, targets: Sequence[Target]) -> None:
 
 
 def full(targets: Sequence[Target], directory: Path) -> None:
-    """Embeddings, head and tail of the published shapes, two layers."""
+    """Embeddings, spans and the prune component of the published shapes, two layers."""
     directory.mkdir(parents=True, exist_ok=True)
     for alias in _MODELS:
         for target in targets:
@@ -74,13 +90,14 @@ def _full(alias: str, target: Target, work: Path) -> None:
     if 2.5 * need > free:
         raise SystemExit(f"{2.5 * need / 1e9:.1f} GB needed in {work.parent}, {free / 1e9:.1f} GB free")
     print(f"{alias}: {need / 1e9:.2f} GB of made-up weights", file=sys.stderr)
-    bundle = _export(write_synthetic(checkpoint, config), work / "bundle", target)
+    bundle = _export(write_synthetic(checkpoint, config), work / "bundle", target, [TopK()])
     pictures = PictureShapes({}, _VISUAL_TOKENS[alias], 16)
-    made = {}
-    for name in ("embed_tokens", "decoder_head", "decoder_tail"):
-        _say(name, 0, 1)
-        component = bundle.manifest.component(name)
-        engine = work / f"{name}.engine"
+    outcomes = {}
+    for component in bundle.manifest.components:
+        if component.role is Role.VISION:
+            continue
+        _say(component.name, 0, 1)
+        engine = work / f"{component.name}.engine"
         job = Job(
             onnx=str(bundle.file(component.file).absolute()),
             engine=str(engine.absolute()),
@@ -88,37 +105,38 @@ def _full(alias: str, target: Target, work: Path) -> None:
             sm=target.sm or "",
             profiles=component_profiles(component, bundle.manifest, _LIMITS, pictures),
         )
-        outcome = compile_component(job, component=name, target=target)
-        made[name] = (outcome.bytes, outcome.seconds)
+        outcome = compile_component(job, component=component.name, target=target)
+        outcomes[component.name] = (outcome.bytes, outcome.seconds)
         engine.unlink()
     print(
         f"\n{alias}, {_LAYERS} layers, for {target.name} (SM {target.sm}), {target.best()}, {_words(_LIMITS)}"
     )
-    _table(made)
+    _table(outcomes)
 
 
 def _two_layers(alias: str) -> dict[str, object]:
     """The shipped config with two decoder layers."""
-    found = find_alias(alias)
-    assert found is not None
-    config = json.loads(found.config_file.read_text())
+    shipped = find_alias(alias)
+    assert shipped is not None
+    config = json.loads(shipped.config_file.read_text())
     text = config.get("text_config", config)
     text.update(num_hidden_layers=_LAYERS)
     return config
 
 
-def _export(checkpoint: Path, out: Path, target: Target) -> Bundle:
+def _export(checkpoint: Path, out: Path, target: Target, policies: Sequence[Chooser]) -> Bundle:
     """A bundle of the graphs the target likes best, cut after the first layer."""
     out.mkdir()
     graphs = target.best()
     return export_bundle(
         open_checkpoint(str(checkpoint)),
         out,
-        policy=Policy(1),
+        schedule=Schedule((Cut(1, policies[0]),)),
         evidence=Evidence(EvidenceKind.TOLD, "a benchmark"),
         keep=Keep(ratio=0.625),
         dialect=graphs.dialect,
         precision=graphs.precision,
+        policies=policies[1:],
     )
 
 
@@ -126,11 +144,11 @@ def _words(limits: Limits) -> str:
     return f"prompts up to {limits.max_prompt} tokens, answers up to {limits.max_new_tokens}"
 
 
-def _table(made: Mapping[str, tuple[int, float]]) -> None:
-    total = sum(size for size, _ in made.values()), sum(seconds for _, seconds in made.values())
-    print(f"{'':18}{'engine':>14}{'compiled in':>14}")
-    for name, (size, seconds) in {**made, "together": total}.items():
-        print(f"{name:18}{size / 1e6:>11,.1f} MB{seconds:>12.1f} s")
+def _table(engines: Mapping[str, tuple[int, float]]) -> None:
+    total = sum(size for size, _ in engines.values()), sum(seconds for _, seconds in engines.values())
+    print(f"{'':26}{'engine':>14}{'compiled in':>14}")
+    for name, (size, seconds) in {**engines, "together": total}.items():
+        print(f"{name:26}{size / 1e6:>11,.1f} MB{seconds:>12.1f} s")
 
 
 def _say(stage: str, done: int, _total: int) -> None:

@@ -19,7 +19,7 @@ import onnxruntime
 import torch
 
 from ep_export.entropy import token_scores
-from ep_export.export.prune_node import scores_model
+from ep_export.entropy.scores_body import scores_model
 from ep_export.policy import DEFAULT_DEGREE, DEGREES, Scorer
 
 LIMIT = 64

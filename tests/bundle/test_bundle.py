@@ -14,6 +14,7 @@ from ep_export.bundle import (
     FileEntry,
     Manifest,
     Precision,
+    Role,
     TensorSpec,
     WeightsMode,
     list_files,
@@ -21,8 +22,31 @@ from ep_export.bundle import (
     write_manifest,
 )
 from ep_export.dims import DecoderDims
-from ep_export.errors import UserError
-from ep_export.policy import Evidence, EvidenceKind, Keep, Policy, Scorer, Select
+from ep_export.errors import UsageError, UserError
+from ep_export.policy import (
+    Cut,
+    Evidence,
+    EvidenceKind,
+    Keep,
+    MaxMin,
+    Random,
+    Schedule,
+    Scorer,
+    Select,
+    TopK,
+    chooser_named,
+)
+
+
+def span(number: int, first: int, stop: int) -> Component:
+    name = f"decoder_{number}"
+    return Component(name, f"{name}.onnx", Role.DECODER, (), (), layers=(first, stop))
+
+
+def prune(cut: int, policy: str) -> Component:
+    name = f"prune_{cut}.{policy}"
+    return Component(name, f"{name}.onnx", Role.PRUNE, (), (), cut=cut, chooser=chooser_named(policy))
+
 
 MANIFEST = Manifest(
     model="tiny",
@@ -30,7 +54,7 @@ MANIFEST = Manifest(
     model_sha256="0" * 64,
     family="qwen2_5_vl",
     dims=DecoderDims(4, 64, 4, 2, 16, 128, 300, 512, 3),
-    policy=Policy(2, Scorer.NORM, Select.LOWEST),
+    schedule=Schedule((Cut(2, TopK(Scorer.NORM, Select.LOWEST)),)),
     evidence=Evidence(EvidenceKind.TOLD, "told by a test"),
     keep=Keep(ratio=0.5),
     degree=16,
@@ -39,7 +63,13 @@ MANIFEST = Manifest(
     opset=20,
     weights=WeightsMode.LINK,
     components=(
-        Component("embed_tokens", "embed_tokens.onnx", (TensorSpec("input_ids", "INT64", (1, "S")),), ()),
+        Component(
+            "embed_tokens", "embed_tokens.onnx", Role.EMBED, (TensorSpec("input_ids", "INT64", (1, "S")),), ()
+        ),
+        prune(0, "norm-lowest"),
+        prune(0, "divprune"),
+        span(1, 2, 4),
+        span(0, 0, 2),
     ),
     files=(),
     tools={"ep-export": "0"},
@@ -105,9 +135,84 @@ def test_a_changed_file_is_named(bundle):
 
 def test_a_newer_format_says_upgrade(bundle):
     edit(bundle, format=FORMAT + 1)
-    with pytest.raises(UserError, match="format 2") as caught:
+    with pytest.raises(UserError, match="format 3") as caught:
         Bundle.open(bundle)
     assert "upgrade" in caught.value.hint
+
+
+def test_an_older_format_says_how_to_build_again(bundle):
+    edit(bundle, format=1)
+    with pytest.raises(UserError, match="has format 1") as caught:
+        Bundle.open(bundle)
+    assert "ep-export build" in caught.value.hint
+
+
+def test_stages_are_spans_with_a_prune_component_at_every_cut():
+    names = [component.name for component in MANIFEST.stages(MANIFEST.schedule)]
+    assert names == ["decoder_0", "prune_0.norm-lowest", "decoder_1"]
+    other = MANIFEST.stages(MANIFEST.scheduled(["divprune"]))
+    assert [component.name for component in other] == ["decoder_0", "prune_0.divprune", "decoder_1"]
+    assert [component.name for component in MANIFEST.spans] == ["decoder_0", "decoder_1"]
+    assert MANIFEST.policies == ("norm-lowest", "divprune")
+
+
+TWO_CUTS = dataclasses.replace(
+    MANIFEST,
+    schedule=Schedule((Cut(0, MaxMin(), 0.5), Cut(2, Random(), 0.25))),
+    components=(
+        MANIFEST.components[0],
+        prune(0, "divprune"),
+        prune(1, "random"),
+        prune(1, "divprune"),
+        span(0, 0, 2),
+        span(1, 2, 4),
+    ),
+)
+
+
+def test_policies_are_chosen_once_for_all_cuts_or_once_a_cut(tmp_path):
+    write_manifest(tmp_path, TWO_CUTS)
+    manifest = read_manifest(tmp_path)
+    assert manifest == TWO_CUTS
+    assert manifest.policies == ("divprune",)  # what every cut has
+    names = [component.name for component in manifest.stages(manifest.scheduled(["divprune", "random"]))]
+    assert names == ["prune_0.divprune", "decoder_0", "prune_1.random", "decoder_1"]
+    both = manifest.scheduled(["divprune"])
+    assert [cut.chooser.name for cut in both.cuts] == ["divprune", "divprune"]
+    assert [cut.share for cut in both.cuts] == [0.5, 0.25]
+
+
+def test_a_policy_that_is_not_there_names_those_that_are():
+    with pytest.raises(UserError, match=r"no policy 'random' at cut 0.*it has divprune") as caught:
+        TWO_CUTS.scheduled(["random"])
+    assert "policy add" in caught.value.hint
+    with pytest.raises(UsageError, match="3 policies for 2 cuts"):
+        TWO_CUTS.scheduled(["divprune"] * 3)
+
+
+@pytest.mark.parametrize(
+    ("components", "message"),
+    [
+        (MANIFEST.components[1:], "role embed"),
+        (MANIFEST.components[:-1], "layers between the cuts"),
+        ((*MANIFEST.components[:-1], span(0, 0, 3)), "layers between the cuts"),
+        ((*MANIFEST.components, span(2, 4, 4)), "layers between the cuts"),
+        ((MANIFEST.components[0], *MANIFEST.components[2:]), "no policy 'norm-lowest'"),
+        ((*MANIFEST.components, prune(1, "divprune")), "names no chooser, or no cut"),
+        ((*MANIFEST.components, prune(0, "divprune")), "one name"),
+    ],
+)
+def test_components_that_make_no_decoder_are_refused(tmp_path, components, message):
+    write_manifest(tmp_path, dataclasses.replace(MANIFEST, components=components))
+    with pytest.raises(UserError, match=message):
+        read_manifest(tmp_path)
+
+
+def test_a_layer_count_of_a_billion_is_refused_at_once(tmp_path):
+    dims = dataclasses.replace(MANIFEST.dims, layers=10**9)
+    write_manifest(tmp_path, dataclasses.replace(MANIFEST, dims=dims))
+    with pytest.raises(UserError, match="layers between the cuts"):
+        read_manifest(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '"text"'])
@@ -122,7 +227,7 @@ def test_a_manifest_that_is_no_object_is_refused(bundle, text):
     [
         ("degree", "16"),
         ("dialect", "other"),
-        ("policy", {"layer": True}),
+        ("schedule", {"cuts": [{"layer": True}]}),
         ("files", [{"path": "x"}]),
         ("keep", 1),
     ],
@@ -152,14 +257,14 @@ def test_a_link_out_of_the_bundle_is_refused(bundle, tmp_path_factory):
 def test_engines_that_are_gone_do_not_keep_a_bundle_from_opening(tiny_bundle, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(tiny_bundle.path, copy)
-    engine = copy / "engines" / "somewhere" / "decoder_head.engine"
+    engine = copy / "engines" / "somewhere" / "decoder_0.engine"
     engine.parent.mkdir(parents=True)
     engine.write_bytes(b"an engine")
     manifest = read_manifest(copy)
     write_manifest(copy, dataclasses.replace(manifest, files=list_files(copy)))
     assert Bundle.open(copy).manifest.files != manifest.files
     engine.write_bytes(b"another.")
-    with pytest.raises(UserError, match=r"decoder_head\.engine"):
+    with pytest.raises(UserError, match=r"decoder_0\.engine"):
         Bundle.open(copy)
     engine.unlink()
     Bundle.open(copy)

@@ -5,20 +5,22 @@ import json
 
 import pytest
 
-from ep_export.bundle import Bundle, Dialect, Precision, hash_file
+from ep_export.bundle import Bundle, Dialect, Precision, Role, hash_file
 from ep_export.engine_record import (
     RECORD,
     EngineFile,
     EngineRecord,
     Limits,
+    PluginFile,
     Profile,
     ShapeRange,
-    bundle_fingerprint,
     check_engine,
     check_engine_files,
     compiled_targets,
     engine_directory,
+    engine_of,
     read_record,
+    source_sha256,
     write_record,
 )
 from ep_export.errors import UserError
@@ -34,24 +36,35 @@ def record(tiny_bundle, tmp_path):
     for component in tiny_bundle.manifest.components:
         file = tmp_path / f"{component.name}.engine"
         file.write_bytes(component.name.encode())
-        engines[component.name] = EngineFile(file.name, hash_file(file), file.stat().st_size, 0.5, (PROFILE,))
-    made = EngineRecord(
+        engines[component.name] = EngineFile(
+            component.role,
+            file.name,
+            hash_file(file),
+            file.stat().st_size,
+            0.5,
+            (PROFILE,),
+            source_sha256(tiny_bundle.manifest, component),
+            plugin=component.role is Role.PRUNE,
+        )
+    plugin = tmp_path / "plugin.so"
+    plugin.write_bytes(b"a plugin")
+    record = EngineRecord(
         target="rtx-ada",
         sm="8.9",
         flavour=Flavour.TENSORRT_RTX,
         version="1.7.1.116",
         cuda="12",
-        bundle=bundle_fingerprint(tiny_bundle.manifest),
         model="tiny",
         dialect=Dialect.PORTABLE,
         precision=Precision.FP32,
         limits=Limits(256, 64, 200_704, 128),
         components=engines,
-        plugin=False,
+        on_cpu=(),
+        plugin=PluginFile(plugin.name, hash_file(plugin), plugin.stat().st_size),
         made_by={"ep-export": "0"},
     )
-    write_record(tmp_path, made)
-    return made
+    write_record(tmp_path, record)
+    return record
 
 
 def check(record, bundle: Bundle, **changes):
@@ -86,60 +99,111 @@ def test_engines_for_elsewhere_say_what_they_are_and_what_was_expected(record, t
     assert "ep-export compile" in refused.value.hint
 
 
-def test_engines_of_another_bundle_are_refused(record, tiny_bundle):
-    changed = dataclasses.replace(
-        tiny_bundle.manifest,
-        files=tuple(
-            dataclasses.replace(entry, sha256="0" * 64) if entry.path.startswith("weights/") else entry
-            for entry in tiny_bundle.manifest.files
-        ),
+def with_file(bundle: Bundle, path: str, sha256: str) -> Bundle:
+    """The bundle with another checksum of the files whose path begins so."""
+    files = tuple(
+        dataclasses.replace(entry, sha256=sha256) if entry.path.startswith(path) else entry
+        for entry in bundle.manifest.files
     )
+    return Bundle(bundle.path, dataclasses.replace(bundle.manifest, files=files))
+
+
+@pytest.mark.parametrize("path", ["weights/", "decoder_1.onnx", "prune_0"])
+def test_engines_of_another_bundle_are_refused(record, tiny_bundle, path):
     with pytest.raises(UserError, match="another bundle"):
-        check(record, Bundle(tiny_bundle.path, changed))
+        check(record, with_file(tiny_bundle, path, "0" * 64))
 
 
-def test_the_fingerprint_ignores_reports_and_engines(tiny_bundle):
+def test_reports_engines_and_other_policies_make_no_other_bundle(record, tiny_bundle):
     manifest = tiny_bundle.manifest
-    extra = dataclasses.replace(manifest.files[0], path="report/report.json")
-    more = dataclasses.replace(manifest, files=(*manifest.files, extra), verified={"x": "y"})
-    assert bundle_fingerprint(more) == bundle_fingerprint(manifest)
+    report = dataclasses.replace(manifest.files[0], path="report/report.json")
+    policy = dataclasses.replace(
+        manifest.with_role(Role.PRUNE)[0], name="prune_0.new", file="prune_0.new.onnx"
+    )
+    more = dataclasses.replace(
+        manifest,
+        files=(*manifest.files, report, dataclasses.replace(report, path=policy.file)),
+        components=(*manifest.components, policy),
+        verified={"x": "y"},
+    )
+    check(record, Bundle(tiny_bundle.path, more))
 
 
-def test_a_missing_component_is_named(record, tiny_bundle):
-    less = {name: engine for name, engine in record.components.items() if name != "decoder_tail"}
-    with pytest.raises(UserError, match="lack decoder_tail"):
+def test_the_source_of_an_engine_is_its_graph_and_its_weights(tiny_bundle):
+    span, prune = (tiny_bundle.manifest.with_role(role)[0] for role in (Role.DECODER, Role.PRUNE))
+    changed = with_file(tiny_bundle, "weights/", "0" * 64).manifest
+    assert source_sha256(changed, span) != source_sha256(tiny_bundle.manifest, span)
+    assert source_sha256(changed, prune) == source_sha256(tiny_bundle.manifest, prune)
+    assert source_sha256(tiny_bundle.manifest, span) != source_sha256(tiny_bundle.manifest, prune)
+
+
+def test_a_missing_span_is_named(record, tiny_bundle):
+    less = {name: engine for name, engine in record.components.items() if name != "decoder_1"}
+    with pytest.raises(UserError, match="lack decoder_1"):
         check(dataclasses.replace(record, components=less), tiny_bundle)
 
 
-def test_a_tampered_engine_is_refused(record, tmp_path):
-    file = tmp_path / "decoder_head.engine"
-    file.write_bytes(b"x" * file.stat().st_size)
-    check_engine_files(tmp_path, record, verify=False)
-    with pytest.raises(UserError, match="was changed"):
-        check_engine_files(tmp_path, record)
+class TestWhereAComponentRuns:
+    """`engine_of`."""
+
+    def test_in_its_engine(self, record, tiny_bundle):
+        for component in tiny_bundle.manifest.components:
+            assert engine_of(record, tiny_bundle, component).file == f"{component.name}.engine"
+
+    def test_on_the_cpu_where_the_record_says_so(self, record, tiny_bundle):
+        (prune,) = tiny_bundle.manifest.with_role(Role.PRUNE)
+        others = {name: engine for name, engine in record.components.items() if name != prune.name}
+        on_cpu = dataclasses.replace(record, components=others, on_cpu=(prune.name,))
+        check(on_cpu, tiny_bundle)
+        assert engine_of(on_cpu, tiny_bundle, prune) is None
+
+    def test_nowhere_when_it_was_added_later_and_the_hint_compiles_it(self, record, tiny_bundle):
+        (prune,) = tiny_bundle.manifest.with_role(Role.PRUNE)
+        others = {name: engine for name, engine in record.components.items() if name != prune.name}
+        less = dataclasses.replace(record, components=others)
+        check(less, tiny_bundle)
+        with pytest.raises(UserError, match=f"lack {prune.name}") as refused:
+            engine_of(less, tiny_bundle, prune)
+        assert "--target rtx-ada --policy paper-highest" in refused.value.hint
 
 
-def test_a_shortened_or_missing_engine_is_refused(record, tmp_path):
-    (tmp_path / "decoder_head.engine").write_bytes(b"")
-    with pytest.raises(UserError, match="has 0 bytes"):
+@pytest.mark.parametrize("name", ["decoder_0.engine", "plugin.so"])
+class TestFiles:
+    """Engines, and the plugin: code that the process will run."""
+
+    def test_a_tampered_one_is_refused(self, record, tmp_path, name):
+        file = tmp_path / name
+        file.write_bytes(b"x" * file.stat().st_size)
         check_engine_files(tmp_path, record, verify=False)
-    (tmp_path / "decoder_head.engine").unlink()
-    with pytest.raises(UserError, match="is missing"):
-        check_engine_files(tmp_path, record, verify=False)
+        with pytest.raises(UserError, match="was changed"):
+            check_engine_files(tmp_path, record)
+
+    def test_a_shortened_or_missing_one_is_refused(self, record, tmp_path, name):
+        (tmp_path / name).write_bytes(b"")
+        with pytest.raises(UserError, match="has 0 bytes"):
+            check_engine_files(tmp_path, record, verify=False)
+        (tmp_path / name).unlink()
+        with pytest.raises(UserError, match="is missing"):
+            check_engine_files(tmp_path, record, verify=False)
 
 
 @pytest.mark.parametrize("name", ["../x.engine", "/x.engine", "sub/x.engine"])
 def test_a_record_may_not_name_files_elsewhere(record, tmp_path, name):
-    head = dataclasses.replace(record.components["decoder_head"], file=name)
-    escaping = dataclasses.replace(record, components={**record.components, "decoder_head": head})
-    with pytest.raises(UserError, match="outside itself"):
-        check_engine_files(tmp_path, escaping)
+    span = dataclasses.replace(record.components["decoder_0"], file=name)
+    plugin = dataclasses.replace(record.plugin, file=name)
+    for escaping in (
+        dataclasses.replace(record, components={**record.components, "decoder_0": span}),
+        dataclasses.replace(record, plugin=plugin),
+    ):
+        with pytest.raises(UserError, match="outside itself"):
+            check_engine_files(tmp_path, escaping)
 
 
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
         (lambda raw: raw.update(format=99), "reads up to"),
+        (lambda raw: raw.update(format=1), "reads 2 and up"),
         (lambda raw: raw.pop("sm"), "sm is missing"),
         (lambda raw: raw.update(flavour="magic"), "magic"),
         (lambda raw: raw["limits"].update(max_prompt="long"), "max_prompt"),

@@ -1,23 +1,19 @@
 """Profiles hold every shape a session really feeds, and limits that cannot work are refused."""
 
+import dataclasses
+import shutil
+
 import pytest
-from bundles import export_tiny
+from bundles import export_tiny, two_cuts
 from family_bundles import MAKERS
 from tiny import make_tiny, tiny_picture
 
-from ep_export.bundle import Dialect
-from ep_export.engine.profiles import (
-    TOP_K_LIMIT,
-    LimitsRequest,
-    check_top_k,
-    make_profiles,
-    resolve_limits,
-)
+from ep_export.bundle import Bundle, Dialect, Role
+from ep_export.engine.profiles import LimitsRequest, make_profiles, resolve_limits
 from ep_export.engine_record import Limits
 from ep_export.errors import UsageError
-from ep_export.policy import Keep
+from ep_export.policy import Cut, Keep, MaxMin, Nothing, Schedule, TopK
 from ep_export.runtime import OnnxRuntimeRunner, Session
-from ep_export.targets import find_target
 
 NEW_TOKENS = 3
 SIZES = ((112, 84), (60, 300), (9, 9))
@@ -32,31 +28,79 @@ class Spy(OnnxRuntimeRunner):
         super().__init__(file)
         self.component = file.stem
 
-    def run(self, feeds):
+    def run(self, feeds, *, on_device=()):
         Spy.seen.append((self.component, {name: tuple(feed.shape) for name, feed in feeds.items()}))
-        return super().run(feeds)
+        return super().run(feeds, on_device=on_device)
+
+
+def shapes_of_a_session(bundle: Bundle) -> list:
+    """(component, shapes of its inputs) of every run of a few questions."""
+    Spy.seen = []
+    with Session.open(bundle, runner=Spy) as session:
+        pictures = [tiny_picture(*size) for size in SIZES]
+        for shown in ([], *([picture] for picture in pictures), pictures[:2]):
+            session.generate(shown, "which digits?", max_new_tokens=NEW_TOKENS, ignore_eos=True)
+        if not isinstance(bundle.manifest.schedule.cuts[-1].chooser, Nothing):
+            session.generate(
+                pictures[:1], "which?", max_new_tokens=NEW_TOKENS, keep=Keep(ratio=1.0), ignore_eos=True
+            )
+    return Spy.seen
+
+
+def check_that_profiles_hold(bundle: Bundle) -> None:
+    limits = resolve_limits(bundle, LimitsRequest(max_new_tokens=NEW_TOKENS))
+    profiles = make_profiles(bundle, limits)
+    used = set()
+    for component, shapes in shapes_of_a_session(bundle):
+        holding = [profile.name for profile in profiles[component] if profile.holds(shapes)]
+        assert holding, (component, shapes)
+        used.add((component, holding[0]))
+    for component in bundle.manifest.components:
+        names = {name for component_used, name in used if component_used == component.name}
+        if component.role is Role.DECODER:
+            assert names == {"prefill", "decode"}
+        elif component.role is Role.PRUNE:
+            assert names == {"prefill"}
 
 
 @pytest.mark.parametrize("family", MAKERS)
 def test_every_shape_of_a_session_lies_in_a_profile(family, bundle_of):
-    bundle = bundle_of(family, Dialect.PORTABLE)
-    limits = resolve_limits(bundle, LimitsRequest(max_new_tokens=NEW_TOKENS))
+    check_that_profiles_hold(bundle_of(family, Dialect.PORTABLE))
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        two_cuts(1, 3),
+        two_cuts(0, 2, MaxMin(), TopK()),
+        Schedule((Cut(1, TopK(), 0.5), Cut(3, Nothing(), 0.0))),
+        Schedule((Cut(0, MaxMin()),)),
+    ],
+    ids=("two", "from the embeddings on", "then nothing", "embeddings alone"),
+)
+def test_every_shape_of_several_cuts_lies_in_a_profile(schedule, tiny_checkpoint, tmp_path):
+    bundle = export_tiny(tiny_checkpoint, tmp_path / "bundle", schedule=schedule, keep=0.4)
+    check_that_profiles_hold(bundle)
+
+
+def test_a_span_behind_a_cut_is_tuned_for_what_is_kept_and_takes_whole_prompts(tiny_checkpoint, tmp_path):
+    """A typical picture is 640 x 480: 63 visual tokens here, and 86 of text; 0.5 and 0.25 of 63 go on."""
+    schedule = two_cuts(1, 2, shares=(0.5, 0.25))
+    bundle = export_tiny(
+        tiny_checkpoint, tmp_path / "bundle", schedule=schedule, keep=(1 + 0.5 + 2 * 0.25) / 4
+    )
+    limits = resolve_limits(bundle, LimitsRequest(400, 40, 50_176, 50))
     profiles = make_profiles(bundle, limits)
-    Spy.seen = []
-    with Session.open(bundle, runner=Spy) as session:
-        pictures = [tiny_picture(*size) for size in SIZES]
-        for shown in ([], *([picture] for picture in pictures)):
-            session.generate(shown, "which digits?", max_new_tokens=NEW_TOKENS, ignore_eos=True)
-        session.generate(
-            pictures[:1], "which?", max_new_tokens=NEW_TOKENS, keep=Keep(ratio=1.0), ignore_eos=True
-        )
-    used = set()
-    for component, shapes in Spy.seen:
-        holding = [profile.name for profile in profiles[component] if profile.holds(shapes)]
-        assert holding, (component, shapes)
-        used.add((component, holding[0]))
-    assert {("decoder_head", "prefill"), ("decoder_head", "decode")} <= used
-    assert {("decoder_tail", "prefill"), ("decoder_tail", "decode")} <= used
+    spans = [profiles[f"decoder_{i}"] for i in range(3)]
+    assert [span[0].inputs["inputs_embeds"].optimum[1] for span in spans] == [63 + 86, 31 + 86, 15 + 86]
+    assert {span[0].inputs["inputs_embeds"].maximum[1] for span in spans} == {400}
+    first, second = (profiles[f"prune_{i}.paper-highest"][0].inputs for i in range(2))
+    assert (first["hidden"].optimum[1], second["hidden"].optimum[1]) == (63 + 86, 31 + 86)
+    assert (first["visual_index"].optimum, second["visual_index"].optimum) == ((63,), (31,))
+    assert (first["keep_slots"].optimum, second["keep_slots"].optimum) == ((31,), (15,))
+    # several pictures may fill a prompt; behind the first cut no more than 50 are left
+    assert (first["visual_index"].maximum, second["visual_index"].maximum) == ((400,), (50,))
+    assert first["keep_slots"].maximum == second["keep_slots"].maximum == (50,)
 
 
 class TestQwen:
@@ -70,15 +114,24 @@ class TestQwen:
         limits = resolve_limits(bundle, LimitsRequest(300, 40, 50_176, 60))
         assert limits == Limits(300, 40, 50_176, 60)
         profiles = make_profiles(bundle, limits)
-        prefill, decode = profiles["decoder_head"]
+        prefill, decode = profiles["decoder_0"]
         assert prefill.inputs["inputs_embeds"].maximum == (1, 300, 128)
-        assert prefill.inputs["keep_slots"].maximum == (60,)
         assert prefill.inputs["past_key_values.0.key"].maximum == (1, 4, 0, 16)
         # 40 new tokens: the last is never fed back, so the cache of the last step holds 300 + 39 at most.
         assert decode.inputs["past_key_values.0.key"].maximum == (1, 4, 339, 16)
         assert decode.inputs["inputs_embeds"].minimum == decode.inputs["inputs_embeds"].maximum == (1, 1, 128)
+        (prune,) = profiles["prune_0.paper-highest"]
+        assert prune.inputs["keep_slots"].maximum == (60,)
+        assert prune.inputs["states"].maximum == (1, 300, 8, 16)
         # 50,176 pixels are 8 x 8 visual tokens of 28 x 28 pixels: 256 patches; a thin strip has more.
         assert 256 <= profiles["vision_encoder"][0].inputs["pixel_values"].maximum[0] < 512
+
+    def test_a_keep_that_so_small_a_picture_cannot_meet_is_no_error(self, bundle):
+        """8 of 63 on average, where the first of two layers sees all 63: the runtime will refuse it."""
+        manifest = dataclasses.replace(bundle.manifest, keep=Keep(tokens=8))
+        limits = resolve_limits(bundle, LimitsRequest(300, 40, 50_176))
+        profiles = make_profiles(Bundle(bundle.path, manifest), limits)
+        assert profiles["prune_0.paper-highest"][0].inputs["keep_slots"].optimum == (1,)
 
     def test_without_limits_a_large_picture_and_a_question_fit(self, bundle):
         limits = resolve_limits(bundle, LimitsRequest())
@@ -96,14 +149,19 @@ class TestQwen:
         assert "4095" in refused.value.hint
         assert resolve_limits(bundle, LimitsRequest(max_prompt=4095, max_new_tokens=2)).max_past == 4096
 
-    def test_more_than_topk_takes_is_refused_before_anything_is_built(self, bundle):
-        target = find_target("rtx-ada")
-        limits = resolve_limits(bundle, LimitsRequest(max_prompt=4000, max_new_tokens=1))
-        with pytest.raises(UsageError, match="up to 4000 visual tokens, expected fewer than 3840") as refused:
-            check_top_k(limits, target)
-        assert f"--max-kept-tokens {TOP_K_LIMIT - 1}" in refused.value.hint
-        narrowed = LimitsRequest(max_prompt=4000, max_new_tokens=1, max_kept_tokens=TOP_K_LIMIT - 1)
-        check_top_k(resolve_limits(bundle, narrowed), target)
+
+def test_a_bundle_that_was_overwritten_has_the_profiles_of_the_new_one(tmp_path):
+    """In one process: the same path, another processor."""
+    small = make_tiny(tmp_path / "small", max_pixels=16 * 784)
+    large = make_tiny(tmp_path / "large", max_pixels=64 * 784)
+    tokens = []
+    for checkpoint in (small, large):
+        shutil.rmtree(tmp_path / "bundle", ignore_errors=True)
+        bundle = export_tiny(checkpoint, tmp_path / "bundle")
+        limits = resolve_limits(bundle, LimitsRequest(max_prompt=300, max_new_tokens=8))
+        (prune,) = make_profiles(bundle, limits)["prune_0.paper-highest"]
+        tokens.append(prune.inputs["visual_index"].optimum[0])
+    assert tokens[0] <= 16 < tokens[1] <= 64
 
 
 def test_a_short_context_shortens_answers_not_pictures(tmp_path):

@@ -7,8 +7,9 @@ from command_line import ep_export
 
 from ep_export.bundle import Dialect, Precision
 from ep_export.errors import UsageError, UserError
-from ep_export.policy import Scorer
+from ep_export.policy import MaxMin, Nothing, Random, Scorer, Select, Source, TopK, chooser_named
 from ep_export.targets import (
+    CHOOSERS,
     Flavour,
     Graphs,
     VersionRange,
@@ -127,15 +128,54 @@ def test_the_best_graphs_follow_what_was_told():
         ada.best(Dialect.MODERN, Precision.FP32)
 
 
-def test_turing_scores_by_norm_alone():
-    assert find_target("rtx-turing").scorers == (Scorer.NORM,)
-    assert set(find_target("rtx-ada").scorers) == set(Scorer)
+@pytest.mark.parametrize("scorer", Scorer)
+@pytest.mark.parametrize(
+    "settings", [{}, {"select": Select.LOWEST}, {"source": Source.KEY}], ids=("plain", "lowest", "key")
+)
+def test_turing_takes_no_policy_that_multiplies_float32_matrices(scorer, settings):
+    chooser = TopK(scorer, **settings)
+    assert find_target("rtx-turing").takes_chooser(chooser) == (scorer is Scorer.NORM)
+    assert find_target("rtx-ada").takes_chooser(chooser)
+
+
+def test_the_other_kinds_of_policies_on_turing():
+    turing = find_target("rtx-turing")
+    assert turing.takes_chooser(Random(7))
+    assert turing.takes_chooser(Nothing())
+    assert not turing.takes_chooser(MaxMin())
+
+
+def test_a_target_may_take_one_spelling_of_a_policy_alone(tmp_path):
+    file = tmp_path / "picky.toml"
+    file.write_text('extends = "rtx-ada"\nchoosers = ["paper-lowest", "random"]\n')
+    taken = {
+        name
+        for name in ("paper-lowest", "paper-lowest-key", "paper-highest", "random", "random-3", "norm-lowest")
+        if read_target(file).takes_chooser(chooser_named(name))
+    }
+    assert taken == {"paper-lowest", "paper-lowest-key", "random", "random-3"}
+
+
+def test_all_policies_begin_with_one_of_the_words_a_target_has_by_default():
+    names = [TopK(scorer).name for scorer in Scorer] + [MaxMin().name, Random(3).name, Nothing().name]
+    assert {name.split("-")[0] for name in names} == set(CHOOSERS)
 
 
 def test_unknown_target_suggests_the_nearest():
     with pytest.raises(UsageError) as refused:
         find_target("jetson-orin-nx-16g")
     assert "jetson-orin-nx-16gb" in refused.value.hint
+    with pytest.raises(UsageError) as refused:
+        find_target("rtx-adaa")
+    assert "rtx-ada" in refused.value.hint
+
+
+@pytest.mark.parametrize("part", ["orin", "Orin", "agx-64"])
+def test_a_part_of_a_name_lists_the_targets_that_have_it(part):
+    with pytest.raises(UsageError) as refused:
+        find_target(part)
+    named = {target.name for target in TARGETS if target.name in refused.value.hint}
+    assert named == {target.name for target in TARGETS if part.lower() in target.name}
 
 
 def test_a_file_of_ones_own_extends_a_shipped_target(tmp_path):
@@ -159,6 +199,8 @@ def test_a_file_of_ones_own_extends_a_shipped_target(tmp_path):
         ('memory_bytes = "much"', "memory_bytes"),
         ('verified = "surely"', "verified"),
         ('flavour = "tensorflow"', "tensorflow"),
+        ('choosers = ["magic"]', "'magic', which begins no policy's name"),
+        ('choosers = ["paper-"]', "'paper-', which begins no policy's name"),
         ("title = ", "not readable TOML"),
     ],
 )
@@ -194,7 +236,20 @@ def test_targets_json_has_what_scripts_read():
     assert "bf16" in nano["dtypes"]
 
 
-def test_targets_table_says_how_far_each_was_verified():
-    said = ep_export("targets").out
-    assert "rtx-blackwell" in said
-    assert "no GPU" in said
+def test_the_list_says_how_far_each_was_verified_and_which_policies_it_takes():
+    blocks = ep_export("targets").out.strip().split("\n\n")
+    (turing,) = (block for block in blocks if "rtx-turing" in block)
+    assert "policies: norm, random, nothing\n" in turing
+    assert "no GPU" in turing
+    (ada,) = (block for block in blocks if "rtx-ada" in block)
+    assert "policies: all\n" in ada
+    for target in TARGETS:
+        (block,) = (block for block in blocks if f"  {target.name} " in block)
+        shown = " ".join(block.split())
+        assert " ".join(target.verified.split()) in shown
+        assert ", ".join(map(str, target.graphs)) in shown
+        assert f"SM {target.sm} " in shown or target.sm is None
+
+
+def test_the_list_fits_a_terminal_of_80_columns():
+    assert max(map(len, ep_export("targets").out.splitlines())) <= 80

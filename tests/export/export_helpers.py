@@ -1,54 +1,35 @@
-"""What the export tests share: a bundle's sessions, and the decoder in Hugging Face modules."""
+"""What the export tests share: a bundle run component by component, and the decoder in Hugging Face modules."""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime
 import torch
+from numpy.typing import NDArray
 from transformers import AutoModelForImageTextToText
 from transformers.cache_utils import DynamicCache
 
-from ep_export.bundle import Bundle, Dialect, Precision, WeightsMode
-from ep_export.checkpoint import open_checkpoint
-from ep_export.export import export_bundle
-from ep_export.policy import Evidence, EvidenceKind, Keep, Policy
+from ep_export.bundle import Bundle, Component
+from ep_export.families import family_named
+from ep_export.families.base import DecoderModules
 
-EVIDENCE = Evidence(EvidenceKind.TOLD, "a test")
-
-
-def build(
-    path: Path,
-    out: Path,
-    policy: Policy,
-    *,
-    dialect: Dialect = Dialect.PORTABLE,
-    precision: Precision = Precision.FP32,
-    weights: WeightsMode = WeightsMode.LINK,
-) -> Bundle:
-    """Export a checkpoint directory."""
-    out.mkdir(parents=True)
-    return export_bundle(
-        open_checkpoint(str(path)),
-        out,
-        policy=policy,
-        evidence=EVIDENCE,
-        keep=Keep(ratio=0.5),
-        dialect=dialect,
-        precision=precision,
-        weights=weights,
-    )
+Arrays = dict[str, NDArray[Any]]
+VISUAL = np.arange(4, 24, dtype=np.int64)
+LENGTH = 30
 
 
 def session(bundle: Bundle, component: str) -> onnxruntime.InferenceSession:
-    """A component in ONNX Runtime on the CPU, warnings about the graph shown by failing tests only."""
+    """A component in ONNX Runtime on the CPU."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    options.intra_op_num_threads = 2
+    options.intra_op_num_threads = 1
     return onnxruntime.InferenceSession(str(bundle.file(bundle.manifest.component(component).file)), options)
 
 
@@ -60,102 +41,160 @@ def hugging_face(path: Path) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def random_prompt(width: int, length: int = 30) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Random embeddings, mRoPE-like positions and the places of visual tokens."""
+def random_prompt(width: int, axes: int = 3) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Random embeddings [1, LENGTH, d] and positions, mRoPE-like where there are three axes."""
     rng = np.random.default_rng(0)
-    visual = np.arange(4, 24, dtype=np.int64)
-    positions = np.tile(np.arange(length, dtype=np.int64), (3, 1))
-    positions[1, visual], positions[2, visual] = 4 + np.arange(20) // 5, 4 + np.arange(20) % 5
-    positions[0, visual] = 4
-    embeds = rng.standard_normal((1, length, width)).astype(np.float32)
-    return embeds, positions[:, None], visual
+    positions = np.tile(np.arange(LENGTH, dtype=np.int64), (axes, 1))
+    if axes == 3:
+        square = np.arange(len(VISUAL))
+        positions[0, VISUAL], positions[1, VISUAL], positions[2, VISUAL] = 4, 4 + square // 5, 4 + square % 5
+    return rng.standard_normal((1, LENGTH, width)).astype(np.float32), positions[:, None]
 
 
-@dataclass
-class Decoder:
-    """Head and tail of a bundle, run with two caches as a runtime would."""
+@dataclass(frozen=True)
+class Prefill:
+    """What came out of a prompt.
 
-    bundle: Bundle
+    Attributes:
+        logits: [1, 1, V].
+        spans: Outputs of every span.
+        prunes: Outputs of every prune component.
+    """
 
-    def __post_init__(self) -> None:
-        self.head, self.tail = session(self.bundle, "decoder_head"), session(self.bundle, "decoder_tail")
-        dims, layer = self.bundle.manifest.dims, self.bundle.manifest.policy.layer
-        self.parts = {self.head: range(layer), self.tail: range(layer, dims.layers)}
+    logits: NDArray[np.float32]
+    spans: tuple[Arrays, ...]
+    prunes: tuple[Arrays, ...]
+
+
+class BundleRun:
+    """A bundle's decoder, run as its manifest says."""
+
+    def __init__(self, bundle: Bundle, *policies: str) -> None:
+        self.manifest = bundle.manifest
+        self.stages = self.manifest.stages(self.manifest.scheduled(policies))
+        self._sessions = {stage.name: session(bundle, stage.name) for stage in self.stages}
         self.reset()
 
     def reset(self) -> None:
         """Forget the caches."""
-        dims = self.bundle.manifest.dims
-        empty = np.zeros((1, dims.kv_heads, 0, dims.head_dim), dtype=np.float32)
+        dims, dtype = self.manifest.dims, self._dtype
+        empty = np.zeros((1, dims.kv_heads, 0, dims.head_dim), dtype=dtype)
         self.caches = {f"{i}.{part}": empty for i in range(dims.layers) for part in ("key", "value")}
 
-    def __call__(
-        self, embeds: np.ndarray, positions: np.ndarray, visual: np.ndarray, keep: int
-    ) -> dict[str, Any]:
-        """One pass; returns logits, kept_index and hidden_states."""
-        feeds = {
-            "inputs_embeds": embeds,
-            "position_ids": positions,
-            "visual_index": visual,
-            "keep_slots": np.zeros(keep, dtype=np.int64),
+    def prefill(self, embeds: NDArray[Any], positions: NDArray[np.int64], keep: Sequence[int]) -> Prefill:
+        """A prompt of which `keep` visual tokens remain after every cut."""
+        hidden, visual, spans, prunes = embeds.astype(self._dtype), VISUAL, [], []
+        states: Arrays = {}
+        for stage in self.stages:
+            if stage.cut is None:
+                states = self._span(stage, hidden, positions)
+                hidden = states.get("hidden_states", hidden)
+                spans.append(states)
+                continue
+            source = getattr(getattr(stage.chooser, "source", None), "value", "")
+            feeds = {
+                "states": states.get(f"{source}_states"),
+                "hidden": hidden,
+                "position_ids": positions,
+                "visual_index": visual,
+                "keep_slots": np.zeros(keep[stage.cut], dtype=np.int64),
+            }
+            kept = self._run(stage, feeds)
+            hidden, positions = kept["kept_hidden"], kept["kept_position_ids"]
+            visual = kept["kept_visual_index"]
+            prunes.append(kept)
+        return Prefill(spans[-1]["logits"], tuple(spans), tuple(prunes))
+
+    def step(self, embeds: NDArray[Any], position: int) -> NDArray[np.float32]:
+        """A decode step: spans alone."""
+        positions = np.full((self.manifest.dims.position_axes, 1, 1), position, dtype=np.int64)
+        hidden = embeds.astype(self._dtype)
+        for span in self.manifest.spans:
+            got = self._span(span, hidden, positions)
+            hidden = got.get("hidden_states", hidden)
+        return got["logits"]
+
+    @property
+    def _dtype(self) -> np.dtype[Any]:
+        return np.dtype({"fp32": "float32", "fp16": "float16"}[self.manifest.precision.value])
+
+    def _span(self, span: Component, hidden: NDArray[Any], positions: NDArray[np.int64]) -> Arrays:
+        caches = {f"past_key_values.{name}": value for name, value in self.caches.items()}
+        got = self._run(span, {"inputs_embeds": hidden, "position_ids": positions, **caches})
+        self.caches |= {
+            name.removeprefix("present."): got[name] for name in got if name.startswith("present.")
         }
-        head = self._run(self.head, feeds)
-        feeds = {"hidden_states": head["hidden_states"], "position_ids": head["kept_position_ids"]}
-        return {**head, **self._run(self.tail, feeds)}
-
-    def step(self, embeds: np.ndarray, position: int) -> dict[str, Any]:
-        """A decode step: one position passed as visual_index, so that M = S."""
-        axes = self.bundle.manifest.dims.position_axes
-        positions = np.full((axes, 1, 1), position, dtype=np.int64)
-        return self(embeds, positions, np.zeros(1, dtype=np.int64), 1)
-
-    def _run(self, part: onnxruntime.InferenceSession, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        for i in self.parts[part]:
-            for kind in ("key", "value"):
-                feeds[f"past_key_values.{i}.{kind}"] = self.caches[f"{i}.{kind}"]
-        names = [output.name for output in part.get_outputs()]
-        got = dict(zip(names, part.run(None, feeds), strict=True))
-        for name, value in got.items():
-            if name.startswith("present."):
-                self.caches[name.removeprefix("present.")] = value
         return got
 
+    def _run(self, component: Component, feeds: Mapping[str, Any]) -> Arrays:
+        names = [spec.name for spec in component.outputs]
+        wanted = {spec.name: feeds[spec.name] for spec in component.inputs}
+        return dict(zip(names, self._sessions[component.name].run(names, wanted), strict=True))
 
-@dataclass
+
+@dataclass(frozen=True)
+class TorchRun:
+    """What the pruned Hugging Face layers computed: [..] as `Prefill`, hidden states by layer."""
+
+    logits: torch.Tensor
+    entering: Mapping[int, torch.Tensor]
+    projections: Mapping[int, tuple[torch.Tensor, ...]]
+    cache: DynamicCache
+
+
+@dataclass(frozen=True)
 class TorchDecoder:
     """The pruned decoder from Hugging Face's own layers, pruned where it is told."""
 
     model: Any
+    family: str
+
+    @cached_property
+    def modules(self) -> DecoderModules:
+        return family_named(self.family).decoder(self.model)
 
     def __call__(
-        self, embeds: torch.Tensor, positions: torch.Tensor, layer: int, kept: Any
-    ) -> tuple[torch.Tensor, torch.Tensor, DynamicCache]:
-        """(logits of the last position, hidden states entering layer K, caches)."""
-        language = self.model.model.language_model
-        hidden, cache = embeds, DynamicCache()
-        states: list[torch.Tensor] = []
-        with contextlib.ExitStack() as stack:
-            for i, block in enumerate(language.layers):
-                if i == layer - 1:
-                    handle = block.self_attn.q_proj.register_forward_hook(
-                        lambda _m, _i, out: states.append(out)
-                    )
-                    stack.callback(handle.remove)
-                if i == layer:
-                    index = kept(states[0][0].unflatten(-1, (-1, block.self_attn.head_dim)), hidden)
-                    hidden, positions = hidden[:, index], positions[:, :, index]
-                    entering = hidden
-                past = cache.get_seq_length(i)
-                rope = language.rotary_emb(hidden, positions)
-                length = hidden.shape[1]
-                seen = torch.ones(length, past + length, dtype=torch.bool).tril(past)
-                mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[None, None]
-                hidden = block(
-                    hidden,
-                    attention_mask=mask,
-                    position_embeddings=rope,
-                    past_key_values=cache,
-                    use_cache=True,
-                )
-        logits = self.model.lm_head(language.norm(hidden[:, -1:]))
-        return logits, entering, cache
+        self,
+        embeds: torch.Tensor,
+        positions: torch.Tensor,
+        rows: Mapping[int, NDArray[np.int64]],
+        cache: DynamicCache | None = None,
+    ) -> TorchRun:
+        """Run all layers; before layer K only `rows[K]` of the sequence that arrives go on."""
+        hidden, cache = embeds, cache or DynamicCache()
+        entering, projections = {}, {}
+        for i, layer in enumerate(self.modules.layers):
+            entering[i] = hidden
+            if i in rows:
+                hidden, positions = hidden[:, rows[i]], positions[:, :, rows[i]]
+            with self._captured(layer) as projections[i]:
+                hidden = self._layer(layer, i, hidden, positions, cache)
+        logits = self.modules.lm_head(self.modules.norm(hidden[:, -1:]))
+        return TorchRun(logits, entering, projections, cache)
+
+    def _layer(
+        self, layer: Any, number: int, hidden: torch.Tensor, positions: torch.Tensor, cache: DynamicCache
+    ) -> torch.Tensor:
+        past, length = cache.get_seq_length(number), hidden.shape[1]
+        rope = self.modules.rotary(hidden, positions if positions.shape[0] > 1 else positions[0])
+        seen = torch.ones(length, past + length, dtype=torch.bool).tril(past)
+        mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[None, None]
+        output = layer(
+            hidden, attention_mask=mask, position_embeddings=rope, past_key_values=cache, use_cache=True
+        )
+        return output[0] if isinstance(output, tuple) else output
+
+    @contextlib.contextmanager
+    def _captured(self, layer: Any) -> Any:
+        """Outputs of the projections, in the order query, key, value."""
+        own = layer.self_attn
+        seen: list[torch.Tensor] = []
+        hooks = [
+            p.register_forward_hook(lambda _m, _i, out: seen.append(out))
+            for p in (own.q_proj, own.k_proj, own.v_proj)
+        ]
+        try:
+            yield seen
+        finally:
+            for hook in hooks:
+                hook.remove()

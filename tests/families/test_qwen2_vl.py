@@ -19,14 +19,14 @@ from ep_export.export.dialects import tracing
 from ep_export.export.trace import trace
 from ep_export.export.vision import vision_parts
 from ep_export.families import family_of
-from ep_export.policy import Budget
+from ep_export.policy import Budget, TopK
 
 FAMILY = family_of("qwen2_vl")
 SIZES = {"wide": (300, 90), "tall": (40, 333), "tiny": (3, 3), "large": (1200, 900)}
 MODELS = {
     "qwen2_vl, tied, K 2 of 4, today's names, per picture": (
         {"model_type": "qwen2_vl", "tie_embeddings": True, "vision_heads": 3},
-        {"layer": 2, "budget": Budget.PER_PICTURE},
+        {"layer": 2, "chooser": TopK(budget=Budget.PER_PICTURE)},
     ),
     "qwen2_vl, K 1 of 3, published names, shards, modern dialect": (
         {

@@ -15,12 +15,21 @@ import torch
 from digit_scenes import held_out
 
 from ep_export.checkpoint import open_checkpoint
-from ep_export.policy import Keep, Policy, Scorer, Select
+from ep_export.policy import Cut, Keep, Schedule, Scorer, Select, TopK
 from ep_export.reference import PruneSpec, load_model, prune
 
 MODEL = Path(__file__).parents[1] / "fixtures" / "digit-reader"
 QUESTIONS = 24
-POLICY = "policy=norm,select=lowest,layer=2,dtype=float32,device=cpu"
+PRECISION = "dtype=float32,device=cpu"
+LOWEST = TopK(Scorer.NORM, Select.LOWEST)
+SCHEDULES = {
+    "one cut": ("keep=0.25,policy=norm-lowest,layer=2", Schedule((Cut(2, LOWEST),)), 0.25),
+    "two cuts": (
+        "cuts=2:0.4:norm-lowest+6:0.1:norm-lowest",
+        Schedule((Cut(2, LOWEST, 0.4), Cut(6, LOWEST, 0.1))),
+        (2 + 4 * 0.4 + 6 * 0.1) / 12,
+    ),
+}
 
 TASK = """
 task: digits
@@ -101,12 +110,12 @@ def answers_of(out: Path) -> list[str]:
     return [row["filtered_resps"] for row in sorted(rows, key=lambda row: row["doc_id"])]
 
 
-def expected(asked, keep: Keep) -> list[str]:
+def expected(asked, schedule: Schedule, keep: Keep) -> list[str]:
     """The oracle's answers, asked directly."""
     checkpoint = open_checkpoint(str(MODEL))
     model, family = load_model(checkpoint), checkpoint.family
     prompts = family.prompt_builder(checkpoint.path, checkpoint.config)
-    spec = PruneSpec(Policy(2, Scorer.NORM, Select.LOWEST), keep)
+    spec = PruneSpec(schedule, keep)
     answers = []
     for picture, question in asked:
         prompt = prompts.build([picture], question.text)
@@ -118,12 +127,14 @@ def expected(asked, keep: Keep) -> list[str]:
 
 
 @installed
-def test_lmms_eval_gets_the_oracles_answers_and_scores_them(asked, task, tmp_path):
-    done = evaluate(task, tmp_path, f"keep=0.25,{POLICY}")
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_lmms_eval_gets_the_oracles_answers_and_scores_them(asked, task, tmp_path, name):
+    arguments, schedule, keep = SCHEDULES[name]
+    done = evaluate(task, tmp_path, f"{arguments},{PRECISION}")
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "ep_export_pruned: keep 0.25, layer 2, norm, lowest" in done.stdout
+    assert f"ep_export_pruned: keep {keep:g}, layer 2" in done.stdout
     answers = answers_of(tmp_path)
-    assert answers == expected(asked, Keep(ratio=0.25))
+    assert answers == expected(asked, schedule, Keep(ratio=keep))
     (file,) = tmp_path.rglob("*results.json")
     score = json.loads(file.read_text(encoding="utf-8"))["results"]["digits"]["exact,none"]
     right = sum(
@@ -135,6 +146,6 @@ def test_lmms_eval_gets_the_oracles_answers_and_scores_them(asked, task, tmp_pat
 
 @installed
 def test_a_batch_is_refused_in_words(task, tmp_path):
-    done = evaluate(task, tmp_path, f"keep=0.25,{POLICY}", batch=4)
+    done = evaluate(task, tmp_path, f"keep=0.25,policy=norm-lowest,layer=2,{PRECISION}", batch=4)
     assert "pruning runs one prompt at a time" in done.stdout + done.stderr
     assert not list(tmp_path.rglob("*results.json"))

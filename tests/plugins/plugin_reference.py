@@ -1,15 +1,35 @@
-"""What the plugin must compute, in NumPy float64, and its host library through ctypes."""
+"""What the plugin must compute, in NumPy float64; its host library through ctypes; its own shape function."""
 
 from __future__ import annotations
 
 import ctypes
+import os
+import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["BUDGETS", "SCORERS", "SELECTS", "HostLibrary", "kept_index", "scores"]
+__all__ = [
+    "BUDGETS",
+    "LIBRARY",
+    "ROOT",
+    "SCORERS",
+    "SELECTS",
+    "UNWRITTEN",
+    "HostLibrary",
+    "kept_index",
+    "kept_visual_index",
+    "output_shapes",
+    "plugin_build",
+    "scores",
+]
 
+ROOT = Path(__file__).resolve().parents[2]
+LIBRARY = "libep_entropy_prune.so"
+# What an index output of the host library holds before it is written: no sum of a position and a count.
+UNWRITTEN = int(np.iinfo(np.int64).min)
 SCORERS = ("paper", "released", "order2", "norm")
 SELECTS = ("highest", "lowest")
 BUDGETS = ("joint", "per_picture")
@@ -47,9 +67,14 @@ def _finite_scores(x: NDArray[np.float64], scorer: str) -> NDArray[np.float64]:
 
 
 def kept_index(
-    score: NDArray[np.float32], visual_index: NDArray[np.int64], prompt: int, k: int, select: str, budget: str
+    score: NDArray[np.float32],
+    visual_index: NDArray[np.int64],
+    sequence: int,
+    k: int,
+    select: str,
+    budget: str,
 ) -> NDArray[np.int64]:
-    """Prompt positions that stay, by plain sorting."""
+    """Positions of the sequence that stay, by plain sorting."""
     count = len(score)
     goodness = np.where(np.isfinite(score), score if select == "highest" else -score, -np.inf)
     order = sorted(range(count), key=lambda n: (-goodness[n], n))
@@ -64,7 +89,60 @@ def kept_index(
         share = (rank.astype(np.float32) + np.float32(0.5)) / size.astype(np.float32)
         order = sorted(range(count), key=lambda n: (share[n], n))
     dropped = {visual_index[n] for n in order[k:]}
-    return np.array([p for p in range(prompt) if p not in dropped], np.int64)
+    return np.array([p for p in range(sequence) if p not in dropped], np.int64)
+
+
+def kept_visual_index(kept: NDArray[np.int64], visual_index: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Places in `kept`, the positions that stay, of those that are visual."""
+    return np.flatnonzero(np.isin(kept, visual_index))
+
+
+def plugin_build(preset: str = "ci") -> Path | None:
+    """The build folder of a preset, or None where `make plugin` has not made it.
+
+    `EP_PLUGIN_BUILD` and, for the preset `jetson`, `EP_PLUGIN_CROSS_BUILD` name another folder.
+    """
+    variable = "EP_PLUGIN_CROSS_BUILD" if preset == "jetson" else "EP_PLUGIN_BUILD"
+    folder = Path(os.environ.get(variable, ROOT / "build" / "plugin" / preset))
+    return folder if (folder / LIBRARY).is_file() else None
+
+
+def output_shapes(build: Path, *inputs: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """What the built plugin's own getOutputShapes answers.
+
+    Args:
+        build: What `plugin_build` returns.
+        inputs: Shapes of states, hidden, position_ids, visual_index and keep_slots.
+
+    Returns:
+        Shapes of kept_hidden, kept_position_ids, kept_index, kept_visual_index and scores.
+
+    Raises:
+        ValueError: With the plugin's sentence, where it refuses the inputs.
+    """
+    texts = [",".join(map(str, shape)) for shape in inputs]
+    command = [build / "harness", build / LIBRARY, "--output-shapes", *texts]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    if run.returncode != 0:
+        raise ValueError(run.stderr.strip())
+    return tuple(tuple(map(int, line.split(","))) for line in run.stdout.split())
+
+
+class _Guarded:
+    """An int64 array that a library writes, between values it must leave alone."""
+
+    GUARD, BESIDE = 64, -77
+
+    def __init__(self, count: int) -> None:
+        self._memory = np.full(count + 2 * self.GUARD, self.BESIDE, np.int64)
+        self.values = self._memory[self.GUARD : -self.GUARD]
+        self.values[:] = UNWRITTEN
+
+    def check(self) -> NDArray[np.int64]:
+        """The values, after a look at what lies beside them."""
+        assert (self._memory[: self.GUARD] == self.BESIDE).all()
+        assert (self._memory[-self.GUARD :] == self.BESIDE).all()
+        return self.values
 
 
 class HostLibrary:
@@ -93,31 +171,32 @@ class HostLibrary:
         assert error == 0
         return out, care.astype(bool)
 
-    def kept_index(
+    def select(
         self,
         score: NDArray[np.float32],
         visual_index: NDArray[np.int64],
-        prompt: int,
+        sequence: int,
         k: int,
         select: str,
         budget: str,
         *,
         threads: int = 1024,
-    ) -> NDArray[np.int64]:
-        """Prompt positions that stay."""
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """kept_index [M] and kept_visual_index [k]; UNWRITTEN where nothing was written."""
         score = np.ascontiguousarray(score, np.float32)
         visual_index = np.ascontiguousarray(visual_index, np.int64)
-        index = np.full(prompt - len(score) + k, -7, np.int64)
+        index, visual = _Guarded(sequence - len(score) + k), _Guarded(k)
         error = self._library.ep_host_select(
             score.ctypes.data_as(ctypes.c_void_p),
             visual_index.ctypes.data_as(ctypes.c_void_p),
             len(score),
-            ctypes.c_int64(prompt),
+            ctypes.c_int64(sequence),
             k,
             SELECTS.index(select),
             BUDGETS.index(budget),
             threads,
-            index.ctypes.data_as(ctypes.c_void_p),
+            index.values.ctypes.data_as(ctypes.c_void_p),
+            visual.values.ctypes.data_as(ctypes.c_void_p),
         )
         assert error == 0
-        return index
+        return index.check(), visual.check()

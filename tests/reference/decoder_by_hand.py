@@ -10,22 +10,25 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ep_export.policy import Budget, Policy, Scorer, Select, Source
+from ep_export.policy import Budget, MaxMin, Nothing, Schedule, Scorer, Select, Source, TopK
 
 __all__ = ["HandResult", "run_by_hand"]
 
 
 @dataclass(frozen=True)
 class HandResult:
-    """Logits of every position that got to the end, and what was kept."""
+    """Logits of every position that got to the end; for every cut what was kept and what for."""
 
     logits: np.ndarray
-    kept_index: np.ndarray
-    scores: np.ndarray
+    kept_index: list[np.ndarray]
+    scores: list[np.ndarray]
 
 
-def run_by_hand(model, embeds, position_ids, visual_index, policy: Policy, keep: int) -> HandResult:
-    """embeds [S, d] and position_ids [3, S] of a prompt, text appended to it included."""
+def run_by_hand(model, embeds, position_ids, visual_index, schedule: Schedule, counts) -> HandResult:
+    """embeds [S, d] and position_ids [3, S] of a prompt, text appended to it included.
+
+    `counts` says for every cut how many visual tokens go on.
+    """
     config = model.config.text_config
     weights = {
         name: p.detach().numpy().astype(np.float64)
@@ -34,18 +37,21 @@ def run_by_hand(model, embeds, position_ids, visual_index, policy: Policy, keep:
     }
     embeds = np.asarray(embeds, dtype=np.float64)
     cos, sin = _rotary(config, np.asarray(position_ids))
-    hidden, rows = embeds, np.arange(len(embeds))
-    states = scores = np.zeros(0)
+    hidden, rows, projections = embeds, np.arange(len(embeds)), ()
+    cuts = {cut.layer: (cut.chooser, k) for cut, k in zip(schedule.cuts, counts, strict=True)}
+    kept, scores = [], []
     for i in range(config.num_hidden_layers):
-        if i == policy.layer and len(visual_index):
-            scores = _scores(states[visual_index], policy.scorer)
-            rows = _kept(scores, keep, np.asarray(visual_index), policy, len(embeds))
-            hidden = hidden[rows]
+        if i in cuts and len(visual_index):
+            chooser, k = cuts[i]
+            visual = np.flatnonzero(np.isin(rows, visual_index))
+            chosen, score = _choose(config, chooser, hidden, projections, visual, k)
+            stay = np.setdiff1d(np.arange(len(rows)), np.setdiff1d(visual, chosen))
+            hidden, rows = hidden[stay], rows[stay]
+            kept.append(rows)
+            scores.append(score)
         hidden, projections = _layer(config, weights, i, hidden, cos[rows], sin[rows])
-        if i == policy.layer - 1:
-            states = _states(config, projections, hidden, policy.source)
     hidden = _norm(hidden, weights["model.language_model.norm.weight"], config.rms_norm_eps)
-    return HandResult(hidden @ weights["lm_head.weight"].T, rows, scores)
+    return HandResult(hidden @ weights["lm_head.weight"].T, kept, scores)
 
 
 def _rotary(config, position_ids):
@@ -104,9 +110,35 @@ def _attend(q, k, v):
     return scores / scores.sum(axis=1, keepdims=True) @ v
 
 
+def _choose(config, chooser, hidden, projections, visual, k):
+    """Positions [k] of the arriving sequence that stay, and what every visual token scores."""
+    if isinstance(chooser, Nothing):
+        return visual[:0], np.zeros(0)
+    if isinstance(chooser, MaxMin):
+        return visual[_farthest(hidden[visual], k)], np.zeros(0)
+    assert isinstance(chooser, TopK)
+    scores = _scores(_states(config, projections, hidden, chooser.source)[visual], chooser.scorer)
+    return _best(scores, k, visual, chooser), scores
+
+
+def _farthest(hidden, k):
+    """Greedy max-min on the whole matrix of cosine distances."""
+    unit = hidden / np.linalg.norm(hidden, axis=1, keepdims=True)
+    distance = 1 - unit @ unit.T
+    np.fill_diagonal(distance, np.inf)
+    chosen = [int(distance.min(axis=1).argmax())]
+    while len(chosen) < k:
+        nearest = distance[:, chosen].min(axis=1)
+        nearest[chosen] = -1
+        chosen.append(int(nearest.argmax()))
+    return np.sort(chosen)
+
+
 def _states(config, projections, hidden, source):
     heads = config.num_key_value_heads if source in {Source.KEY, Source.VALUE} else config.num_attention_heads
-    chosen = dict(zip((Source.QUERY, Source.KEY, Source.VALUE), projections, strict=True)).get(source, hidden)
+    chosen = dict(zip((Source.QUERY, Source.KEY, Source.VALUE), projections, strict=False)).get(
+        source, hidden
+    )
     return chosen.reshape(len(chosen), heads, -1)
 
 
@@ -137,15 +169,14 @@ def _entropy(token, scorer):
     return entropy
 
 
-def _kept(scores, keep, visual_index, policy, length):
-    best_first = np.argsort(-scores if policy.select is Select.HIGHEST else scores, kind="stable")
+def _best(scores, k, visual, chooser):
+    best_first = np.argsort(-scores if chooser.select is Select.HIGHEST else scores, kind="stable")
     order = best_first
-    if policy.budget is Budget.PER_PICTURE:
-        picture = np.cumsum(np.diff(visual_index, prepend=visual_index[0]) > 1)
+    if chooser.budget is Budget.PER_PICTURE:
+        picture = np.cumsum(np.diff(visual, prepend=visual[0]) > 1)
         share = np.empty(len(scores))
         for p in np.unique(picture):
             members = [t for t in best_first if picture[t] == p]
             share[members] = (np.arange(len(members)) + 0.5) / len(members)
         order = np.argsort(share, kind="stable")
-    dropped = set(visual_index[order[keep:]])
-    return np.array([i for i in range(length) if i not in dropped])
+    return visual[order[:k]]

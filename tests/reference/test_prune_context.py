@@ -12,10 +12,18 @@ from transformers import DynamicCache
 
 from ep_export.errors import UserError
 from ep_export.plan import kept_tokens, make_plan
-from ep_export.policy import Keep, Policy, Scorer, Select
+from ep_export.policy import Cut, Keep, MaxMin, Nothing, Schedule, Scorer, Select, Source, TopK
 from ep_export.reference import PruneSpec, capture, greedy, prune, visual_positions
 
-HALF = PruneSpec(Policy(layer=1), Keep(ratio=0.5))
+
+def one_cut(layer, **chooser):
+    return Schedule((Cut(layer, TopK(**chooser)),))
+
+
+HALF = PruneSpec(one_cut(1), Keep(ratio=0.5))
+TWICE = PruneSpec(Schedule((Cut(1, TopK(), 0.6), Cut(3, TopK(), 0.2))), Keep(ratio=0.6))
+FROM_THE_START = PruneSpec(Schedule((Cut(0, MaxMin(), 0.6), Cut(2, TopK(), 0.2))), Keep(ratio=0.4))
+SPECS = pytest.mark.parametrize("spec", [HALF, TWICE, FROM_THE_START], ids=["one cut", "two", "two from 0"])
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +35,18 @@ def hook_counts(model):
     return [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
 
 
-@pytest.mark.parametrize("split", [1, 3])
-def test_keeping_all_is_bitwise_hugging_face(made, split):
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        one_cut(1),
+        one_cut(3),
+        Schedule((Cut(0, MaxMin(), 1.0), Cut(2, TopK(), 1.0), Cut(3, TopK(), 1.0))),
+    ],
+    ids=str,
+)
+def test_keeping_all_is_bitwise_hugging_face(made, schedule):
     plain = made.model(**made.inputs)
-    with prune(made.model, PruneSpec(Policy(layer=split), Keep(ratio=1.0))) as trace:
+    with prune(made.model, PruneSpec(schedule, Keep(ratio=1.0))) as trace:
         pruned = made.model(**made.inputs)
         answer = made.greedy()
     assert torch.equal(plain.logits, pruned.logits)
@@ -44,10 +60,10 @@ def test_pruning_changes_the_logits(made):
         assert not torch.allclose(plain, made.model(**made.inputs).logits[0, -1], atol=1e-2)
 
 
-def test_a_plan_prunes_like_its_policy_and_keep(made):
+def test_a_plan_prunes_like_its_schedule_and_keep(made):
     n = len(made.prompt.visual_index)
     plan = make_plan(
-        made.family.dims(made.model.config), HALF.policy, HALF.keep, visual_tokens=n, text_tokens=10
+        made.family.dims(made.model.config), HALF.schedule, HALF.keep, visual_tokens=n, text_tokens=10
     )
     with prune(made.model, plan):
         by_plan = made.greedy()
@@ -55,29 +71,32 @@ def test_a_plan_prunes_like_its_policy_and_keep(made):
         assert by_plan == made.greedy()
 
 
-def test_decoding_with_a_cache_equals_recomputing_without(made):
-    with prune(made.model, HALF):
+@SPECS
+def test_decoding_with_a_cache_equals_recomputing_without(made, spec):
+    with prune(made.model, spec):
         assert made.greedy(use_cache=True) == made.greedy(use_cache=False)
 
 
-def test_eager_attention_prunes_like_sdpa(made):
-    with prune(made.model, HALF):
+@SPECS
+def test_eager_attention_prunes_like_sdpa(made, spec):
+    with prune(made.model, spec):
         expected = made.model(**made.inputs).logits
     made.model.set_attn_implementation("eager")
     try:
-        with prune(made.model, HALF):
+        with prune(made.model, spec):
             got = made.model(**made.inputs).logits
             answer = made.greedy()
     finally:
         made.model.set_attn_implementation("sdpa")
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
-    with prune(made.model, HALF):
+    with prune(made.model, spec):
         assert answer == made.greedy()
 
 
-def test_explicit_masks_are_cut_like_implicit_ones(made):
+@SPECS
+def test_explicit_masks_are_cut_like_implicit_ones(made, spec):
     """Left padding forces 4D masks through prefill and decode."""
-    with prune(made.model, HALF):
+    with prune(made.model, spec):
         expected = made.greedy()
         padded = dict(made.inputs, attention_mask=torch.ones_like(made.inputs["input_ids"]))
         for name in ("input_ids", "mm_token_type_ids", "attention_mask"):
@@ -106,10 +125,11 @@ def test_text_only_prompts_pass_untouched():
     assert trace.kept_index.tolist() == list(range(text.prompt.input_ids.shape[1]))
 
 
-def test_second_turn_on_a_pruned_cache_equals_one_long_prompt(made):
+@SPECS
+def test_second_turn_on_a_pruned_cache_equals_one_long_prompt(made, spec):
     """The cache carries which columns it holds, also through the deep copy Hugging Face reuses prompts by."""
     ids, more = made.inputs["input_ids"], torch.tensor([[5, 9, 11]])
-    with prune(made.model, HALF), torch.inference_mode():
+    with prune(made.model, spec), torch.inference_mode():
         cache = DynamicCache(config=made.model.config)
         made.model(**made.inputs, past_key_values=cache)
         turn = made.model(input_ids=more, past_key_values=copy.deepcopy(cache), use_cache=True)
@@ -120,6 +140,33 @@ def test_second_turn_on_a_pruned_cache_equals_one_long_prompt(made):
         expected = made.model(**whole)
     torch.testing.assert_close(turn.logits, expected.logits[:, -3:], atol=1e-4, rtol=0)
     assert torch.equal(turn.logits, again.logits)
+
+
+@SPECS
+def test_a_cache_that_was_reset_is_a_new_one(made, spec):
+    cache = DynamicCache()  # without a config its layers come as they are needed
+    with prune(made.model, spec), torch.inference_mode():
+        first = made.model(**made.inputs, past_key_values=cache)
+        cache.reset()
+        assert cache.get_seq_length() == 0
+        second = made.model(**made.inputs, past_key_values=cache)
+    assert torch.equal(first.logits, second.logits)
+    assert cache.get_seq_length() == made.prompt.input_ids.shape[1]
+
+
+@pytest.mark.parametrize(
+    ("begun", "continued", "message"),
+    [
+        (HALF, TWICE, "holds 34 tokens at layer 3, expected 48"),
+        (TWICE, HALF, "pruned at layers 1, 3, expected 1"),
+    ],
+)
+def test_a_cache_pruned_elsewhere_is_refused(made, begun, continued, message):
+    cache, more = DynamicCache(config=made.model.config), torch.tensor([[5, 9, 11]])
+    with prune(made.model, begun):
+        made.model(**made.inputs, past_key_values=cache)
+    with prune(made.model, continued), pytest.raises(UserError, match=message):
+        made.model(input_ids=more, past_key_values=cache)
 
 
 def test_model_is_restored(made):
@@ -176,32 +223,53 @@ def test_embeddings_without_ids_and_labels_are_refused(made):
 
 
 @pytest.mark.parametrize("layer", [0, 4, -1])
-def test_a_split_outside_the_decoder_is_refused(made, layer):
+def test_a_cut_outside_the_decoder_is_refused(made, layer):
     with (
         pytest.raises(UserError, match="expected 1 to 3"),
-        prune(made.model, PruneSpec(Policy(layer=layer), Keep(1.0))),
+        prune(made.model, PruneSpec(one_cut(layer), Keep(1.0))),
     ):
         pass
 
 
 def test_an_impossible_keep_is_refused_at_the_prompt(made):
-    spec = PruneSpec(Policy(layer=3), Keep(ratio=0.5))
+    spec = PruneSpec(one_cut(3), Keep(ratio=0.5))
     with prune(made.model, spec), pytest.raises(UserError):
         made.model(**made.inputs)
 
 
 def test_select_decides_instead_of_the_scores(made):
-    def last_ones(states, k, visual_index):
-        assert states.shape[:2] == (len(visual_index), 4)
-        return visual_index[-k:].flip(0)
+    def last_ones(cut, tokens, k):
+        assert cut == 0
+        assert tokens.states.shape[:2] == (len(tokens.visual_index), 4)
+        return tokens.visual_index[-k:].flip(0)
 
     with prune(made.model, HALF, select=last_ones) as trace:
         made.model(**made.inputs)
     n = len(made.prompt.visual_index)
-    k = kept_tokens(HALF.keep, layers=4, layer=1, visual_tokens=n)
+    (k,) = kept_tokens(HALF.keep, HALF.schedule, layers=4, visual_tokens=n)
     dropped = set(made.prompt.visual_index[: n - k].tolist())
     assert trace.kept_index.tolist() == [i for i in range(made.prompt.input_ids.shape[1]) if i not in dropped]
-    assert trace.scores is None
+    assert trace.cuts[0].scores is None
+
+
+def test_select_is_asked_at_every_cut_in_positions_of_what_arrives(made):
+    asked = []
+
+    def first_ones(cut, tokens, k):
+        asked.append((cut, k, tokens.visual_index))
+        return tokens.visual_index[:k]
+
+    with prune(made.model, TWICE, select=first_ones) as trace:
+        made.model(**made.inputs)
+    first, second = kept_tokens(
+        TWICE.keep, TWICE.schedule, layers=4, visual_tokens=len(made.prompt.visual_index)
+    )
+    assert [(cut, k) for cut, k, _ in asked] == [(0, first), (1, second)]
+    assert len(asked[1][2]) == first
+    # these are the first visual tokens of the prompt still, so they arrive at the same places
+    np.testing.assert_array_equal(asked[1][2], made.prompt.visual_index[:first])
+    np.testing.assert_array_equal(trace.cuts[1].kept_visual, made.prompt.visual_index[:second])
+    np.testing.assert_array_equal(trace.cuts[1].arrived, trace.cuts[0].kept_index)
 
 
 @pytest.mark.parametrize(
@@ -211,21 +279,37 @@ def test_select_decides_instead_of_the_scores(made):
 )
 def test_a_select_that_breaks_its_contract_is_refused(made, wrong):
     with (
-        prune(made.model, HALF, select=lambda _, k, v: wrong(k, v)),
+        prune(made.model, HALF, select=lambda _, tokens, k: wrong(k, tokens.visual_index)),
         pytest.raises(ValueError, match="select must return"),
     ):
         made.model(**made.inputs)
 
 
-def test_capture_holds_both_sides_of_the_split(made):
-    states = capture(made.model, made.prompt, HALF)
-    torch.testing.assert_close(states.hidden_kept, states.hidden_before[:, states.kept_index], atol=0, rtol=0)
-    s, m = made.prompt.input_ids.shape[1], len(states.kept_index)
-    assert [key.shape[2] for key, _ in states.caches] == [s, m, m, m]
+@SPECS
+def test_capture_holds_both_sides_of_every_cut(made, spec):
+    states = capture(made.model, made.prompt, spec)
+    cuts = [cut.layer for cut in spec.schedule.cuts]
+    for i, trace in enumerate(states.cuts):
+        stay = torch.isin(trace.arrived, trace.kept_index)
+        torch.testing.assert_close(states.hidden_after[i], states.hidden_before[i][:, stay], atol=0, rtol=0)
+        visual = torch.isin(trace.arrived, trace.visual_index)
+        torch.testing.assert_close(trace.tokens.hidden, states.hidden_before[i][0, visual], atol=0, rtol=0)
+    lengths = [made.prompt.input_ids.shape[1], *(len(trace.kept_index) for trace in states.cuts)]
+    held = [lengths[sum(cut <= layer for cut in cuts)] for layer in range(4)]
+    assert [key.shape[2] for key, _ in states.caches] == held
     plain = made.model(**made.inputs, output_hidden_states=True)
-    torch.testing.assert_close(states.hidden_before, plain.hidden_states[1], atol=0, rtol=0)
+    torch.testing.assert_close(states.hidden_before[0], plain.hidden_states[cuts[0]], atol=0, rtol=0)
     torch.testing.assert_close(states.inputs_embeds, plain.hidden_states[0], atol=0, rtol=0)
     np.testing.assert_array_equal(states.visual_index, made.prompt.visual_index)
+
+
+def test_capture_of_a_text_prompt_has_no_cuts_and_the_same_hidden_states():
+    text = case(sizes=())
+    states = capture(text.model, text.prompt, TWICE)
+    assert states.cuts == ()
+    assert states.kept_index.tolist() == list(range(text.prompt.input_ids.shape[1]))
+    for before, after in zip(states.hidden_before, states.hidden_after, strict=True):
+        assert torch.equal(before, after)
 
 
 def test_greedy_ignores_sampling_settings_of_the_checkpoint(made):
@@ -249,11 +333,18 @@ def test_greedy_with_a_plan_equals_generate_inside_prune(made):
 def test_lowest_keeps_what_highest_drops(made):
     kept = {}
     for select in Select:
-        spec = PruneSpec(Policy(layer=2, scorer=Scorer.NORM, select=select), Keep(ratio=0.75))
+        spec = PruneSpec(one_cut(2, scorer=Scorer.NORM, select=select), Keep(ratio=0.75))
         with prune(made.model, spec) as trace:
             made.model(**made.inputs)
         kept[select] = set(trace.kept_index.tolist()) & set(made.prompt.visual_index.tolist())
     assert kept[Select.HIGHEST].isdisjoint(kept[Select.LOWEST])
+
+
+def test_what_nothing_keeps_is_text_alone(made):
+    schedule = Schedule((Cut(1, TopK(source=Source.HIDDEN), 0.5), Cut(2, Nothing(), 0.0)))
+    with prune(made.model, PruneSpec(schedule, Keep(ratio=0.375))) as trace:
+        made.greedy()
+    assert not set(trace.kept_index.tolist()) & set(made.prompt.visual_index.tolist())
 
 
 def test_visual_positions_know_both_spellings():

@@ -2,13 +2,16 @@
 
 `HostDevice` is the device contract in this machine's memory. `fake_tensorrt` is a module with the part of
 TensorRT's interface that the runner uses, whose "engines" are ONNX files: a context reads inputs from their
-addresses, runs ONNX Runtime and writes to the outputs' addresses. No CUDA and no TensorRT is exercised by it.
+addresses, runs ONNX Runtime and writes to the outputs' addresses. Shapes of outputs are what the graph's own
+names of axes say of the inputs' shapes, or what a plugin's shape function says; where neither does they are
+open, and the runner has to wait for them. No CUDA and no TensorRT is exercised by it.
 """
 
 from __future__ import annotations
 
 import ctypes
 from enum import Enum
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -75,7 +78,7 @@ class _Location(Enum):
 class _Context:
     def __init__(self, engine):
         self.engine, self.profile = engine, None
-        self.shapes, self.addresses, self.scratch = {}, {}, None
+        self.shapes, self.addresses, self.scratch, self.told = {}, {}, None, {}
 
     def set_optimization_profile_async(self, number, stream):
         assert stream == 7
@@ -103,21 +106,27 @@ class _Context:
         return sorted(set(self.engine.inputs) - set(self.shapes))
 
     def get_tensor_shape(self, name):
-        """As shape inference: from the inputs' shapes by the names of axes; -1 where those do not tell."""
+        """From the inputs' shapes; -1 where those do not tell. What is told here must then be written."""
+        if self.engine.shape_function is not None:
+            shapes = self.engine.shape_function([self.shapes[name] for name in self.engine.inputs])
+            self.told[name] = shapes[list(self.engine.outputs).index(name)]
+            return self.told[name]
         symbols = {
             str(dim): size
             for input_name, value in self.engine.inputs.items()
             for dim, size in zip(value.shape, self.shapes[input_name], strict=True)
         }
-        if "k" in symbols:
-            symbols["M"] = symbols["S"] - symbols["N"] + symbols["k"]
-        return tuple(_size(dim, symbols) for dim in self.engine.outputs[name].shape)
+        shape = tuple(_size(dim, symbols) for dim in self.engine.outputs[name].shape)
+        if -1 not in shape:
+            self.told[name] = shape
+        return shape
 
     def execute_async_v3(self, stream):
         assert stream == 7
         assert self.scratch is not None
         if self.engine.fails:
-            self.engine.logger.log(_Severity.ERROR, "the kernel\nwent wrong")
+            if self.engine.fails is not True:
+                self.engine.logger.log(_Severity.ERROR, self.engine.fails)
             return False
         feeds = {name: self._read(name) for name in self.engine.inputs}
         for name, value in self.engine.runner.run(feeds).items():
@@ -133,7 +142,9 @@ class _Context:
     def _write(self, name, array):
         bits = narrow(array) if self.engine.kind(name) == "BF16" else np.ascontiguousarray(array)
         address = self.addresses[name]
-        if not isinstance(address, int):
+        if isinstance(address, int):
+            assert bits.shape == self.told[name], "more or less is written than memory was asked for"
+        else:
             address.notify_shape(name, bits.shape)
             address = address.reallocate_output(name, 0, bits.nbytes, 512)
         ctypes.memmove(address, bits.ctypes.data, bits.nbytes)
@@ -148,6 +159,7 @@ def _size(dim, symbols):
 
 class _Engine:
     def __init__(self, file, settings, logger):
+        file = Path(file)
         graph = ir.load(file).graph
         self.inputs = {value.name: value for value in graph.inputs}
         self.outputs = {value.name: value for value in graph.outputs}
@@ -156,6 +168,9 @@ class _Engine:
         self.num_optimization_profiles = settings["profiles"]
         self.scratch = [100 + number for number in range(settings["profiles"])]
         self.fails = settings["fails"]
+        self.unready = settings["unready"]
+        takes = settings["shape_function"] is not None and settings["shape_function"](file.stem)
+        self.shape_function = takes or None
         self.num_io_tensors = len(self.inputs) + len(self.outputs)
 
     def get_tensor_name(self, number):
@@ -178,14 +193,31 @@ class _Engine:
 
     def create_execution_context(self, strategy):
         assert strategy == "user managed"
+        if self.unready:
+            return None
         self.contexts.append(_Context(self))
         return self.contexts[-1]
 
 
 def fake_tensorrt(version="10.9.0.34", **settings):
-    """A module in TensorRT's place; `settings`: profiles, fails, refuses."""
-    chosen = {"profiles": 1, "fails": False, "refuses": "", **settings}
-    made = SimpleNamespace(engines={}, libraries=[])
+    """A module in TensorRT's place.
+
+    Args:
+        version: Its `__version__`.
+        settings: profiles: of decoder spans, all others have one. fails: what runs log before they fail, or
+            True. refuses: what is logged of an engine that is not opened. unready: no execution context can
+            be had. shape_function: name of a component -> its plugin's (shapes of inputs) -> shapes of
+            outputs, or None.
+    """
+    chosen = {
+        "profiles": 1,
+        "fails": False,
+        "refuses": "",
+        "unready": False,
+        "shape_function": None,
+        **settings,
+    }
+    made = SimpleNamespace(engines={}, libraries=[], settings=chosen)
 
     class Runtime:
         def __init__(self, logger):

@@ -7,7 +7,7 @@ import pytest
 from family_pair import QUESTION, FamilyPair, FamilyTests
 from tiny import make_tiny, tiny_picture
 
-from ep_export.policy import Budget, Scorer, Select, Source
+from ep_export.policy import Budget, Scorer, Select, Source, TopK
 from ep_export.runtime import Sampling
 
 
@@ -28,14 +28,12 @@ SHAPES = {
         {
             "layer": 4,
             "keep": 0.9,
-            "scorer": Scorer.NORM,
-            "select": Select.LOWEST,
-            "budget": Budget.PER_PICTURE,
+            "chooser": TopK(Scorer.NORM, Select.LOWEST, budget=Budget.PER_PICTURE),
         },
     ),
     "16/4 heads of 40, K 3 of 9": Shape(
         {"heads": 16, "kv_heads": 4, "head_dim": 40, "layers": 9, "tie_embeddings": True, "ffn_size": 600},
-        {"layer": 3, "scorer": Scorer.RELEASED, "source": Source.KEY},
+        {"layer": 3, "chooser": TopK(Scorer.RELEASED, source=Source.KEY)},
     ),
 }
 

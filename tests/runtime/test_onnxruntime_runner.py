@@ -2,11 +2,12 @@
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
 from ep_export.errors import UserError
-from ep_export.runtime import OnnxRuntimeOptions, OnnxRuntimeRunner
+from ep_export.runtime import OnnxRuntimeOptions, OnnxRuntimeRunner, onnxruntime_runner
 
 
 def joined(path, kind, nodes=(("Concat", ["past", "new"], "present"),)):
@@ -82,3 +83,73 @@ def test_options_do_not_change_results(tmp_path):
     feeds = {"past": np.ones((1, 2)), "new": np.zeros((1, 1))}
     for options in (OnnxRuntimeOptions(threads=1), OnnxRuntimeOptions(prepack=False)):
         assert OnnxRuntimeRunner(file, options).run(feeds)["present"].numpy().tolist() == [[1, 1, 0]]
+
+
+@pytest.fixture
+def watched(tmp_path, monkeypatch):
+    """A runner whose tensors are said to lie on a GPU, and what it binds where; on the CPU all the same."""
+    bound = {"inputs": [], "outputs": {}}
+    bind_input, bind_output = onnxruntime.IOBinding.bind_ortvalue_input, onnxruntime.IOBinding.bind_output
+
+    def watch_input(self, name, value):
+        bound["inputs"].append((name, value.data_ptr()))
+        bind_input(self, name, value)
+
+    def watch_output(self, name, device_type="cpu", *arguments):
+        bound["outputs"][name] = device_type
+        bind_output(self, name, "cpu", *arguments)
+
+    def refuse(*_arguments, **_options):
+        raise AssertionError("without a binding every output comes to the host")
+
+    monkeypatch.setattr(onnxruntime.IOBinding, "bind_ortvalue_input", watch_input)
+    monkeypatch.setattr(onnxruntime.IOBinding, "bind_output", watch_output)
+    monkeypatch.setattr(onnxruntime.InferenceSession, "run", refuse)
+    monkeypatch.setattr(onnxruntime.InferenceSession, "run_with_ort_values", refuse)
+    monkeypatch.setattr(onnxruntime_runner, "device_of", lambda _names: "cuda")
+    graph = joined(tmp_path / "joined.onnx", TensorProto.FLOAT)
+    return OnnxRuntimeRunner(graph), bound
+
+
+def test_outputs_stay_on_the_device_when_the_next_run_takes_them(watched):
+    runner, bound = watched
+    present = np.ones((1, 2))
+    for step in range(3):
+        outputs = runner.run({"past": present, "new": np.full((1, 1), step)}, on_device=("present",))
+        assert bound["outputs"] == {"present": "cuda"}
+        present = outputs["present"]
+    assert present.numpy().tolist() == [[1, 1, 0, 1, 2]]
+
+
+def test_a_value_goes_into_the_next_run_as_the_memory_it_came_out_in(watched):
+    runner, bound = watched
+    present = runner.run({"past": np.ones((1, 2)), "new": np.ones((1, 1))}, on_device=("present",))["present"]
+    address = present.value.data_ptr()
+    runner.run({"past": present, "new": np.ones((1, 1))})
+    assert ("past", address) in bound["inputs"]
+
+
+def test_outputs_that_nobody_claims_come_to_the_host(watched):
+    runner, bound = watched
+    outputs = runner.run({"past": np.ones((1, 2)), "new": np.zeros((1, 1))})
+    assert bound["outputs"] == {"present": "cpu"}
+    assert outputs["present"].numpy().tolist() == [[1, 1, 0]]
+
+
+@pytest.mark.parametrize("kind", [TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16])
+def test_binding_changes_no_result(tmp_path, kind):
+    """Against ONNX Runtime's plain `run` of the same session."""
+    runner = OnnxRuntimeRunner(joined(tmp_path / "joined.onnx", kind))
+    feeds = {"past": np.array([[0.5, -2.0]]), "new": np.array([[3.0]])}
+    ready = {name: runner._to_ort(feed, runner._types[name]) for name, feed in feeds.items()}
+    (plain,) = runner._session.run_with_ort_values(["present"], ready)
+    bound = runner.run(feeds, on_device=("present",))["present"]
+    assert np.array_equal(bound.numpy(), onnxruntime_runner._OrtTensor(plain).numpy())
+
+
+def test_bfloat16_in_a_gpus_memory_is_not_read_as_if_it_were_here(monkeypatch):
+    bits = np.array([0x3FC0, 0xC000], dtype=np.uint16)
+    value = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, TensorProto.BFLOAT16)
+    monkeypatch.setattr(onnxruntime.OrtValue, "device_name", lambda _self: "cuda")
+    with pytest.raises(UserError, match="cannot be read from there"):
+        onnxruntime_runner._OrtTensor(value).numpy()

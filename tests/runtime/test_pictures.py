@@ -5,7 +5,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image, PngImagePlugin
 from tiny import tiny_picture
 
 from ep_export.errors import UserError
@@ -77,3 +77,62 @@ def test_a_picture_beyond_the_limit_is_refused_not_warned_about(tmp_path, monkey
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(UserError, match="too large"):
         open_picture(tmp_path / "picture.png")
+
+
+def test_postscript_is_never_run_whatever_the_file_is_called(tmp_path, monkeypatch):
+    def run(*_args, **_options):
+        pytest.fail("Ghostscript was started")
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", run)
+    file = tmp_path / "photo.png"
+    file.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n")
+    with Image.open(file) as picture:
+        assert picture.format == "EPS"  # Pillow itself would take it
+    with pytest.raises(UserError, match="not a picture that can be read"):
+        open_picture(file)
+
+
+@pytest.mark.parametrize("suffix", [".dds", ".psd", ".sgi", ".icns", ".avif"])
+def test_other_formats_are_refused_by_content(tmp_path, suffix):
+    source = tmp_path / f"source{suffix}"
+    try:
+        tiny_picture(16, 16).save(source)
+    except (OSError, KeyError, ValueError):
+        source.write_bytes(b"8BPS" + b"\x00\x01" + b"\x00" * 40)
+    (tmp_path / "photo.png").write_bytes(source.read_bytes())
+    with pytest.raises(UserError, match="not a picture that can be read") as caught:
+        open_picture(tmp_path / "photo.png")
+    assert "JPEG" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError, NotImplementedError, TypeError, IndexError, KeyError, ZeroDivisionError, struct.error],
+)
+def test_whatever_a_decoder_raises_is_the_picture_s_fault(tmp_path, monkeypatch, error):
+    def load(_self):
+        raise error("bad\nblock")
+
+    tiny_picture(20, 20).save(tmp_path / "picture.png")
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", load)
+    with pytest.raises(UserError, match="is damaged") as caught:
+        open_picture(tmp_path / "picture.png").load()
+    assert "\n" not in str(caught.value)
+    assert caught.value.hint
+
+
+def test_a_lack_of_memory_is_not_called_damage(tmp_path, monkeypatch):
+    def load(_self):
+        raise MemoryError
+
+    tiny_picture(20, 20).save(tmp_path / "picture.png")
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", load)
+    with pytest.raises(MemoryError):
+        open_picture(tmp_path / "picture.png").load()
+
+
+def test_odd_notes_in_a_good_picture_print_nothing(tmp_path, recwarn):
+    exif = b"Exif\x00\x00II*\x00\x08\x00\x00\x00\xff\xff"  # promises 65535 entries
+    tiny_picture(20, 20).save(tmp_path / "picture.jpg", exif=exif)
+    assert open_picture(tmp_path / "picture.jpg").size == (20, 20)
+    assert not recwarn.list

@@ -5,19 +5,22 @@ GPU that cannot run a graph. GPUs themselves are not exercised here.
 """
 
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import onnxruntime
 import pytest
 from command_line import ep_export
 from onnx import TensorProto
+from onnxruntime.capi import onnxruntime_pybind11_state
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument
 from test_onnxruntime_runner import joined
 from tiny import tiny_picture
 
 from ep_export.errors import UsageError, UserError
 from ep_export.runtime import OnnxRuntimeOptions, OnnxRuntimeRunner
 from ep_export.runtime.backends import OnnxRuntimeBackend, Runtime, choose_backend
-from ep_export.runtime.providers import CPU, PROVIDERS, prepare_providers, short_name
+from ep_export.runtime.providers import CPU, PROVIDERS, device_of, prepare_providers, short_name
 
 IDLE = "AzureExecutionProvider"
 pytestmark = pytest.mark.skipif(
@@ -84,7 +87,14 @@ def plugin(monkeypatch):
     return answer
 
 
+EMPTY = "Must provide one or more OrtEpDevice instances."
+MIXED = "All OrtEpDevice values in ep_devices must have the same execution provider."
+TWICE = "Provider {} has already been registered."  # told when the session is made
+
+
 class Options:
+    """`SessionOptions` as far as devices go; refuses what ONNX Runtime refuses, in its words."""
+
     def __init__(self):
         self.entries, self.devices = {}, []
 
@@ -92,7 +102,27 @@ class Options:
         self.entries[name] = value
 
     def add_provider_for_devices(self, devices, _options):
+        names = {device.ep_name for device in devices}
+        if not devices:
+            raise InvalidArgument(EMPTY)
+        if len(names) > 1:
+            raise InvalidArgument(MIXED)
+        if names & {device.ep_name for device in self.devices}:
+            raise Fail(TWICE.format(names.pop()))
         self.devices += devices
+
+
+def test_the_stand_in_refuses_as_onnx_runtime_does(graph):
+    """Two providers with devices are not to be had here, so that refusal is looked up in the library."""
+    cpu = [device for device in onnxruntime.get_ep_devices() if device.ep_name == CPU]
+    options = onnxruntime.SessionOptions()
+    with pytest.raises(InvalidArgument, match=EMPTY):
+        options.add_provider_for_devices([], {})
+    options.add_provider_for_devices(cpu, {})
+    options.add_provider_for_devices(cpu, {})
+    with pytest.raises(Fail, match=TWICE.format(CPU)):
+        onnxruntime.InferenceSession(str(graph), options)
+    assert MIXED.encode() in Path(onnxruntime_pybind11_state.__file__).read_bytes()
 
 
 def test_a_plugin_provider_is_registered_and_its_first_device_taken(plugin):
@@ -106,10 +136,30 @@ def test_a_plugin_provider_is_registered_and_its_first_device_taken(plugin):
     assert registered == [("NvTensorRTRTXExecutionProvider", "/nowhere/libprovider.so")]
     assert options.devices == [device]
     assert options.entries["session.disable_cpu_ep_fallback"] == "1"
+
+
+def test_a_plugin_provider_and_the_cpu_are_registered_one_by_one(plugin):
+    """What the hint of a provider that cannot run all of a graph recommends."""
+    device = SimpleNamespace(ep_name="NvTensorRTRTXExecutionProvider")
+    cpu = SimpleNamespace(ep_name=CPU)
+    plugin(lambda *_: None, [cpu, device])
     both = Options()
     assert prepare_providers(("tensorrt-rtx", "cpu"), both) == []
     assert both.devices == [device, cpu]
     assert "session.disable_cpu_ep_fallback" not in both.entries
+
+
+def test_a_provider_by_both_of_its_names_is_one():
+    assert prepare_providers(("cpu", CPU), Options()) == [CPU]
+
+
+def test_tensors_lie_where_the_first_provider_computes():
+    assert [device_of(names) for names in (("cpu",), ("cuda", "cpu"), (IDLE, "cpu"), (CPU,))] == [
+        "cpu",
+        "cuda",
+        "cpu",
+        "cpu",
+    ]
 
 
 def test_a_plugin_provider_without_a_device_is_refused(plugin):

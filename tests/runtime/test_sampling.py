@@ -96,10 +96,31 @@ def test_draws_follow_the_chances():
         {"top_p": 0.0},
         {"top_p": 1.1},
         {"top_p": float("nan")},
+        {"top_p": float("inf")},
         {"top_k": -1},
+        {"top_k": 2.5},
+        {"top_k": float("nan")},
+        {"top_k": float("inf")},
         {"seed": -1},
+        {"seed": float("nan")},
+        {"temperature": True},
+        {"top_p": True},
+        {"top_k": True},
+        {"seed": False},
+        {"top_p": np.bool_(True)},
+        {"temperature": np.float32("nan")},
+        {"temperature": "warm"},
+        {"top_k": None},
     ],
+    ids=str,
 )
-def test_impossible_values_are_refused(wrong):
-    with pytest.raises(UsageError, match=next(iter(wrong)).replace("_", "-")):
+def test_what_is_no_number_or_out_of_range_is_refused_in_one_line(wrong):
+    with pytest.raises(UsageError, match=next(iter(wrong)).replace("_", "-")) as caught:
         Sampling(**wrong)
+    assert "\n" not in str(caught.value)
+
+
+def test_numbers_of_numpy_are_numbers(logits):
+    theirs = {"temperature": np.float32(0.5), "top_p": np.float64(0.9), "top_k": np.int64(20)}
+    ours = {"temperature": 0.5, "top_p": 0.9, "top_k": 20}
+    assert draws(np.uint8(7), logits, 20, **theirs) == draws(7, logits, 20, **ours)

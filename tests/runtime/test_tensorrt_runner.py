@@ -13,12 +13,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from bundles import export_tiny, two_cuts
 from command_line import ep_export
 from host_device import HostDevice, fake_tensorrt, write_fake_engine
+from plugin_reference import output_shapes, plugin_build
 from test_onnxruntime_runner import joined
 from tiny import tiny_picture
 
-from ep_export.bundle import Bundle, hash_file
+from ep_export.bundle import Bundle, Role, hash_file
 from ep_export.checkpoint import open_checkpoint
 from ep_export.engine.device import find_gpu
 from ep_export.engine.profiles import LimitsRequest, make_profiles, resolve_limits
@@ -26,14 +28,16 @@ from ep_export.engine_record import (
     EngineFile,
     EngineRecord,
     Limits,
+    PluginFile,
     Profile,
     ShapeRange,
-    bundle_fingerprint,
     engine_directory,
     read_record,
+    source_sha256,
     write_record,
 )
 from ep_export.errors import UserError
+from ep_export.policy import MaxMin
 from ep_export.runtime import OnnxRuntimeRunner, Session
 from ep_export.runtime.device import CudaDevice, DeviceMemory
 from ep_export.runtime.engines import EngineBackend
@@ -55,21 +59,43 @@ VERSION = "10.9.0.34"
 LIMITS = Limits(max_prompt=512, max_new_tokens=64, max_pixels=1 << 20, max_kept_tokens=512)
 
 
+ON_CPU = "prune_1.divprune"
+
+
 @pytest.fixture(scope="module")
-def compiled(tiny_bundle, tmp_path_factory):
-    """The tiny bundle with "engines" (stand-ins) for a made-up GPU of SM 8.9."""
-    bundle = Bundle(tmp_path_factory.mktemp("compiled") / "bundle", tiny_bundle.manifest)
-    shutil.copytree(tiny_bundle.path, bundle.path)
-    limits = resolve_limits(bundle, LimitsRequest(max_prompt=512, max_new_tokens=64, max_pixels=150 * 150))
+def twice(tiny_checkpoint, tmp_path_factory):
+    """Two cuts and two policies."""
+    out = tmp_path_factory.mktemp("twice") / "bundle"
+    return export_tiny(tiny_checkpoint, out, schedule=two_cuts(1, 3), keep=0.6, policies=(MaxMin(),))
+
+
+@pytest.fixture(scope="module")
+def compiled(twice, tmp_path_factory):
+    """With "engines" (stand-ins) for a made-up GPU of SM 8.9; one policy stays on the CPU."""
+    return compile_stand_ins(twice, tmp_path_factory.mktemp("compiled"), max_pixels=150 * 150)
+
+
+def compile_stand_ins(original, folder, *, max_pixels):
+    bundle = Bundle(folder / "bundle", original.manifest)
+    shutil.copytree(original.path, bundle.path)
+    limits = resolve_limits(bundle, LimitsRequest(max_prompt=512, max_new_tokens=64, max_pixels=max_pixels))
     directory = engine_directory(bundle.path, "made-up")
     directory.mkdir(parents=True)
     engines = {}
+    profiles = make_profiles(bundle, limits)
     for component in bundle.manifest.components:
+        if component.name == ON_CPU:
+            continue
         file = directory / f"{component.name}.engine"
         write_fake_engine(bundle.file(component.file), file)
-        profiles = make_profiles(bundle, limits)[component.name]
         engines[component.name] = EngineFile(
-            file.name, hash_file(file), file.stat().st_size, 1.0, tuple(profiles)
+            role=component.role,
+            file=file.name,
+            sha256=hash_file(file),
+            bytes=file.stat().st_size,
+            build_seconds=1.0,
+            profiles=tuple(profiles[component.name]),
+            source=source_sha256(bundle.manifest, component),
         )
     record = EngineRecord(
         target="made-up",
@@ -77,13 +103,13 @@ def compiled(tiny_bundle, tmp_path_factory):
         flavour=Flavour.TENSORRT,
         version=VERSION,
         cuda="12.8",
-        bundle=bundle_fingerprint(bundle.manifest),
         model=bundle.manifest.model,
         dialect=bundle.manifest.dialect,
         precision=bundle.manifest.precision,
         limits=limits,
         components=engines,
-        plugin=False,
+        on_cpu=(ON_CPU,),
+        plugin=None,
         made_by={},
     )
     write_record(directory, record)
@@ -126,39 +152,92 @@ def runner(tmp_path, kind, *, device=None, module=None, profiles=1, **settings):
     return TensorRtRunner(opened, memory, Scratch(memory), lambda: None)
 
 
-def test_a_session_answers_as_with_onnx_runtime(compiled):
+@pytest.mark.parametrize("policies", [(), ("divprune",)], ids=["engines", "one cut on the CPU"])
+def test_a_session_answers_as_with_onnx_runtime(compiled, policies):
     pictures, question = [tiny_picture(140, 112, 1)], "which digits?"
     with Session.open(compiled) as session:
-        wanted = session.generate(pictures, question, max_new_tokens=8)
+        wanted = session.generate(pictures, question, max_new_tokens=8, policies=policies)
     made, module = backend(compiled)
     with Session.open(compiled, runner=made) as session:
-        got = session.generate(pictures, question, max_new_tokens=8)
+        got = session.generate(pictures, question, max_new_tokens=8, policies=policies)
         text = session.generate([], question, max_new_tokens=3)
     assert got.token_ids == wanted.token_ids
-    assert got.kept_index == wanted.kept_index
+    assert got.cuts == wanted.cuts
     assert len(text.token_ids) == 3
-    # prefill in the first context of head and tail, decode in the second
-    for name in ("decoder_head.onnx", "decoder_tail.onnx"):
+    # prefill in the first context of every span, decode in the second
+    for name in ("decoder_0.onnx", "decoder_1.onnx", "decoder_2.onnx"):
         assert [context.profile for context in module.made.engines[name].contexts] == [0, 1]
+    opened = {name.removesuffix(".onnx") for name in module.made.engines if name.startswith("prune")}
+    assert opened == (
+        {"prune_0.divprune"} if policies else {"prune_0.paper-highest", "prune_1.paper-highest"}
+    )
 
 
-def test_caches_and_hidden_states_stay_on_the_device(compiled):
+def test_outputs_have_the_shapes_the_plugin_itself_says(compiled):
+    """The plugin's own shape function, asked through its harness: memory is taken by it before the run."""
+    build = plugin_build()
+    if build is None:
+        pytest.skip("the plugin is not built: make plugin")
+
+    def shape_function(component):
+        if "paper" not in component:
+            return None
+        return lambda shapes: output_shapes(build, *shapes)
+
+    pictures, question = [tiny_picture(140, 112, 1)], "which digits?"
+    with Session.open(compiled) as session:
+        wanted = session.generate(pictures, question, max_new_tokens=3)
+    made, module = backend(compiled, shape_function=shape_function)
+    with Session.open(compiled, runner=made) as session:
+        got = session.generate(pictures, question, max_new_tokens=3)
+    assert (got.token_ids, got.cuts) == (wanted.token_ids, wanted.cuts)
+    for name in ("prune_0.paper-highest.onnx", "prune_1.paper-highest.onnx"):
+        (context,) = module.made.engines[name].contexts
+        assert set(context.told) == set(context.engine.outputs)
+
+
+def copies(compiled, policies, pictures):
+    """(to the device, from it) of a prompt and one decoded token, everything opened before."""
     device = HostDevice()
     made, _ = backend(compiled, device=lambda: device)
     with Session.open(compiled, runner=made) as session:
-        session.generate([], "which digits?", max_new_tokens=2)
-        before_in, before_out = device.copies_in, device.copies_out
-        session.generate([], "which digits?", max_new_tokens=2)
-    # prefill: ids, embeddings and 3 integer inputs go in (empty caches are no bytes);
-    # decode step: ids and 3 integer inputs
-    assert device.copies_in - before_in == (1 + 1 + 3) + (1 + 3)
-    # embeddings, kept index, kept positions, logits; then only the logits
-    assert device.copies_out - before_out == 4 + 1
+        ask = {"max_new_tokens": 2, "policies": policies}
+        session.generate(pictures, "which digits?", **ask)
+        before = device.copies_in, device.copies_out
+        session.generate(pictures, "which digits?", **ask)
+        return device.copies_in - before[0], device.copies_out - before[1]
 
 
-def test_polygraphy_compares_engines_beside_onnx_runtime(compiled, tiny_checkpoint, tmp_path):
+def test_caches_and_hidden_states_stay_on_the_device(compiled):
+    # prompt: ids; embeddings and positions, once for all spans (empty caches are no bytes)
+    # decode step: ids; positions for every span
+    # out: embeddings and logits, then logits
+    assert copies(compiled, (), []) == (1 + 1 + 3 + 1 + 3, 2 + 1)
+
+
+def test_what_a_cut_computes_stays_on_the_device_but_for_what_the_host_reads(compiled):
+    alone_in, alone_out = copies(compiled, (), [])
+    vision = 4  # inputs of the tiny Qwen2.5-VL's encoder
+    inputs, outputs = copies(compiled, (), [tiny_picture(140, 112, 1)])
+    # keep_slots of both cuts; positions for the first span and the first cut, not for three spans; where the
+    # picture is
+    assert inputs - alone_in - vision == 2 + (2 - 3) + 1
+    # visual embeddings; kept index and scores of every cut
+    assert outputs - alone_out == 1 + 2 * 2
+
+
+def test_a_cut_on_the_cpu_takes_only_what_its_chooser_reads(compiled):
+    inputs, outputs = copies(compiled, (), [tiny_picture(140, 112, 1)])
+    beside_in, beside_out = copies(compiled, ("divprune",), [tiny_picture(140, 112, 1)])
+    # out: hidden states, positions and visual places, instead of kept index and scores
+    assert beside_out - outputs == 3 - 2
+    # in: kept hidden states and positions, instead of keep_slots; divprune reads no states
+    assert beside_in - inputs == 2 - 1
+
+
+def test_polygraphy_compares_engines_beside_onnx_runtime(twice, tiny_checkpoint, tmp_path):
     """Components are opened and closed one after the other: the device is given back and asked for again."""
-    devices = []
+    compiled, devices = compile_stand_ins(twice, tmp_path, max_pixels=224 * 224), []
 
     def device():
         devices.append(HostDevice())
@@ -174,8 +253,10 @@ def test_polygraphy_compares_engines_beside_onnx_runtime(compiled, tiny_checkpoi
         out=tmp_path / "out",
     )
     assert found.report.verdict is Verdict.PASS
-    assert sum(stage.name.endswith(", tensorrt") for stage in found.report.stages) == 8
-    assert len(devices) == len(module.made.engines) == 4
+    assert len(devices) == len(module.made.engines)
+    assert {Role.VISION, Role.EMBED, Role.DECODER, Role.PRUNE} == {
+        component.role for component in compiled.manifest.components if component.file in module.made.engines
+    }
     for one in module.made.engines.values():
         one.contexts.clear()  # the stand-ins remember theirs
     gc.collect()
@@ -239,7 +320,7 @@ def test_a_prompt_beyond_the_engines_is_refused_before_it_runs(compiled):
         pytest.raises(UserError, match=r"pixel_values of vision_encoder has shape"),
     ):
         session.generate([tiny_picture(220, 220, 1)], "which digits?", max_new_tokens=1)
-    assert not module.made.engines["decoder_head.onnx"].contexts
+    assert not module.made.engines["decoder_0.onnx"].contexts
 
 
 def test_wrong_names_are_named(tmp_path):
@@ -249,9 +330,26 @@ def test_wrong_names_are_named(tmp_path):
 
 
 def test_a_run_that_fails_says_what_tensorrt_said(tmp_path):
-    one = runner(tmp_path, onnx.TensorProto.FLOAT, fails=True)
+    one = runner(tmp_path, onnx.TensorProto.FLOAT, fails="the kernel\nwent wrong")
     with pytest.raises(UserError, match=r"^joined failed: the kernel$"):
         one.run({"past": np.zeros((1, 1)), "new": np.zeros((1, 1))})
+
+
+def test_a_failure_does_not_quote_an_older_error(tmp_path):
+    module = fake_tensorrt(fails="the kernel went wrong")
+    feeds = {"past": np.zeros((1, 1)), "new": np.zeros((1, 1))}
+    with pytest.raises(UserError, match="the kernel went wrong"):
+        runner(tmp_path, onnx.TensorProto.FLOAT, module=module).run(feeds)
+    module.made.settings["fails"] = True
+    silent = runner(tmp_path, onnx.TensorProto.FLOAT, module=module)
+    _log(module).last = "an error of another engine"
+    with pytest.raises(UserError, match=r"^joined failed: TensorRT gives no reason$"):
+        silent.run(feeds)
+    module.made.settings["unready"] = True
+    unready = runner(tmp_path, onnx.TensorProto.FLOAT, module=module)
+    _log(module).last = "an error of another engine"
+    with pytest.raises(UserError, match=r"^joined cannot be run: TensorRT gives no reason$"):
+        unready.run(feeds)
 
 
 def test_an_engine_that_is_refused_says_why(tmp_path):
@@ -269,27 +367,45 @@ def test_another_number_of_profiles_than_recorded_is_refused(tmp_path):
     [
         ({"sm": "8.7"}, "engines for made-up are for SM 8.7, expected SM 8.9"),
         ({"version": "10.3.0.30"}, "built by tensorrt 10.3.0.30, expected 10.9.0.34"),
-        ({"bundle": "0" * 64}, "were built from another bundle"),
-        ({"components": {}}, "lack decoder_head"),
-        ({"plugin": True}, "hold the EntropyPrune plugin"),
+        ({"components": {}}, "lack vision_encoder"),
+        ({"plugin": PluginFile("plugin.so", "0" * 64, 1)}, "plugin .* is missing"),
     ],
-    ids=["SM", "TensorRT version", "bundle", "component", "plugin"],
+    ids=["SM", "TensorRT version", "component", "plugin"],
 )
 def test_engines_for_something_else_are_refused_before_any_is_opened(changed, fields, sentence):
-    module = fake_tensorrt()
+    module, devices = fake_tensorrt(), []
+
+    def device():
+        devices.append(HostDevice())
+        return devices[-1]
+
     with pytest.raises(UserError, match=sentence):
-        EngineBackend(changed(**fields), module=lambda _: module, device=HostDevice)
+        EngineBackend(changed(**fields), module=lambda _: module, device=device)
     assert not module.made.engines
+    assert all(one.closed for one in devices)
+
+
+def test_a_policy_that_was_added_after_compiling_says_how_to_compile_it(changed):
+    bundle = changed()
+    directory = engine_directory(bundle.path, "made-up")
+    record = read_record(directory)
+    left = {name: engine for name, engine in record.components.items() if name != "prune_0.divprune"}
+    write_record(directory, dataclasses.replace(record, components=left))
+    made, _ = backend(bundle)
+    with Session.open(bundle, runner=made) as session:
+        assert session.generate([tiny_picture(56, 56)], "which digits?", max_new_tokens=1).cuts
+        with pytest.raises(UserError, match=r"lack prune_0\.divprune") as caught:
+            session.generate([tiny_picture(56, 56)], "which?", max_new_tokens=1, policies=("divprune",))
+    assert "--policy divprune" in caught.value.hint
 
 
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
         ({"version": "1.2.0.54"}, "were built by tensorrt-rtx 1.2.0.54, expected {installed}"),
-        ({"bundle": "0" * 64}, "were built from another bundle"),
         ({}, "TensorRT needs "),  # a GPU, or cuda-python first
     ],
-    ids=["version", "bundle", "GPU"],
+    ids=["version", "GPU"],
 )
 def test_run_refuses_engines_in_one_line(changed, fields, sentence):
     """Through the command line, with the real TensorRT-RTX: it says its version without a GPU."""
@@ -306,7 +422,7 @@ def test_run_refuses_engines_in_one_line(changed, fields, sentence):
 
 def test_a_changed_engine_is_refused(changed):
     bundle = changed()
-    engine = engine_directory(bundle.path, "made-up") / "decoder_tail.engine"
+    engine = engine_directory(bundle.path, "made-up") / "decoder_1.engine"
     content = bytearray(engine.read_bytes())
     content[0] ^= 1
     engine.write_bytes(content)
@@ -314,18 +430,53 @@ def test_a_changed_engine_is_refused(changed):
         backend(bundle)
 
 
-def test_the_plugin_is_loaded_before_the_engines(changed):
-    bundle = changed(plugin=True)
-    library = engine_directory(bundle.path, "made-up") / "libep_entropy_prune.so"
-    library.write_bytes(b"")
+@pytest.fixture
+def with_plugin(changed):
+    """The bundle with a plugin library beside its engines, and that library."""
+
+    def make(**fields):
+        bundle = changed()
+        library = engine_directory(bundle.path, "made-up") / "libep_entropy_prune.so"
+        library.write_bytes(b"a library")
+        entry = PluginFile(library.name, hash_file(library), library.stat().st_size)
+        return changed(plugin=entry, **fields), library
+
+    return make
+
+
+def test_the_plugin_is_loaded_before_the_engines(with_plugin):
+    bundle, library = with_plugin()
     _, module = backend(bundle)
     assert module.made.libraries == [str(library)]
     assert not module.made.engines
 
 
-def test_a_plugin_is_never_loaded_into_tensorrt_rtx(changed):
-    bundle = changed(plugin=True, flavour=Flavour.TENSORRT_RTX)
-    (engine_directory(bundle.path, "made-up") / "libep_entropy_prune.so").write_bytes(b"")
+@pytest.mark.parametrize("verify", [True, False], ids=["verified", "not verified"])
+def test_a_changed_plugin_is_never_loaded(with_plugin, verify):
+    bundle, library = with_plugin()
+    library.write_bytes(b"b library")
+    module, device = fake_tensorrt(profiles=2), HostDevice()
+    with pytest.raises(UserError, match=r"plugin .* was changed: its SHA-256 differs"):
+        EngineBackend(bundle, module=lambda _: module, device=lambda: device, verify=verify)
+    assert not module.made.libraries
+    assert device.closed
+
+
+def test_a_plugin_that_does_not_load_gives_the_gpu_back(with_plugin):
+    bundle, _ = with_plugin()
+    module, device = fake_tensorrt(profiles=2), HostDevice()
+
+    def fail(_library):
+        raise RuntimeError("undefined symbol")
+
+    module.get_plugin_registry().load_library = fail
+    with pytest.raises(UserError, match=r"plugin .* cannot be loaded: undefined symbol"):
+        EngineBackend(bundle, module=lambda _: module, device=lambda: device)
+    assert device.closed
+
+
+def test_a_plugin_is_never_loaded_into_tensorrt_rtx(with_plugin):
+    bundle, _ = with_plugin(flavour=Flavour.TENSORRT_RTX)
     module = fake_tensorrt()
     with pytest.raises(UserError, match="tensorrt-rtx has none of"):
         EngineBackend(bundle, module=lambda _: module, device=HostDevice)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from tiny import tiny_picture
 
-from ep_export.validate import Case, KeptPicture, Report, Stage, Verdict, text_lines, to_json, write_html
+from ep_export.runtime import KeptPicture
+from ep_export.validate import Case, Report, Stage, Verdict, text_lines, to_json, write_html
 from ep_export.validate.comparison import Comparison, Finding, compare, fold
 from ep_export.validate.tolerance import EXACT, Tolerance
 
@@ -78,13 +79,31 @@ def test_text_names_every_stage_and_ends_in_a_sentence():
     assert lines[-1].startswith("FAIL at hidden")
 
 
-@pytest.fixture
-def page(tmp_path):
-    picture = KeptPicture(0, (4, 5), tuple(i % 3 == 0 for i in range(20)))
-    case = Case("question 1", "how <many>?", "three & four", "two", 44, 20, 7, 0.5, (picture,))
-    report = Report("model <x>", {"policy": "layer 2"}, (stage(Verdict.FAIL, math.inf),), (case,))
+def test_the_sentence_names_what_pruned_the_model():
+    report = Report("m", {}, (stage(Verdict.PASS),), policies=("paper-highest", "divprune"))
+    assert "Hugging Face pruned by paper-highest, divprune," in report.sentence
+
+
+SETTINGS = {
+    "keep": "0.5 on average over 4 layers",
+    "layers": "0 to 1, 2 to 3",
+    "policies": "layer 2, paper, highest, query states",
+    "evidence": "told & tested",
+    "dialect": "portable",
+}
+
+
+def written(report, tmp_path):
     write_html(report, tmp_path / "report.html", [tiny_picture(140, 112)])
     return (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def page(tmp_path):
+    picture = KeptPicture((4, 5), tuple(range(0, 20, 3)), picture=0)
+    case = Case("question 1", "how <many>?", "three & four", "two", 44, 20, 7, (7,), 0.5, (picture,))
+    report = Report("model <x>", SETTINGS, (stage(Verdict.FAIL, math.inf),), (case,))
+    return written(report, tmp_path)
 
 
 def test_html_needs_no_network_and_no_script(page):
@@ -96,9 +115,44 @@ def test_html_escapes_what_others_wrote(page):
     assert "model &lt;x&gt;" in page
     assert "how &lt;many&gt;?" in page
     assert "three &amp; four" in page
+    assert "told &amp; tested" in page
+    assert "<many>" not in page
 
 
 def test_html_says_what_failed_and_how_answers_differ(page):
     assert page.count("✗ FAIL") == 2
     assert "the answers differ" in page
     assert "7 of 20 patches kept" in page
+
+
+def test_the_header_says_how_the_model_was_pruned_and_compares_with_that(page):
+    header = page[page.index("<header") : page.index("</header>")]
+    for name in ("keep", "layers", "policies", "evidence"):
+        assert f"<dt>{name}</dt>" in header
+    assert "dialect" not in header
+    assert "the pruned Hugging Face model" in header
+    assert "<dt>Pruned model</dt><dd>two</dd>" in page
+
+
+def test_every_cut_is_drawn_and_a_video_once_a_cut(tmp_path):
+    picture = KeptPicture((4, 5), (1, 2), kept_by_cut=((1, 2, 3), (1, 2)), picture=0)
+    parts = tuple(KeptPicture((2, 2), (0,), video=0, kept_by_cut=((0, 1), (0,))) for _ in range(2))
+    cases = (
+        Case("question 1", "?", "a", "a", 44, 20, 2, (3, 2), 1.0, (picture,)),
+        Case("a video", "?", "a", "a", 20, 8, 2, (4, 2), 1.0, parts),
+        Case("no picture", "?", "", "", 9, 0, 0, (), 1.0, ()),
+    )
+    stages = tuple(Stage(name, Verdict.PASS, 0.0, 0.0, 0.0, "", "", 1) for name in ("kept_1", "kv_2"))
+    page = written(Report("m", {}, stages, cases), tmp_path)
+    assert page.count("data:image/jpeg;base64,") == 4
+    captions = re.findall(r"<figcaption>(.*?)</figcaption>", page)
+    assert captions == [
+        "cut 0: 3 of 20 patches kept",
+        "cut 1: 2 of 20 patches kept",
+        "cut 0: 4 of 8 patches kept",
+        "cut 1: 2 of 8 patches kept",
+    ]
+    assert "3, then 2 of 20 visual tokens kept" in page
+    assert "Kept tokens, cut 1" in page
+    assert "KV cache, span 2" in page
+    assert "(empty)" in page

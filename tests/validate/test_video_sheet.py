@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from ep_export.families.base import Video
-from ep_export.runtime.generate import KeptPicture
+from ep_export.runtime import KeptPicture
 from ep_export.validate.video_sheet import draw_kept_video
 
 COLOURS = [(250, 20, 20), (20, 250, 20), (20, 20, 250), (250, 250, 20), (20, 250, 250)]
@@ -48,3 +48,9 @@ def test_what_is_dropped_is_dark():
     parts = [KeptPicture((2, 2), (), video=0), kept_everything(2, 2)]
     first, second = places(draw_kept_video(video(2), parts), 2, 1)
     assert first.max() < 120 < second.max()
+
+
+def test_each_cut_has_a_sheet_of_its_own():
+    part = KeptPicture((2, 2), (), video=0, kept_by_cut=((0, 1, 2, 3), ()))
+    before, after = (places(draw_kept_video(video(1), [part], cut=cut), 1, 1)[0] for cut in (0, 1))
+    assert after.max() < 120 < before.max()

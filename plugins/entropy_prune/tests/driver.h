@@ -14,6 +14,9 @@ namespace harness {
 
 using namespace nvinfer1;
 
+constexpr int32_t kInputs = 5;
+constexpr int32_t kOutputs = 5;
+
 struct Skip : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
@@ -106,20 +109,22 @@ inline Dims dims(std::vector<int64_t> const& sizes) {
 
 // Sizes of one call, in the order of the node's contract.
 struct Call {
-  int64_t batch = 1, prompt = 700, visual = 576, kept = 144, heads = 32, dim = 128, width = 4096, axes = 3;
+  int64_t batch = 1, sequence = 700, visual = 576, kept = 144, heads = 32, dim = 128, width = 4096, axes = 3;
   DataType states = DataType::kHALF, hidden = DataType::kHALF;
 
   std::vector<Dims> inputs() const {
-    return {dims({batch, prompt, heads, dim}), dims({batch, prompt, width}), dims({axes, batch, prompt}),
+    return {dims({batch, sequence, heads, dim}), dims({batch, sequence, width}), dims({axes, batch, sequence}),
             dims({visual}), dims({kept})};
   }
   std::vector<Dims> outputs() const {
-    int64_t const rows = prompt - visual + kept;
-    return {dims({batch, rows, width}), dims({axes, batch, rows}), dims({rows})};
+    return {dims({batch, rows(), width}), dims({axes, batch, rows()}), dims({rows()}), dims({kept}), dims({visual})};
   }
+  int64_t rows() const { return sequence - visual + kept; }
   std::vector<PluginTensorDesc> describe() const {
-    std::vector<DataType> const types{states,           hidden, DataType::kINT64, DataType::kINT64,
-                                      DataType::kINT64, hidden, DataType::kINT64, DataType::kINT64};
+    std::vector<DataType> const types{
+        states, hidden,           DataType::kINT64, DataType::kINT64, DataType::kINT64,  // inputs
+        hidden, DataType::kINT64, DataType::kINT64, DataType::kINT64, DataType::kFLOAT,  // outputs
+    };
     std::vector<Dims> shapes = inputs();
     for (Dims const& shape : outputs()) shapes.push_back(shape);
     std::vector<PluginTensorDesc> out;
@@ -136,19 +141,19 @@ struct Call {
 inline bool configures(Call const& call) {
   auto const plugin = create();
   auto const tensors = call.describe_dynamic();
-  return build_of(*plugin)->configurePlugin(tensors.data(), 5, tensors.data() + 5, 3) == 0;
+  return build_of(*plugin)->configurePlugin(tensors.data(), kInputs, tensors.data() + kInputs, kOutputs) == 0;
 }
 
 inline bool accepts_shapes(Call const& call) {
   auto const plugin = create();
   auto const tensors = call.describe();
-  return runtime_of(*plugin)->onShapeChange(tensors.data(), 5, tensors.data() + 5, 3) == 0;
+  return runtime_of(*plugin)->onShapeChange(tensors.data(), kInputs, tensors.data() + kInputs, kOutputs) == 0;
 }
 
 inline size_t workspace(Call const& call) {
   auto const plugin = create();
   auto const tensors = call.describe_dynamic();
-  return build_of(*plugin)->getWorkspaceSize(tensors.data(), 5, tensors.data() + 5, 3);
+  return build_of(*plugin)->getWorkspaceSize(tensors.data(), kInputs, tensors.data() + kInputs, kOutputs);
 }
 
 }  // namespace harness

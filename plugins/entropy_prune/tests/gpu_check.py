@@ -4,10 +4,11 @@
 
     python3 plugins/entropy_prune/tests/gpu_check.py [--json FILE] [--part check|sanitize|bench]
 
-What it does: compiles the kernels for this GPU; compares scores, kept sets and gathered rows with PyTorch in
-float64 for all types, scorers, shapes and budgets; repeats calls and captures one in a CUDA graph; runs part
-of that under compute-sanitizer where it is installed; times N = 576, 4096, 16384 against batched
-`torch.linalg.eigvalsh` and against the bytes this card moves. Exit status 0 when every check passed.
+What it does: compiles the kernels for this GPU; compares all five outputs with PyTorch in float64 for all
+types, scorers, shapes and budgets; cuts the outputs of a first cut a second time; breaks the contract of
+visual_index and looks for what was written outside the outputs; repeats calls and captures one in a CUDA
+graph; runs part of that under compute-sanitizer where it is installed; times N = 576, 4096, 16384 against
+batched `torch.linalg.eigvalsh` and against the bytes this card moves. Exit status 0 when every check passed.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ BUDGETS = ("joint", "per_picture")
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 # Nats: a float32 score against float64. Sets may differ only among tokens this close to the last one kept.
 TOLERANCE = 2e-6
+# Elements on either side of every output that no call may touch: 256 bytes of 2, so that alignment stays.
+GUARD = 128
+GUARD_VALUE = 77
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ class Kernels:
             (ctypes.c_int * 3)(*case.options),
             TYPES[case.states.dtype],
             TYPES[case.hidden.dtype],
-            (ctypes.c_void_p * 7)(*[tensor.data_ptr() for tensor in case.tensors]),
+            (ctypes.c_void_p * 9)(*[tensor.data_ptr() for tensor in case.tensors]),
             ctypes.c_void_p(case.workspace.data_ptr()),
             ctypes.c_void_p(torch.cuda.current_stream().cuda_stream),
         )
@@ -94,8 +98,28 @@ class Kernels:
         return torch.full((size,), 0xA5, dtype=torch.uint8, device="cuda")
 
 
+class Output:
+    """A tensor of the GPU between guards."""
+
+    def __init__(self, *shape: int, dtype: torch.dtype) -> None:
+        self._memory = torch.empty(math.prod(shape) + 2 * GUARD, dtype=dtype, device="cuda")
+        self.values = self._memory[GUARD:-GUARD].view(shape)
+        self.forget()
+
+    def forget(self) -> None:
+        """Overwrite the values, so that a call which writes nothing cannot pass."""
+        self._memory.fill_(GUARD_VALUE)
+        self.values.fill_(-1)
+
+    @property
+    def whole(self) -> bool:
+        """Whether both guards are what they were."""
+        guards = torch.cat((self._memory[:GUARD], self._memory[-GUARD:]))
+        return bool((guards == GUARD_VALUE).all())
+
+
 class Case:
-    """Inputs, outputs and options of one call."""
+    """Inputs, outputs and options of one call; `after` is a first cut whose outputs this one cuts again."""
 
     def __init__(
         self,
@@ -113,37 +137,46 @@ class Case:
         scorer: str = "paper",
         select: str = "highest",
         budget: str = "joint",
+        after: Case | None = None,
     ) -> None:
-        self.visual_index = picture_index(pictures).cuda()
-        visual, prompt = len(self.visual_index), int(self.visual_index[-1]) + 9
-        rows = prompt - visual + kept
+        if after is None:
+            self.visual_index = picture_index(pictures).cuda()
+            sequence = int(self.visual_index[-1]) + 9
+            self.hidden = torch.randn(sequence, width, device="cuda").to(hidden_type)
+            self.position_ids = torch.randint(0, 1 << 40, (axes, sequence), device="cuda")
+        else:
+            self.visual_index = after.kept_visual_index.clone()
+            self.hidden, self.position_ids = after.kept_hidden.clone(), after.kept_position_ids.clone()
+            (sequence, width), axes = self.hidden.shape, len(self.position_ids)
+        visual = len(self.visual_index)
+        rows = sequence - visual + kept
         self.scorer, self.select, self.budget = scorer, select, budget
-        self.shape = (prompt, visual, kept, heads, dim, width, axes)
+        self.shape = (sequence, visual, kept, heads, dim, width, axes)
         self.options = (SCORERS.index(scorer), SELECTS.index(select), BUDGETS.index(budget))
-        self.states = make_states(kind, prompt, heads, dim).to(states_type)
-        self.hidden = torch.randn(prompt, width, device="cuda").to(hidden_type)
-        self.position_ids = torch.randint(0, 1 << 40, (axes, prompt), device="cuda")
-        self.kept_hidden = torch.empty(rows, width, dtype=hidden_type, device="cuda")
-        self.kept_position_ids = torch.empty(axes, rows, dtype=torch.int64, device="cuda")
-        self.kept_index = torch.empty(rows, dtype=torch.int64, device="cuda")
+        self.states = make_states(kind, sequence, heads, dim).to(states_type)
+        self.outputs = (
+            Output(rows, width, dtype=self.hidden.dtype),
+            Output(axes, rows, dtype=torch.int64),
+            Output(rows, dtype=torch.int64),
+            Output(kept, dtype=torch.int64),
+            Output(visual, dtype=torch.float32),
+        )
+        values = [output.values for output in self.outputs]
+        self.kept_hidden, self.kept_position_ids, self.kept_index, self.kept_visual_index, self.scores = (
+            values
+        )
         self.workspace = kernels.workspace(self.shape)
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """In the order of the launch function."""
         inputs = (self.states, self.hidden, self.position_ids, self.visual_index)
-        return (*inputs, self.kept_hidden, self.kept_position_ids, self.kept_index)
-
-    @property
-    def scores(self) -> torch.Tensor:
-        """[N] float32, what the last call computed."""
-        return self.workspace[: 4 * self.shape[1]].view(torch.float32)
+        return (*inputs, *(output.values for output in self.outputs))
 
     def forget(self) -> None:
-        """Overwrite the outputs, so that a call which does nothing cannot pass."""
-        self.kept_hidden.fill_(-1)
-        self.kept_position_ids.fill_(-1)
-        self.kept_index.fill_(-1)
+        """Overwrite the outputs."""
+        for output in self.outputs:
+            output.forget()
 
 
 def picture_index(pictures: tuple[int, ...]) -> torch.Tensor:
@@ -156,15 +189,15 @@ def picture_index(pictures: tuple[int, ...]) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def make_states(kind: str, prompt: int, heads: int, dim: int) -> torch.Tensor:
+def make_states(kind: str, sequence: int, heads: int, dim: int) -> torch.Tensor:
     """[S, H, D] float32 on the GPU."""
-    x = torch.randn(prompt, heads, dim, device="cuda")
+    x = torch.randn(sequence, heads, dim, device="cuda")
     if kind == "low rank":
-        return torch.randn(prompt, heads, 3, device="cuda") @ torch.randn(prompt, 3, dim, device="cuda")
+        return torch.randn(sequence, heads, 3, device="cuda") @ torch.randn(sequence, 3, dim, device="cuda")
     if kind == "shared mean":
-        return x + 100 * torch.randn(prompt, 1, dim, device="cuda")
-    if kind == "mixed":  # every way a token can be unusual, in one prompt
-        x[::5] = make_states("low rank", prompt, heads, dim)[::5]
+        return x + 100 * torch.randn(sequence, 1, dim, device="cuda")
+    if kind == "mixed":  # every way a token can be unusual, in one sequence
+        x[::5] = make_states("low rank", sequence, heads, dim)[::5]
         x[1::5] = x[1::5, :1]
         x[2::10] = 0
         x[3::10, 0, 0] = float("nan")
@@ -202,9 +235,9 @@ def exact_scores(states: torch.Tensor, scorer: str) -> torch.Tensor:
 
 
 def expected_rows(case: Case) -> torch.Tensor:
-    """Prompt positions that stay for the scores the kernel computed, by plain sorting on the host."""
+    """Positions that stay for the scores the kernel computed, by plain sorting on the host."""
     scores, index = case.scores.cpu(), case.visual_index.cpu()
-    prompt, visual, kept = case.shape[:3]
+    sequence, visual, kept = case.shape[:3]
     directed = scores if case.select == "highest" else -scores
     goodness = torch.where(torch.isfinite(scores), directed, -torch.inf)
     order = torch.sort(goodness, descending=True, stable=True).indices
@@ -216,14 +249,14 @@ def expected_rows(case: Case) -> torch.Tensor:
             rank[mine] = torch.arange(len(mine), dtype=torch.float32)
         share = (rank + 0.5) / torch.bincount(picture)[picture].float()
         order = torch.sort(share, stable=True).indices
-    stays = torch.ones(prompt, dtype=torch.bool)
+    stays = torch.ones(sequence, dtype=torch.bool)
     stays[index[order[kept:]]] = False
     return stays.nonzero()[:, 0].cuda()
 
 
 def problems(case: Case) -> list[str]:
     """What is wrong with the outputs of the last call."""
-    found = []
+    wrong = []
     visual_states = case.states[case.visual_index]
     exact = exact_scores(visual_states, case.scorer)
     error = (case.scores.double() - exact).abs()
@@ -235,16 +268,26 @@ def problems(case: Case) -> list[str]:
         error = error / exact.abs().clamp(min=1)
     worst = error[torch.isfinite(exact)].max().item() if torch.isfinite(exact).any() else 0.0
     if not worst <= TOLERANCE:
-        found.append(f"score error {worst:.2e}")
-    if not torch.equal(torch.isfinite(case.scores), torch.isfinite(exact)):
-        found.append("finite scores are not those of finite tokens")
+        wrong.append(f"score error {worst:.2e}")
+    if not torch.equal(torch.isnan(case.scores), torch.isnan(exact)):
+        wrong.append("scores that are NaN are not those of tokens that are not finite")
     if not torch.equal(case.kept_index, expected_rows(case)):
-        found.append("kept_index")
+        wrong.append("kept_index")
     if not torch.equal(case.kept_hidden, case.hidden[case.kept_index]):
-        found.append("kept_hidden")
+        wrong.append("kept_hidden")
     if not torch.equal(case.kept_position_ids, case.position_ids[:, case.kept_index]):
-        found.append("kept_position_ids")
-    return found
+        wrong.append("kept_position_ids")
+    still_visual = torch.isin(case.kept_index, case.visual_index).nonzero()[:, 0]
+    if not torch.equal(case.kept_visual_index, still_visual):
+        wrong.append("kept_visual_index")
+    return wrong + broken_guards(case)
+
+
+def broken_guards(case: Case) -> list[str]:
+    """Outputs beside which the last call wrote."""
+    names = ("kept_hidden", "kept_position_ids", "kept_index", "kept_visual_index", "scores")
+    outputs = zip(names, case.outputs, strict=True)
+    return [f"memory beside {name}" for name, output in outputs if not output.whole]
 
 
 def cases(kernels: Kernels, *, short: bool) -> list[Case]:
@@ -297,12 +340,59 @@ def check(kernels: Kernels, *, short: bool) -> int:
     return failed
 
 
+def check_second_cut(kernels: Kernels) -> int:
+    """Cut, then cut the outputs: each by itself, and both together against the tensors that went in."""
+    failed = 0
+    for budget in BUDGETS:
+        first = Case(kernels, heads=28, dim=128, pictures=(200, 56, 1), kept=128, budget=budget)
+        kernels.call(first)
+        second = Case(kernels, heads=16, dim=64, pictures=(), kept=32, budget=budget, after=first)
+        kernels.call(second)
+        torch.cuda.synchronize()
+        wrong = problems(first) + problems(second)
+        position = first.kept_index[second.kept_index]  # in what entered the first cut
+        if not torch.equal(second.kept_hidden, first.hidden[position]):
+            wrong.append("kept_hidden of both")
+        if not torch.equal(second.kept_position_ids, first.position_ids[:, position]):
+            wrong.append("kept_position_ids of both")
+        was_visual = torch.isin(position, first.visual_index).nonzero()[:, 0]
+        if not torch.equal(second.kept_visual_index, was_visual):
+            wrong.append("kept_visual_index of both")
+        if wrong:
+            failed += 1
+            print(f"FAIL two cuts {budget}: {wrong}")
+    print(f"two cuts: {len(BUDGETS) - failed} passed, {failed} failed")
+    return failed
+
+
+def check_broken_index(kernels: Kernels) -> int:
+    """visual_index outside its contract: NaN for what is no position, nothing written beside the outputs."""
+    failed = 0
+    for budget in BUDGETS:
+        for kept in (1, 64, 257):
+            case = Case(kernels, heads=28, dim=128, pictures=(200, 56, 1), kept=kept, budget=budget)
+            sequence = case.shape[0]
+            strays = (-(1 << 40), -1, sequence, sequence + 300, 1 << 40)
+            for number, stray in enumerate(strays):
+                case.visual_index[50 * number] = stray
+            kernels.call(case)
+            torch.cuda.synchronize()
+            wrong = broken_guards(case)
+            if not bool(torch.isnan(case.scores[: 50 * len(strays) : 50]).all()):
+                wrong.append("scores of what is no position")
+            if wrong:
+                failed += 1
+                print(f"FAIL broken visual_index, {kept} kept, {budget}: {wrong}")
+    print(f"broken visual_index: {failed} failed")
+    return failed
+
+
 def check_repetition_and_capture(kernels: Kernels) -> int:
     """The same call gives the same bits, directly and from a CUDA graph."""
     case = Case(kernels, heads=32, dim=128, pictures=(4096,), kept=1000, width=1024, kind="mixed")
     kernels.call(case)
     torch.cuda.synchronize()
-    first = [tensor.clone() for tensor in (case.scores, *case.tensors[4:])]
+    first = [tensor.clone() for tensor in case.tensors[4:]]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):  # an allocation or a synchronisation inside would make this fail
         kernels.call(case)
@@ -314,7 +404,7 @@ def check_repetition_and_capture(kernels: Kernels) -> int:
         else:
             kernels.call(case)
         torch.cuda.synchronize()
-        again = (case.scores, *case.tensors[4:])
+        again = case.tensors[4:]
         same = all(
             torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(first, again, strict=True)
         )
@@ -438,6 +528,7 @@ def main() -> int:
         kernels = Kernels(Path(folder), line_info=options.part == "short")
         if options.part in (None, "check", "short"):
             failed += check(kernels, short=options.part == "short")
+            failed += check_second_cut(kernels) + check_broken_index(kernels)
         if options.part in (None, "check"):
             failed += check_repetition_and_capture(kernels)
         if options.part in (None, "sanitize"):

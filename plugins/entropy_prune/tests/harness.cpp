@@ -1,37 +1,49 @@
 // Drives the built plugin library through its whole life, as TensorRT would, without TensorRT.
 //
-// usage: harness LIBRARY            run every case
-//        harness LIBRARY CASE       run one
-//        harness --list             names of the cases
-// Exit status: 0 passed, 1 failed, 77 skipped (a case that needs a GPU where there is none).
+// usage: harness LIBRARY                         run every case
+//        harness LIBRARY CASE                    run one
+//        harness LIBRARY --output-shapes SHAPE*5 shapes of the outputs, one a line, as getOutputShapes gives them for
+//                                                the shapes of the five inputs: 1,700,32,128 1,700,4096 3,1,700 576 144
+//        harness --list                          names of the cases
+// Exit status: 0 passed, 1 failed or refused, 2 usage, 77 skipped (a case that needs a GPU where there is none).
 #include <NvInferRuntime.h>
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
 
-#include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <memory>
-#include <random>
 #include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "device_run.h"
 #include "driver.h"
 #include "expr_builder.h"
-#include "host_pipeline.h"
 
 namespace {
 
 using namespace harness;
 
+// getOutputShapes for inputs of these shapes; `outputs` [kOutputs] point into `builder`.
+int32_t output_shapes(std::vector<Dims> const& shapes, Builder& builder, DimsExprs* outputs) {
+  DimsExprs inputs[kInputs]{};
+  for (int32_t i = 0; i < kInputs; ++i) {
+    inputs[i].nbDims = shapes[i].nbDims;
+    for (int32_t j = 0; j < shapes[i].nbDims; ++j) inputs[i].d[j] = builder.make(shapes[i].d[j]);
+  }
+  auto const plugin = create();
+  return build_of(*plugin)->getOutputShapes(inputs, kInputs, nullptr, 0, outputs, kOutputs, builder);
+}
+
 // ---- cases ----------------------------------------------------------------------------------------------------------
 
 void creator_names_the_node() {
   check(std::string(g_creator->getPluginName()) == "EntropyPrune", "name");
-  check(std::string(g_creator->getPluginVersion()) == "1", "version");
+  check(std::string(g_creator->getPluginVersion()) == "2", "version");
   check(std::string(g_creator->getPluginNamespace()) == "ep_export", "namespace");
 }
 
@@ -71,7 +83,7 @@ void field_lengths_may_count_the_terminating_zero() {
 }
 
 void node_identity_fields_are_ignored() {
-  auto const plugin = create({{"plugin_namespace", "ep_export"}, {"plugin_version", "1"}, {"select", "lowest"}});
+  auto const plugin = create({{"plugin_namespace", "ep_export"}, {"plugin_version", "2"}, {"select", "lowest"}});
   check(plugin != nullptr && serialized(*plugin)[1].second == "lowest", "identity fields");
 }
 
@@ -89,9 +101,9 @@ void capabilities_are_all_there() {
   auto const plugin = create();
   auto* const core = capability<IPluginV3OneCore>(*plugin, PluginCapabilityType::kCORE);
   check(std::string(core->getPluginName()) == "EntropyPrune", "name");
-  check(std::string(core->getPluginVersion()) == "1", "version");
+  check(std::string(core->getPluginVersion()) == "2", "version");
   check(std::string(core->getPluginNamespace()) == "ep_export", "namespace");
-  check(build_of(*plugin)->getNbOutputs() == 3, "three outputs");
+  check(build_of(*plugin)->getNbOutputs() == kOutputs, "five outputs");
   check(build_of(*plugin)->getNbTactics() == 0, "no tactics");
   runtime_of(*plugin);
   check(plugin->getCapabilityInterface(static_cast<PluginCapabilityType>(9)) == nullptr, "unknown capability");
@@ -102,63 +114,55 @@ void output_types_follow_the_hidden_states() {
   for (DataType const states : {DataType::kFLOAT, DataType::kHALF, DataType::kBF16}) {
     for (DataType const hidden : {DataType::kFLOAT, DataType::kHALF, DataType::kBF16}) {
       DataType const in[]{states, hidden, DataType::kINT64, DataType::kINT64, DataType::kINT64};
-      DataType out[3];
-      check(build_of(*plugin)->getOutputDataTypes(out, 3, in, 5) == 0, "types are accepted");
-      check(out[0] == hidden && out[1] == DataType::kINT64 && out[2] == DataType::kINT64, "types");
+      DataType out[kOutputs];
+      check(build_of(*plugin)->getOutputDataTypes(out, kOutputs, in, kInputs) == 0, "types are accepted");
+      check(out[0] == hidden && out[4] == DataType::kFLOAT, "floating types");
+      for (int32_t i = 1; i < 4; ++i) check(out[i] == DataType::kINT64, "indices are int64");
     }
   }
 }
 
 void unsupported_types_are_refused_by_name() {
   auto const plugin = create();
-  DataType out[3];
+  DataType out[kOutputs];
   char const* const names[]{"states", "hidden", "position_ids", "visual_index", "keep_slots"};
-  for (int32_t i = 0; i < 5; ++i) {
+  for (int32_t i = 0; i < kInputs; ++i) {
     DataType in[]{DataType::kHALF, DataType::kHALF, DataType::kINT64, DataType::kINT64, DataType::kINT64};
     in[i] = DataType::kINT32;
-    check_refused(build_of(*plugin)->getOutputDataTypes(out, 3, in, 5) != 0, std::string(names[i]) + ": expected");
+    check_refused(build_of(*plugin)->getOutputDataTypes(out, kOutputs, in, kInputs) != 0,
+                  std::string(names[i]) + ": expected");
   }
   DataType const in[]{DataType::kHALF, DataType::kHALF, DataType::kINT64, DataType::kINT64};
-  check_refused(build_of(*plugin)->getOutputDataTypes(out, 3, in, 4) != 0, "expected 5 inputs and 3 outputs");
+  check_refused(build_of(*plugin)->getOutputDataTypes(out, 3, in, 4) != 0,
+                "expected 5 inputs and 5 outputs, got 4 and 3");
 }
 
 void output_shapes_come_from_input_dimensions() {
-  auto const plugin = create();
-  harness::Builder builder;
-  auto const shapes_of = [&](Call const& call, DimsExprs* outputs) {
-    DimsExprs inputs[5];
-    auto const sizes = call.inputs();
-    for (int32_t i = 0; i < 5; ++i) {
-      inputs[i].nbDims = sizes[i].nbDims;
-      for (int32_t j = 0; j < sizes[i].nbDims; ++j) inputs[i].d[j] = builder.make(sizes[i].d[j]);
-    }
-    return build_of(*plugin)->getOutputShapes(inputs, 5, nullptr, 0, outputs, 3, builder);
-  };
   struct {
-    int64_t prompt, visual, kept, rows;
-  } const cases[]{{700, 576, 144, 268}, {1, 1, 1, 1}, {9, 4, 4, 9}, {70000, 65536, 1, 4465}};
+    int64_t sequence, visual, kept, rows;
+  } const cases[]{{700, 576, 144, 268}, {268, 144, 36, 160}, {1, 1, 1, 1}, {9, 4, 4, 9}, {70000, 65536, 1, 4465}};
+  Builder builder;
   for (auto const& item : cases) {
     Call call;
-    call.prompt = item.prompt;
+    call.sequence = item.sequence;
     call.visual = item.visual;
     call.kept = item.kept;
-    DimsExprs outputs[3];
-    check(shapes_of(call, outputs) == 0, "shapes are accepted");
-    auto const expected = Call(call).outputs();
-    for (int32_t i = 0; i < 3; ++i) {
-      check(outputs[i].nbDims == expected[i].nbDims, "rank of output " + std::to_string(i));
-      for (int32_t j = 0; j < expected[i].nbDims; ++j) {
-        check(outputs[i].d[j]->getConstantValue() == expected[i].d[j], "dimension of output " + std::to_string(i));
+    DimsExprs outputs[kOutputs];
+    check(output_shapes(call.inputs(), builder, outputs) == 0, "shapes are accepted");
+    std::vector<int64_t> const expected[kOutputs]{
+        {1, item.rows, 4096}, {3, 1, item.rows}, {item.rows}, {item.kept}, {item.visual}};
+    for (int32_t i = 0; i < kOutputs; ++i) {
+      check(outputs[i].nbDims == static_cast<int32_t>(expected[i].size()), "rank of output " + std::to_string(i));
+      for (int32_t j = 0; j < outputs[i].nbDims; ++j) {
+        check(outputs[i].d[j]->getConstantValue() == expected[i][j], "dimension of output " + std::to_string(i));
       }
     }
-    check(outputs[2].d[0]->getConstantValue() == item.rows, "M = S - N + k");
   }
   check(builder.size_tensors == 0, "no size tensors");
 
-  DimsExprs inputs[5]{};
-  DimsExprs outputs[3];
-  check_refused(build_of(*plugin)->getOutputShapes(inputs, 5, nullptr, 0, outputs, 3, builder) != 0,
-                "states: expected 4 dimensions, got 0");
+  DimsExprs outputs[kOutputs];
+  std::vector<Dims> const no_dimensions(kInputs);
+  check_refused(output_shapes(no_dimensions, builder, outputs) != 0, "states: expected 4 dimensions, got 0");
 }
 
 void only_linear_formats_and_matching_types_are_supported() {
@@ -170,17 +174,23 @@ void only_linear_formats_and_matching_types_are_supported() {
       call.states = states;
       call.hidden = hidden;
       auto tensors = call.describe_dynamic();
-      for (int32_t i = 0; i < 8; ++i) {
-        check(build->supportsFormatCombination(i, tensors.data(), 5, 3), "tensor " + std::to_string(i));
+      for (int32_t i = 0; i < kInputs + kOutputs; ++i) {
+        check(build->supportsFormatCombination(i, tensors.data(), kInputs, kOutputs), "tensor " + std::to_string(i));
         auto changed = tensors;
         changed[i].desc.format = TensorFormat::kCHW32;
-        check(!build->supportsFormatCombination(i, changed.data(), 5, 3), "vectorized format");
+        check(!build->supportsFormatCombination(i, changed.data(), kInputs, kOutputs), "vectorized format");
         changed = tensors;
         changed[i].desc.type = DataType::kINT32;
-        check(!build->supportsFormatCombination(i, changed.data(), 5, 3), "int32");
+        check(!build->supportsFormatCombination(i, changed.data(), kInputs, kOutputs), "int32");
       }
-      tensors[5].desc.type = hidden == DataType::kFLOAT ? DataType::kHALF : DataType::kFLOAT;
-      check(!build->supportsFormatCombination(5, tensors.data(), 5, 3), "output type differs from hidden");
+      auto changed = tensors;
+      changed[kInputs].desc.type = hidden == DataType::kFLOAT ? DataType::kHALF : DataType::kFLOAT;
+      check(!build->supportsFormatCombination(kInputs, changed.data(), kInputs, kOutputs),
+            "output type differs from hidden");
+      int32_t const scores = kInputs + kOutputs - 1;
+      changed = tensors;
+      changed[scores].desc.type = DataType::kHALF;
+      check(!build->supportsFormatCombination(scores, changed.data(), kInputs, kOutputs), "scores are float32");
     }
   }
 }
@@ -196,8 +206,8 @@ void impossible_shapes_are_refused_by_name() {
       {[](Call& c) { c.dim = 257; }, "head dimension is out of range, expected 1 to 256"},
       {[](Call& c) { c.kept = 577; }, "keep_slots: length is out of range"},
       {[](Call& c) { c.kept = 0; }, "keep_slots: length is out of range"},
-      {[](Call& c) { c.visual = 701; }, "hidden: the prompt is shorter than visual_index"},
-      {[](Call& c) { c.prompt = 70000, c.visual = 65537; }, "visual_index: length is out of range"},
+      {[](Call& c) { c.visual = 701; }, "hidden: the sequence is shorter than visual_index"},
+      {[](Call& c) { c.sequence = 70000, c.visual = 65537; }, "visual_index: length is out of range"},
       {[](Call& c) { c.axes = 17; }, "position_ids: axes are out of range"},
   };
   for (auto const& item : cases) {
@@ -210,8 +220,8 @@ void impossible_shapes_are_refused_by_name() {
   auto const plugin = create();
   auto tensors = Call{}.describe();
   tensors[1].dims.d[1] = 701;
-  check_refused(runtime_of(*plugin)->onShapeChange(tensors.data(), 5, tensors.data() + 5, 3) != 0,
-                "prompt lengths of states and hidden differ: 700 and 701");
+  check_refused(runtime_of(*plugin)->onShapeChange(tensors.data(), kInputs, tensors.data() + kInputs, kOutputs) != 0,
+                "sequence lengths of states and hidden differ: 700 and 701");
 }
 
 void the_whole_range_is_accepted() {
@@ -223,7 +233,7 @@ void the_whole_range_is_accepted() {
         call.dim = dim;
         call.visual = visual;
         call.kept = (visual + 1) / 2;
-        call.prompt = visual + 100;
+        call.sequence = visual + 100;
         check(configures(call) && accepts_shapes(call), "shape in range");
       }
     }
@@ -234,14 +244,14 @@ void the_whole_range_is_accepted() {
 void workspace_covers_the_largest_profile() {
   Call call;
   size_t const small = workspace(call);
-  // Keys, scores and plan, 4 bytes a token each; nothing of the size of the states.
-  check(small >= 12 * 576 && small < 12 * 576 + 2048, "workspace is " + std::to_string(small));
-  call.prompt = 70000;
+  // Keys and plan, 4 bytes a token each: scores are an output. Nothing of the size of the states.
+  check(small >= 8 * 576 && small < 8 * 576 + 2048, "workspace is " + std::to_string(small));
+  call.sequence = 70000;
   call.visual = 65536;
-  check(workspace(call) >= 12 * 65536, "workspace grows with visual_index");
+  check(workspace(call) >= 8 * 65536, "workspace grows with visual_index");
   call.heads = 64;
   call.dim = 256;
-  check(workspace(call) >= 12 * 65536 + 128 * 64 * 256 * 4, "large tokens get scratch memory");
+  check(workspace(call) >= 8 * 65536 + 128 * 64 * 256 * 4, "large tokens get scratch memory");
 }
 
 void configure_reads_the_profile_and_not_the_unknown() {
@@ -251,7 +261,8 @@ void configure_reads_the_profile_and_not_the_unknown() {
   for (auto& tensor : tensors) {
     for (int32_t i = 0; i < tensor.desc.dims.nbDims; ++i) tensor.desc.dims.d[i] = -1;
   }
-  check(build_of(*plugin)->configurePlugin(tensors.data(), 5, tensors.data() + 5, 3) == 0, "dynamic dimensions");
+  check(build_of(*plugin)->configurePlugin(tensors.data(), kInputs, tensors.data() + kInputs, kOutputs) == 0,
+        "dynamic dimensions");
 }
 
 void clones_are_independent() {
@@ -264,76 +275,30 @@ void clones_are_independent() {
   check(serialized(*copy) == fields && serialized(*attached) == fields, "copies outlive the original");
 }
 
-// One call on a GPU through the plugin, against the same text on the host.
-void enqueue_keeps_what_the_host_keeps() {
+// The second call works on the outputs of the first, as the second cut of a model does.
+void two_cuts_keep_what_the_host_keeps() {
   int devices = 0;
   if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) throw Skip("no GPU");
-  Call call;
-  call.states = DataType::kFLOAT;
-  call.hidden = DataType::kFLOAT;
-  call.width = 96;
-  std::mt19937 random(7);
-  std::normal_distribution<float> normal;
-  std::vector<float> states(call.prompt * call.heads * call.dim);
-  std::vector<float> hidden(call.prompt * call.width);
-  for (float& x : states) x = normal(random);
-  for (float& x : hidden) x = normal(random);
-  std::vector<int64_t> positions(call.axes * call.prompt);
-  for (size_t i = 0; i < positions.size(); ++i) positions[i] = static_cast<int64_t>(7 * i);
-  std::vector<int64_t> visual(call.visual);
-  for (int64_t n = 0; n < call.visual; ++n) visual[n] = 35 + n + (n >= 200 ? 11 : 0);
-  int64_t const rows = call.prompt - call.visual + call.kept;
-
-  std::vector<void*> owned;
-  auto const device = [&](size_t bytes, void const* from) {
-    void* memory = nullptr;
-    check(cudaMalloc(&memory, bytes) == cudaSuccess, "cudaMalloc");
-    if (from != nullptr) check(cudaMemcpy(memory, from, bytes, cudaMemcpyHostToDevice) == cudaSuccess, "copy in");
-    owned.push_back(memory);
-    return memory;
-  };
+  Call first;
+  first.states = DataType::kFLOAT;
+  first.hidden = DataType::kFLOAT;
+  first.width = 96;
+  InputValues in{random_values(first.sequence * first.heads * first.dim, 7),
+                 random_values(first.sequence * first.width, 8), std::vector<int64_t>(first.axes * first.sequence),
+                 std::vector<int64_t>(first.visual)};
+  for (size_t i = 0; i < in.position_ids.size(); ++i) in.position_ids[i] = static_cast<int64_t>(7 * i);
+  for (int64_t n = 0; n < first.visual; ++n) in.visual_index[n] = 35 + n + (n >= 200 ? 11 : 0);
+  Call second = first;
+  second.sequence = first.rows();
+  second.visual = first.kept;
+  second.kept = first.kept / 4;
   for (char const* budget : {"joint", "per_picture"}) {
-    auto const plugin = create({{"budget", budget}});
-    auto const tensors = call.describe();
-    void const* const inputs[]{device(states.size() * 4, states.data()), device(hidden.size() * 4, hidden.data()),
-                               device(positions.size() * 8, positions.data()), device(visual.size() * 8, visual.data()),
-                               device(call.kept * 8, nullptr)};
-    void* const outputs[]{device(rows * call.width * 4, nullptr), device(call.axes * rows * 8, nullptr),
-                          device(rows * 8, nullptr)};
-    cudaStream_t stream;
-    check(cudaStreamCreate(&stream) == cudaSuccess, "stream");
-    auto* const runtime = runtime_of(*plugin);
-    check(runtime->onShapeChange(tensors.data(), 5, tensors.data() + 5, 3) == 0, "shapes");
-    check(runtime->enqueue(tensors.data(), tensors.data() + 5, inputs, outputs, device(workspace(call), nullptr),
-                           stream) == 0,
-          "enqueue: " + g_log.errors);
-    check(cudaStreamSynchronize(stream) == cudaSuccess, "synchronize");
-    std::vector<int64_t> index(rows);
-    std::vector<float> kept(rows * call.width);
-    check(cudaMemcpy(index.data(), outputs[2], rows * 8, cudaMemcpyDeviceToHost) == cudaSuccess, "copy out");
-    check(cudaMemcpy(kept.data(), outputs[0], kept.size() * 4, cudaMemcpyDeviceToHost) == cudaSuccess, "copy out");
-
-    std::vector<float> tokens(call.visual * call.heads * call.dim);
-    size_t const size = call.heads * call.dim;
-    for (int64_t n = 0; n < call.visual; ++n) {
-      std::memcpy(tokens.data() + n * size, states.data() + visual[n] * size, size * 4);
-    }
-    std::vector<float> score(call.visual);
-    std::vector<uint8_t> care(call.visual);
-    ep_export::host::scores(tokens.data(), call.visual, static_cast<int>(call.heads), static_cast<int>(call.dim),
-                            ep_export::Scorer::kPaper, score.data(), care.data());
-    auto const expected = ep_export::host::kept_index(
-        score.data(), visual.data(), static_cast<int>(call.visual), call.prompt, static_cast<int>(call.kept),
-        ep_export::Select::kHighest,
-        std::string(budget) == "joint" ? ep_export::Budget::kJoint : ep_export::Budget::kPerPicture, 1024);
-    check(index == expected, "kept_index");
-    for (int64_t row = 0; row < rows; ++row) {
-      check(std::memcmp(kept.data() + row * call.width, hidden.data() + index[row] * call.width, call.width * 4) == 0,
-            "kept_hidden");
-    }
-    check(cudaStreamDestroy(stream) == cudaSuccess, "stream");
+    OutputValues const once = run_on_device(first, budget, in);
+    check_outputs(first, budget, in, once);
+    InputValues const rest{random_values(second.sequence * second.heads * second.dim, 9), once.hidden,
+                           once.position_ids, once.visual_index};
+    check_outputs(second, budget, rest, run_on_device(second, budget, rest));
   }
-  for (void* const memory : owned) cudaFree(memory);
 }
 
 struct Case {
@@ -359,7 +324,7 @@ constexpr Case kCases[]{
     {"workspace_covers_the_largest_profile", workspace_covers_the_largest_profile},
     {"configure_reads_the_profile_and_not_the_unknown", configure_reads_the_profile_and_not_the_unknown},
     {"clones_are_independent", clones_are_independent},
-    {"enqueue_keeps_what_the_host_keeps", enqueue_keeps_what_the_host_keeps},
+    {"two_cuts_keep_what_the_host_keeps", two_cuts_keep_what_the_host_keeps},
 };
 
 void load(char const* path) {
@@ -393,6 +358,34 @@ Outcome run(Case const& item) {
   }
 }
 
+// "1,700,4096" -> dimensions.
+Dims parse_shape(char const* text) {
+  std::vector<int64_t> sizes;
+  for (;;) {
+    char* end = nullptr;
+    sizes.push_back(std::strtoll(text, &end, 10));
+    if (end == text || sizes.size() > Dims::MAX_DIMS) fail(std::string("not a shape: ") + text);
+    if (*end == '\0') return dims(sizes);
+    if (*end != ',') fail(std::string("not a shape: ") + text);
+    text = end + 1;
+  }
+}
+
+int print_output_shapes(char const* const* arguments) {
+  std::vector<Dims> inputs;
+  for (int32_t i = 0; i < kInputs; ++i) inputs.push_back(parse_shape(arguments[i]));
+  Builder builder;
+  DimsExprs outputs[kOutputs];
+  if (output_shapes(inputs, builder, outputs) != 0) fail(g_log.errors);
+  for (DimsExprs const& output : outputs) {
+    for (int32_t i = 0; i < output.nbDims; ++i) {
+      std::printf("%s%lld", i == 0 ? "" : ",", static_cast<long long>(output.d[i]->getConstantValue()));
+    }
+    std::printf("\n");
+  }
+  return 0;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -400,14 +393,16 @@ int main(int argc, char** argv) {
     for (Case const& item : kCases) std::printf("%s\n", item.name);
     return 0;
   }
-  if (argc < 2 || argc > 3) {
-    std::fprintf(stderr, "usage: %s LIBRARY [CASE] | --list\n", argv[0]);
+  bool const shapes = argc == 3 + kInputs && std::strcmp(argv[2], "--output-shapes") == 0;
+  if (!shapes && (argc < 2 || argc > 3)) {
+    std::fprintf(stderr, "usage: %s LIBRARY [CASE | --output-shapes SHAPE*5] | --list\n", argv[0]);
     return 2;
   }
   try {
     load(argv[1]);
+    if (shapes) return print_output_shapes(argv + 3);
   } catch (std::exception const& error) {
-    std::printf("FAIL load: %s\n", error.what());
+    std::fprintf(stderr, "FAIL %s: %s\n", shapes ? "shapes" : "load", error.what());
     return 1;
   }
   int counts[3]{};

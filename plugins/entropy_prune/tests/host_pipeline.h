@@ -37,9 +37,10 @@ inline void scores(float const* x, int64_t tokens, int heads, int dim, Scorer sc
   }
 }
 
-// The prompt positions that stay, in order. `threads` is the size of the block that is imitated.
-inline std::vector<int64_t> kept_index(float const* score, int64_t const* visual_index, int visual, int64_t prompt,
-                                       int kept, Select select, Budget budget, int threads) {
+// The positions of the sequence that stay and the output rows of those that are visual, both in order. What a broken
+// visual_index leaves unwritten stays as it was. `threads` is the size of the block that is imitated.
+inline void select_tokens(float const* score, int64_t const* visual_index, int visual, int64_t sequence, int kept,
+                          Select select, Budget budget, int threads, int64_t* kept_index, int64_t* kept_visual_index) {
   std::vector<uint32_t> keys(visual);
   std::vector<int32_t> plan(visual + 1);
   for (int n = 0; n < visual; ++n) {
@@ -48,13 +49,12 @@ inline std::vector<int64_t> kept_index(float const* score, int64_t const* visual
   }
   HostBlock team(threads);
   SelectStage stage;
-  make_plan(team, keys.data(), visual, kept, stage, plan.data());
-  std::vector<int64_t> index(prompt - visual + kept, -1);
-  for (int64_t position = 0; position < prompt; ++position) {
-    int64_t const row = output_row(position, visual, visual_index, plan.data());
-    if (row >= 0 && row < static_cast<int64_t>(index.size())) index[row] = position;
+  make_plan(team, keys.data(), visual_index, visual, kept, stage, plan.data(), kept_visual_index);
+  int64_t const rows = sequence - visual + kept;
+  for (int64_t position = 0; position < sequence; ++position) {
+    int64_t const row = output_row(position, visual, visual_index, plan.data(), rows);
+    if (row >= 0) kept_index[row] = position;
   }
-  return index;
 }
 
 }  // namespace ep_export::host

@@ -1,6 +1,4 @@
 // A C interface to host_pipeline.h for the Python tests (ctypes).
-#include <algorithm>
-
 #include "host_pipeline.h"
 
 using namespace ep_export;
@@ -13,13 +11,12 @@ extern "C" int ep_host_scores(float const* x, int64_t tokens, int heads, int dim
   return 0;
 }
 
-// index [prompt - visual + kept]. Returns 0, or 1 for arguments outside their ranges.
-extern "C" int ep_host_select(float const* scores, int64_t const* visual_index, int visual, int64_t prompt, int kept,
-                              int select, int budget, int threads, int64_t* index) {
-  if (visual < 1 || visual > kMaxVisual || kept < 1 || kept > visual || prompt < visual) return 1;
+// kept_index [sequence - visual + kept], kept_visual_index [kept]. Returns 0, or 1 for arguments outside their ranges.
+extern "C" int ep_host_select(float const* scores, int64_t const* visual_index, int visual, int64_t sequence, int kept,
+                              int select, int budget, int threads, int64_t* kept_index, int64_t* kept_visual_index) {
+  if (visual < 1 || visual > kMaxVisual || kept < 1 || kept > visual || sequence < visual) return 1;
   if (threads < 256 || threads > kSelectThreads || threads % kWarpLanes != 0) return 1;
-  auto const kept_rows = host::kept_index(scores, visual_index, visual, prompt, kept, static_cast<Select>(select),
-                                          static_cast<Budget>(budget), threads);
-  std::copy(kept_rows.begin(), kept_rows.end(), index);
+  host::select_tokens(scores, visual_index, visual, sequence, kept, static_cast<Select>(select),
+                      static_cast<Budget>(budget), threads, kept_index, kept_visual_index);
   return 0;
 }

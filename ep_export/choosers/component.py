@@ -1,0 +1,132 @@
+"""A chooser as an ONNX model of its own: the prune component that stands between two spans of the decoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx_ir as ir
+
+from ep_export.choosers import PruneInputs, form_of
+from ep_export.choosers.gathering import gather_kept
+from ep_export.choosers.top_k import DOMAIN, OP_TYPE, prune_function
+from ep_export.dims import DecoderDims
+from ep_export.graph import Nodes
+from ep_export.policy import Chooser, Nothing, Source, TopK
+
+__all__ = ["build_prune", "strip_body"]
+
+_INT64 = ir.DataType.INT64
+_FLOAT = ir.DataType.FLOAT
+_IR_VERSION = 10
+
+
+def build_prune(
+    chooser: Chooser,
+    *,
+    dims: DecoderDims,
+    cut_layer: int,
+    precision_dtype: ir.DataType,
+    degree: int,
+    opset: int,
+) -> ir.Model:
+    """The prune component of one cut.
+
+    Inputs, of which a graph has those its chooser reads: states [1, S, heads, head_dim], hidden [1, S, d],
+    position_ids [A, 1, S], visual_index [N], keep_slots [k] (only its length is read). Outputs: kept_hidden
+    [1, M, d], kept_position_ids [A, 1, M], kept_index [M], kept_visual_index [k], scores [N] float32 (none
+    for `Nothing`). M = S - N + k.
+
+    Args:
+        chooser: Which tokens stay.
+        dims: The decoder's dimensions.
+        cut_layer: K; at 0 the component follows the embeddings.
+        precision_dtype: Type of states and hidden.
+        degree: Of the entropy series, one of `policy.DEGREES`.
+        opset: Of the default domain.
+
+    Raises:
+        ValueError: Projections are to be scored before there is a layer.
+    """
+    values = _inputs(chooser, dims, precision_dtype)
+    if "states" in values and cut_layer == 0:
+        raise ValueError(f"{chooser.name} scores projections, and there are none at layer 0")
+    nodes = Nodes()
+    functions: list[ir.Function] = []
+    if isinstance(chooser, TopK):
+        results, function = _entropy_prune(nodes, chooser, values, dims, degree=degree, opset=opset)
+        functions.append(function)
+    else:
+        results = _plain(nodes, chooser, values, degree)
+    outputs = _outputs(results, dims, precision_dtype, nothing=isinstance(chooser, Nothing))
+    imports = {"": opset, DOMAIN: 1} if functions else {"": opset}
+    graph = ir.Graph(
+        list(values.values()), outputs, nodes=nodes.nodes, opset_imports=imports, name=f"prune_{chooser.name}"
+    )
+    return ir.Model(graph, ir_version=_IR_VERSION, producer_name=DOMAIN, functions=functions)
+
+
+def strip_body(source: Path, destination: Path) -> None:
+    """Copy a model without the body of EntropyPrune, for TensorRT 10.3, where a body wins over the plugin.
+
+    External data is still referenced by the same relative locations: write beside the source.
+    """
+    model = ir.load(source)
+    model.functions.pop((DOMAIN, OP_TYPE, ""), None)
+    ir.save(model, destination)
+
+
+def _inputs(chooser: Chooser, dims: DecoderDims, dtype: ir.DataType) -> dict[str, ir.Value]:
+    values: dict[str, ir.Value] = {}
+
+    def add(name: str, kind: ir.DataType, *shape: int | str) -> None:
+        values[name] = ir.Value(name=name, type=ir.TensorType(kind), shape=ir.Shape(shape))
+
+    if isinstance(chooser, TopK) and chooser.source is not Source.HIDDEN:
+        heads = dims.heads if chooser.source is Source.QUERY else dims.kv_heads
+        add("states", dtype, 1, "S", heads, dims.head_dim)
+    add("hidden", dtype, 1, "S", dims.hidden_size)
+    add("position_ids", _INT64, dims.position_axes, 1, "S")
+    add("visual_index", _INT64, "N")
+    if not isinstance(chooser, Nothing):
+        add("keep_slots", _INT64, "k")
+    return values
+
+
+def _entropy_prune(
+    nodes: Nodes, chooser: TopK, values: dict[str, ir.Value], dims: DecoderDims, *, degree: int, opset: int
+) -> tuple[list[ir.Value], ir.Function]:
+    """One node, so that a plugin can take its place."""
+    states = values.get("states")
+    heads = dims.kv_heads if chooser.source in {Source.KEY, Source.VALUE} else dims.heads
+    if states is None:
+        shape = nodes.ints(1, -1, heads, dims.hidden_size // heads)
+        states = nodes.op("Reshape", values["hidden"], shape)
+    function, attributes = prune_function(chooser, heads=heads, degree=degree, opset=opset)
+    inputs = [states, *(values[name] for name in ("hidden", "position_ids", "visual_index", "keep_slots"))]
+    node = ir.node(OP_TYPE, inputs, attributes, domain=DOMAIN, num_outputs=5, name=OP_TYPE)
+    nodes.nodes.append(node)
+    return list(node.outputs), function
+
+
+def _plain(nodes: Nodes, chooser: Chooser, values: dict[str, ir.Value], degree: int) -> list[ir.Value]:
+    """Standard operators alone."""
+    hidden, visual_index = values["hidden"], values["visual_index"]
+    inputs = PruneInputs(None, hidden, visual_index, values.get("keep_slots"), heads=0, degree=degree)
+    kept, scores = form_of(chooser).body(nodes, chooser, inputs)
+    results = list(gather_kept(nodes, hidden, values["position_ids"], visual_index, kept))
+    return results if scores is None else [*results, nodes.op("Identity", scores)]
+
+
+def _outputs(
+    results: list[ir.Value], dims: DecoderDims, dtype: ir.DataType, *, nothing: bool
+) -> list[ir.Value]:
+    kinds: dict[str, tuple[ir.DataType, tuple[int | str, ...]]] = {
+        "kept_hidden": (dtype, (1, "M", dims.hidden_size)),
+        "kept_position_ids": (_INT64, (dims.position_axes, 1, "M")),
+        "kept_index": (_INT64, ("M",)),
+        "kept_visual_index": (_INT64, (0 if nothing else "k",)),
+        "scores": (_FLOAT, ("N",)),
+    }
+    for value, (name, (kind, shape)) in zip(results, kinds.items(), strict=False):
+        value.name, value.type, value.shape = name, ir.TensorType(kind), ir.Shape(shape)
+    return results

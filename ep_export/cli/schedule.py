@@ -1,0 +1,156 @@
+"""Options that say where and how to prune, and what they mean together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from ep_export.cli.options import values
+from ep_export.errors import UsageError
+from ep_export.policy import Budget, Chooser, Cut, Nothing, Scorer, Select, Source, TopK, chooser_named
+
+if TYPE_CHECKING:
+    from ep_export.calibrate.choose import ScheduleRequest
+
+__all__ = ["AUTO", "parse_chooser", "parse_cut", "schedule_options", "schedule_request"]
+
+AUTO = "auto"
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def schedule_options(function: _F) -> _F:
+    """Where and how to prune, and the evidence for it."""
+    for option in reversed(
+        (
+            click.option(
+                "--layer", type=int, metavar="K", help="Prune after layer K-1 instead of asking the evidence."
+            ),
+            click.option(
+                "--policy",
+                "policy_name",
+                default=AUTO,
+                show_default=True,
+                metavar="NAME",
+                help="Which tokens stay: paper, released, order2 or norm, with -highest or -lowest; "
+                "divprune; random; nothing. auto: what the record or the calibration recommends.",
+            ),
+            click.option(
+                "--cut",
+                "cuts",
+                multiple=True,
+                metavar="LAYER:SHARE[:NAME]",
+                help="Prune at LAYER to SHARE of the prompt's visual tokens, by policy NAME; may repeat, in "
+                "place of --layer and --policy.",
+            ),
+            click.option("--select", type=values(Select), help="Which end of the scores is kept [highest]."),
+            click.option(
+                "--source", type=values(Source), help="States of layer K-1 that are scored [query]."
+            ),
+            click.option(
+                "--budget",
+                type=values(Budget),
+                default=Budget.JOINT.value,
+                show_default=True,
+                help="Several pictures share one budget, or each keeps its share.",
+            ),
+            click.option(
+                "--calibration",
+                type=click.Path(path_type=Path),
+                metavar="FILE",
+                help="A record made by `ep-export calibrate`.",
+            ),
+        )
+    ):
+        function = option(function)
+    return function
+
+
+def schedule_request(options: Mapping[str, Any]) -> ScheduleRequest:
+    """What `schedule_options` collected, typed.
+
+    Raises:
+        UsageError: A cut or a policy that cannot be read, or options that exclude each other.
+    """
+    from ep_export.calibrate.choose import ScheduleRequest
+
+    budget = Budget(options["budget"])
+    cuts = tuple(parse_cut(text) for text in options["cuts"])
+    one_cut = {
+        "--layer": options["layer"] is not None,
+        "--policy": options["policy_name"] != AUTO,
+        "--select": options["select"] is not None,
+        "--source": options["source"] is not None,
+        "--budget": budget is not Budget.JOINT,
+        "--calibration": options["calibration"] is not None,
+    }
+    if cuts and any(one_cut.values()):
+        given = next(flag for flag, there in one_cut.items() if there)
+        raise UsageError(
+            f"--cut and {given} exclude each other",
+            hint="say it in the cut: --cut LAYER:SHARE:NAME, e.g. 2:0.25:norm-lowest-per-picture",
+        )
+    return ScheduleRequest(
+        cuts=cuts or None,
+        layer=options["layer"],
+        chooser=_chooser(options["policy_name"], options["select"], options["source"], budget),
+        budget=budget,
+        calibration=options["calibration"],
+    )
+
+
+def parse_chooser(name: str) -> Chooser:
+    """A policy's name; a score alone means its highest.
+
+    Raises:
+        UsageError: There is no such policy.
+    """
+    return chooser_named(f"{name}-{Select.HIGHEST.value}" if name in set(Scorer) else name)
+
+
+def parse_cut(text: str) -> Cut:
+    """`LAYER:SHARE[:NAME]`, e.g. `2:0.5:divprune`.
+
+    Raises:
+        UsageError: It is none.
+    """
+    layer, _, rest = text.partition(":")
+    share, _, name = rest.partition(":")
+    chooser = parse_chooser(name) if name else TopK()
+    try:
+        cut = Cut(int(layer), chooser, float(share[:-1]) / 100 if share.endswith("%") else float(share))
+    except ValueError:
+        raise UsageError(
+            f"--cut {text!r} is not LAYER:SHARE or LAYER:SHARE:NAME", hint="e.g. --cut 2:0.25:divprune"
+        ) from None
+    lowest = 0.0 if isinstance(chooser, Nothing) else math.ulp(0.0)
+    if not lowest <= (cut.share or 0.0) <= 1:
+        raise UsageError(
+            f"--cut {text!r} keeps a share of {cut.share:g}, expected 0 < share <= 1",
+            hint="to drop all visual tokens at a layer: --cut LAYER:0:nothing",
+        )
+    return cut
+
+
+def _chooser(name: str, select: str | None, source: str | None, budget: Budget) -> Chooser | None:
+    """From the options of a single cut; None where they leave it to the evidence."""
+    if name == AUTO and select is None and source is None:
+        return None
+    scorer = Scorer.PAPER.value if name == AUTO else name
+    if scorer in set(Scorer):
+        return TopK(Scorer(scorer), Select(select or Select.HIGHEST), Source(source or Source.QUERY), budget)
+    chooser = chooser_named(name)
+    if select is not None or source is not None:
+        raise UsageError(
+            f"--policy {name} says it all; --select and --source go with a score's name alone",
+            hint="e.g. --policy norm --select lowest, or --policy norm-lowest",
+        )
+    if budget is Budget.PER_PICTURE:
+        if not isinstance(chooser, TopK):
+            raise UsageError(f"--policy {name} has no budget per picture", hint="leave out --budget")
+        chooser = replace(chooser, budget=budget)
+    return chooser

@@ -1,0 +1,263 @@
+"""One component under construction: nodes, named inputs and outputs, weights where they lie.
+
+Recorded modules are appended layer by layer; parameters become initializers that point into the checkpoint's
+shards, never values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from onnx_ir.passes.common import LiftConstantsToInitializersPass, RemoveUnusedNodesPass
+
+from ep_export.bundle import Precision
+from ep_export.checkpoint import TensorRef
+from ep_export.export.components import IR_DTYPES
+from ep_export.export.recording import Size, Spec, Varying
+from ep_export.graph import Nodes
+
+__all__ = ["TORCH_DTYPES", "GraphBuilder", "Tensor", "Weights"]
+
+TORCH_DTYPES: Mapping[Precision, torch.dtype] = {
+    Precision.FP32: torch.float32,
+    Precision.FP16: torch.float16,
+    Precision.BF16: torch.bfloat16,
+}
+
+_IR_VERSION = 10  # opset 20 and 23 both load with it; newer ones are refused by JetPack 6's parser
+_PRODUCER = "ep-export"
+
+
+@dataclass(frozen=True, eq=False)
+class Tensor:
+    """A value of the graph whose shape is known.
+
+    Attributes:
+        value: The value.
+        spec: Shape and type.
+        base: What it is a view of, if it is one.
+    """
+
+    value: ir.Value
+    spec: Spec
+    base: Tensor | None = None
+
+
+Input: TypeAlias = Tensor | ir.Value | None
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where a model's parameters lie.
+
+    Attributes:
+        names: id of a parameter -> its name.
+        tensors: Name -> its place in the checkpoint.
+        place: Where shards lie: (location relative to the .onnx file, the bundle's directory).
+    """
+
+    names: Mapping[int, str]
+    tensors: Mapping[str, TensorRef]
+    place: Callable[[TensorRef], tuple[str, Path]]
+
+
+class GraphBuilder(Nodes):
+    """One component.
+
+    Args:
+        name: Of the component.
+        precision: Type of weights after their Cast.
+        opset: Opset of the default domain.
+        weights: Of the model.
+    """
+
+    def __init__(self, name: str, *, precision: Precision, opset: int, weights: Weights) -> None:
+        super().__init__()
+        self.name, self.opset = name, opset
+        self.dtype = TORCH_DTYPES[precision]
+        self._weights = weights
+        self._inputs: list[ir.Value] = []
+        self._outputs: list[ir.Value] = []
+        self._stored: dict[str, Tensor] = {}
+        self._casts: dict[tuple[ir.Value, torch.dtype], Tensor] = {}
+        self._lengths: dict[Varying, tuple[ir.Value, int]] = {}
+
+    def input(self, name: str, symbols: Sequence[int | str], spec: Spec) -> Tensor:
+        """Add a graph input.
+
+        Args:
+            name: Its name.
+            symbols: Its shape in the interface; a string names an axis that varies.
+            spec: Its shape while recording, and its type.
+        """
+        dtype = ir.TensorType(ir_dtype(spec.dtype))
+        value = ir.Value(name=name, type=dtype, shape=ir.Shape(symbols))
+        self._inputs.append(value)
+        return self._known(Tensor(value, spec))
+
+    def output(self, tensor: Tensor, name: str, symbols: Sequence[int | str]) -> None:
+        """Declare a tensor as graph output under its public name."""
+        value = tensor.value
+        if value in self._outputs or value.producer() is None:
+            value = self.op("Identity", value)
+        value.name = name
+        value.type, value.shape = ir.TensorType(ir_dtype(tensor.spec.dtype)), ir.Shape(symbols)
+        self._outputs.append(value)
+
+    @contextmanager
+    def scope(self, name: str) -> Iterator[None]:
+        """Within the block, the names of new values begin with `<name>/`."""
+        outside, self._scope = self._scope, f"{name}/"
+        try:
+            yield
+        finally:
+            self._scope = outside
+
+    def tensors(
+        self, op_type: str, inputs: Sequence[Input], specs: Sequence[Spec], **attributes: Any
+    ) -> list[Tensor]:
+        """Append a node whose outputs are known."""
+        values = [each.value if isinstance(each, Tensor) else each for each in inputs]
+        outputs = self.ops(op_type, values, len(specs), **attributes)
+        for value, spec in zip(outputs, specs, strict=True):
+            value.type = ir.TensorType(ir_dtype(spec.dtype))
+        return [self._known(Tensor(*pair)) for pair in zip(outputs, specs, strict=True)]
+
+    def tensor(self, op_type: str, inputs: Sequence[Input], spec: Spec, **attributes: Any) -> Tensor:
+        """Append a node whose one output is known."""
+        return self.tensors(op_type, inputs, [spec], **attributes)[0]
+
+    def number(self, value: Any, dtype: Any = np.float32) -> ir.Value:
+        """A constant; all that are equal are one."""
+        outside, self._scope = self._scope, ""
+        try:
+            return super().number(value, dtype)
+        finally:
+            self._scope = outside
+
+    def constant(self, values: torch.Tensor) -> Tensor:
+        """Known values."""
+        array = values.float().numpy() if values.is_floating_point() else values.numpy()
+        spec = Spec(tuple(values.shape), values.dtype)
+        return Tensor(self.number(array, ir_dtype(values.dtype).numpy()), spec)
+
+    def cast(self, source: Tensor | float, dtype: torch.dtype) -> Tensor:
+        """In a type; a Cast where it has another, and a number becomes a constant."""
+        if not isinstance(source, Tensor):
+            return self.constant(torch.tensor(source, dtype=dtype))
+        if source.spec.dtype == dtype:
+            return source
+        key = (source.value, dtype)
+        if key not in self._casts:
+            spec = Spec(source.spec.shape, dtype)
+            self._casts[key] = self.tensor("Cast", [source], spec, to=int(ir_dtype(dtype)))
+        return self._casts[key]
+
+    def view(self, source: Tensor, shape: Sequence[Size]) -> Tensor:
+        """The same numbers in another shape; a view of a view is one of what that is a view of.
+
+        Raises:
+            NotImplementedError: Two sizes vary that the source has not at the same place.
+        """
+        spec = Spec(tuple(shape), source.spec.dtype)
+        bases = [source] if source.base is None else [source.base, source]
+        for base in bases:
+            if base.spec == spec:
+                return base
+            target = _target(base.spec.shape, spec.shape)
+            if target is not None:
+                value = self.tensor("Reshape", [base, self.ints(*target)], spec).value
+                return Tensor(value, spec, base)
+        raise NotImplementedError(f"a view of {source.spec.shape} as {spec.shape}")
+
+    def rows(self, source: Tensor) -> Tensor:
+        """As a matrix: all axes but the last become one."""
+        *before, columns = source.spec.shape
+        return source if len(before) == 1 else self.view(source, (_product(before), columns))
+
+    def shape(self, sizes: Sequence[Size]) -> ir.Value:
+        """Sizes as a vector of int64; those that vary are read from a tensor that has them.
+
+        Raises:
+            NotImplementedError: No tensor has one of them.
+        """
+        fixed = [size for size in sizes if isinstance(size, int)]
+        if len(fixed) == len(sizes):
+            return self.ints(*fixed)
+        parts = [self._length(size) if isinstance(size, Varying) else self.ints(size) for size in sizes]
+        return parts[0] if len(parts) == 1 else self.op("Concat", *parts, axis=0)
+
+    def weight(self, parameter: torch.nn.Parameter) -> Tensor:
+        """A parameter in the graph's type: a Cast follows where the checkpoint has another."""
+        return self.cast(self.stored(parameter), parameter.dtype)
+
+    def stored(self, parameter: torch.nn.Parameter) -> Tensor:
+        """A parameter in the checkpoint's type: the initializer says where in the shard it lies."""
+        name = self._weights.names[id(parameter)]
+        if name not in self._stored:
+            ref = self._weights.tensors[name]
+            location, base = self._weights.place(ref)
+            dtype, shape = IR_DTYPES[ref.dtype], ir.Shape(ref.shape)
+            lying = ir.ExternalTensor(
+                location, ref.offset, ref.length, dtype, shape=shape, name=name, base_dir=base
+            )
+            value = ir.Value(name=name, type=ir.TensorType(dtype), shape=shape, const_value=lying)
+            self._stored[name] = Tensor(value, Spec(ref.shape, getattr(torch, ref.dtype)))
+        return self._stored[name]
+
+    def model(self) -> ir.Model:
+        """The finished graph: what no output needs is left out."""
+        stored = [tensor.value for tensor in self._stored.values()]
+        graph = ir.Graph(
+            self._inputs,
+            self._outputs,
+            nodes=self.nodes,
+            initializers=stored,
+            opset_imports={"": self.opset},
+            name=self.name,
+        )
+        model = ir.Model(graph, ir_version=_IR_VERSION, producer_name=_PRODUCER)
+        RemoveUnusedNodesPass()(model)
+        LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+        return model
+
+    def _known(self, tensor: Tensor) -> Tensor:
+        for axis, size in enumerate(tensor.spec.shape):
+            if isinstance(size, Varying):
+                self._lengths.setdefault(size, (tensor.value, axis))
+        return tensor
+
+    def _length(self, size: Varying) -> ir.Value:
+        if size not in self._lengths:
+            raise NotImplementedError(f"no tensor has the size {size}")
+        return self.length(*self._lengths[size])
+
+
+def ir_dtype(dtype: torch.dtype) -> ir.DataType:
+    """ONNX's name of a type."""
+    return IR_DTYPES[str(dtype).removeprefix("torch.")]
+
+
+def _target(source: Sequence[Size], shape: Sequence[Size]) -> list[int] | None:
+    """What a Reshape is told: 0 copies the size at that place, -1 infers one; None where two would vary."""
+    target = []
+    for axis, size in enumerate(shape):
+        if isinstance(size, int):
+            target.append(size)
+        else:
+            target.append(0 if axis < len(source) and source[axis] == size else -1)
+    return target if target.count(-1) <= 1 else None
+
+
+def _product(sizes: Sequence[Size]) -> Size:
+    small = math.prod(size if isinstance(size, int) else size.small for size in sizes)
+    large = math.prod(size if isinstance(size, int) else size.large for size in sizes)
+    return small if small == large else Varying(small, large)

@@ -1,0 +1,124 @@
+"""A model with everything that measuring it needs, and the settings that decide the numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from ep_export.errors import UserError, reason
+from ep_export.measure.spelling import Speller
+from ep_export.measure.ways import Way
+from ep_export.methods import Method, method_named
+from ep_export.runtime.pictures import open_picture
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ep_export.checkpoint import Checkpoint
+    from ep_export.families.base import DecoderModules, PromptBuilder, PromptInputs
+    from ep_export.measure.question import Question
+
+__all__ = ["Bench", "Setting", "build_prompt", "check_device", "make_bench"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured, and all that decides the numbers besides the model and the questions.
+
+    Attributes:
+        ways: What is compared.
+        draws: Of a way that leaves a choice to chance.
+        seed: Of the draws.
+        max_new_tokens: Longest answer of the unpruned model.
+        device: Where torch runs, e.g. "cpu" or "cuda".
+    """
+
+    ways: tuple[Way, ...]
+    draws: int
+    seed: int
+    max_new_tokens: int
+    device: str
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers before which anything is cut, ascending."""
+        return tuple(sorted({cut.layer for way in self.ways for cut in way.cuts}))
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What stays the same from question to question.
+
+    Attributes:
+        checkpoint: The model's.
+        setting: What is measured.
+        model: The unpruned model.
+        decoder: Its decoder.
+        builder: Its prompts.
+        speller: Its tokenizer.
+        methods: By name, every method of the ways.
+    """
+
+    checkpoint: Checkpoint
+    setting: Setting
+    model: PreTrainedModel
+    decoder: DecoderModules
+    builder: PromptBuilder
+    speller: Speller
+    methods: dict[str, Method] = field(repr=False)
+
+    def draws(self, way: Way) -> int:
+        """How often a way is measured: once, unless it leaves a choice to chance."""
+        chance = any(self.methods[cut.method].chance for cut in way.cuts)
+        return self.setting.draws if chance else 1
+
+
+def make_bench(checkpoint: Checkpoint, setting: Setting) -> Bench:
+    """Load the model and what belongs to it: float32 on a CPU, the checkpoint's own number type elsewhere.
+
+    Raises:
+        UserError: The device or a weight is missing.
+    """
+    from ep_export.reference import load_model
+
+    check_device(setting.device)
+    dtype = torch.float32 if setting.device == "cpu" else getattr(torch, checkpoint.dtype)
+    model = load_model(checkpoint, dtype=dtype).to(setting.device)
+    builder = checkpoint.family.prompt_builder(checkpoint.path, checkpoint.config)
+    names = {cut.method for way in setting.ways for cut in way.cuts}
+    return Bench(
+        checkpoint=checkpoint,
+        setting=setting,
+        model=model,
+        decoder=checkpoint.family.decoder(model),
+        builder=builder,
+        speller=Speller(checkpoint.path, builder.eos_token_ids),
+        methods={name: method_named(name) for name in sorted(names)},
+    )
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that torch does not have.
+
+    Raises:
+        UserError: There is no such device.
+    """
+    try:
+        torch.empty(1).to(device)
+    except (RuntimeError, AssertionError) as error:  # torch raises either
+        message = f"device {device} cannot be used: {reason(error)}"
+        raise UserError(message, hint="leave --device out to run on the CPU") from error
+
+
+def build_prompt(bench: Bench, question: Question) -> PromptInputs:
+    """The question's prompt.
+
+    Raises:
+        UserError: The picture cannot be read, or the question not be asked.
+    """
+    prompt = bench.builder.build([open_picture(question.picture.path)], question.text)
+    if not len(prompt.visual_index):
+        raise UserError("the prompt holds no visual tokens")
+    return prompt

@@ -1,0 +1,220 @@
+"""The pruned forward in parts: rows that go on, layers run over them, and what a decoder shows at a cut.
+
+Hugging Face's own layers do the work. `prune`, the measuring engine and the component-by-component oracle of
+`validate` are written with these functions, so that pruning means one thing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ep_export.choosers.base import CutTokens
+from ep_export.policy import Source, TopK
+
+if TYPE_CHECKING:
+    from ep_export.dims import DecoderDims
+    from ep_export.families.base import DecoderModules
+    from ep_export.policy import Cut
+
+__all__ = ["PROJECTIONS", "SpanRecorder", "cut_tokens", "layer_arguments", "run_layers", "staying"]
+
+PROJECTIONS = {Source.QUERY: "q_proj", Source.KEY: "k_proj", Source.VALUE: "v_proj"}
+"""Where an attention module has what a chooser may score."""
+
+_GROUPED = frozenset({Source.KEY, Source.VALUE})
+
+
+def staying(length: int, visual: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """Rows of a sequence that go on after a cut: every one but the visual tokens that are not kept.
+
+    Args:
+        length: S.
+        visual: [N] int64 positions of the visual tokens.
+        kept: [k] int64, those of them that stay, in any order.
+
+    Returns:
+        [M] int64 ascending, on the device of `visual`; M = S - N + k.
+    """
+    stays = torch.ones(length, dtype=torch.bool, device=visual.device)
+    stays[visual] = False
+    stays[kept] = True
+    return stays.nonzero()[:, 0]
+
+
+def layer_arguments(
+    arguments: Mapping[str, Any],
+    rows: Sequence[torch.Tensor] | None,
+    columns: Sequence[torch.Tensor] | None = None,
+) -> dict[str, Any]:
+    """Keyword arguments of a decoder layer for some rows of the sequence they were made for.
+
+    Args:
+        arguments: As the model passes them. A mask of None stays None: causal by order for a prefill,
+            everything for a decode step.
+        rows: One batch row each, each [M] positions of the new tokens; None for all, in one row.
+        columns: One batch row each, each [P + M] columns of the mask (positions of the full-length cache and
+            the new tokens); None for `rows` themselves, which is right where there is no cache.
+
+    Returns:
+        A new dict; tables and masks have a batch axis of len(rows).
+    """
+    cut = dict(arguments)
+    if rows is not None:
+        # tables are [.., B, S, D]: mRoPE may put its axes before the batch
+        cut["position_embeddings"] = tuple(
+            torch.cat([table.index_select(-2, one) for one in rows], dim=-3)
+            for table in arguments["position_embeddings"]
+        )
+        if arguments.get("position_ids") is not None:
+            cut["position_ids"] = torch.cat([arguments["position_ids"].index_select(-1, one) for one in rows])
+    mask = arguments.get("attention_mask")
+    columns = rows if columns is None else columns
+    if mask is not None and columns is not None:
+        masks = [mask.index_select(-1, one) for one in columns]
+        if rows is not None:
+            masks = [part.index_select(-2, one) for part, one in zip(masks, rows, strict=True)]
+        cut["attention_mask"] = torch.cat(masks)
+    return cut
+
+
+def run_layers(
+    decoder: DecoderModules,
+    hidden: torch.Tensor,
+    layers: range,
+    arguments: Mapping[int, Mapping[str, Any]],
+    rows: Sequence[torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Run consecutive decoder layers.
+
+    Args:
+        decoder: The model's decoder.
+        hidden: [sets, M, d] what enters the first of them.
+        layers: Their numbers.
+        arguments: Layer -> keyword arguments for the whole sequence, e.g. `SpanRecorder.arguments`.
+        rows: Positions of that sequence each set holds, each [M]; None for all, in one set.
+
+    Returns:
+        [sets, M, d] what leaves the last of them.
+    """
+    given: Mapping[str, Any] = {}
+    cut: dict[str, Any] = {}
+    for index in layers:
+        if not cut or not _same(arguments[index], given):
+            given = arguments[index]
+            cut = layer_arguments(given, rows)  # usually the same for all layers
+        output = decoder.layers[index](hidden, **cut)
+        hidden = output[0] if isinstance(output, tuple) else output
+    return hidden
+
+
+def cut_tokens(
+    cut: Cut,
+    dims: DecoderDims,
+    *,
+    hidden: torch.Tensor,
+    projections: Mapping[Source, torch.Tensor],
+    visual_index: torch.Tensor,
+) -> CutTokens:
+    """What a cut's chooser looks at.
+
+    Args:
+        cut: The cut.
+        dims: The decoder's dimensions.
+        hidden: [S, d] what enters the cut's layer, before anything is dropped there.
+        projections: Of the layer before, each [S, heads * head_dim]; only those the chooser scores are read.
+        visual_index: [N] int64 ascending positions in this sequence.
+
+    Returns:
+        On the device of `hidden`.
+    """
+    arrived = hidden.index_select(0, visual_index)
+    states = None
+    if isinstance(cut.chooser, TopK):
+        source = cut.chooser.source
+        chosen = arrived if source is Source.HIDDEN else projections[source].index_select(0, visual_index)
+        heads = dims.kv_heads if source in _GROUPED else dims.heads
+        states = chosen.reshape(len(visual_index), heads, -1)
+    return CutTokens(hidden=arrived, states=states, visual_index=visual_index)
+
+
+class SpanRecorder:
+    """What a decoder computes at some layers while it runs. `install` hooks it in; nothing is copied.
+
+    Attributes:
+        hidden: K -> [B, S, d], what enters layer K; for K = L what enters the final norm.
+        projections: K -> by source what the projections of layer K-1 gave, each [B, S, heads * head_dim],
+            before rotary embedding. K = 0 has none.
+        arguments: Layer -> keyword arguments it was called with, its cache left out; empty unless asked for.
+    """
+
+    def __init__(self, decoder: DecoderModules, layers: Iterable[int], *, arguments: bool = False) -> None:
+        """Prepare.
+
+        Args:
+            decoder: The model's decoder.
+            layers: Layers K to look at, 0 to L.
+            arguments: Also keep every layer's arguments, for `run_layers`.
+        """
+        self._decoder = decoder
+        self._layers = sorted(set(layers))
+        self._keep_arguments = arguments
+        self.hidden: dict[int, torch.Tensor] = {}
+        self.projections: dict[int, dict[Source, torch.Tensor]] = {}
+        self.arguments: dict[int, dict[str, Any]] = {}
+
+    def install(self, undo: ExitStack) -> None:
+        """Register every hook; `undo` removes them."""
+        modules = [*self._decoder.layers, self._decoder.norm]
+        for layer in self._layers:
+            hook = modules[layer].register_forward_pre_hook(self._enter(layer), with_kwargs=True)
+            undo.callback(hook.remove)
+            if layer == 0:
+                continue
+            attention: Any = modules[layer - 1].self_attn
+            for source, name in PROJECTIONS.items():
+                hook = getattr(attention, name).register_forward_hook(self._project(layer, source))
+                undo.callback(hook.remove)
+        if self._keep_arguments:
+            for index, module in enumerate(self._decoder.layers):
+                hook = module.register_forward_pre_hook(self._call(index), with_kwargs=True)
+                undo.callback(hook.remove)
+
+    def clear(self) -> None:
+        """Let go of everything that was recorded."""
+        self.hidden.clear()
+        self.projections.clear()
+        self.arguments.clear()
+
+    def projected(self, layer: int, row: int = 0) -> dict[Source, torch.Tensor]:
+        """One sequence's projections at a layer, each [S, heads * head_dim], as `cut_tokens` takes them."""
+        return {source: output[row] for source, output in self.projections.get(layer, {}).items()}
+
+    def _enter(self, layer: int) -> Any:
+        def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.hidden[layer] = args[0] if args else kwargs["hidden_states"]
+
+        return hook
+
+    def _project(self, layer: int, source: Source) -> Any:
+        def hook(_module: Any, _args: Any, output: torch.Tensor) -> None:
+            self.projections.setdefault(layer, {})[source] = output
+
+        return hook
+
+    def _call(self, index: int) -> Any:
+        def hook(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
+            rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+            self.arguments[index] = {**rest, "past_key_values": None, "use_cache": False}
+
+        return hook
+
+
+def _same(arguments: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
+    """Whether these are the very same objects under the same names."""
+    return arguments.keys() == others.keys() and all(
+        value is others[name] for name, value in arguments.items()
+    )

@@ -1,0 +1,132 @@
+"""Which combinations of method, layer and keep are compared.
+
+The budget means the same for all: `keep` is the average over all layers, layers before a cut counted in full.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from ep_export.calibrate.candidates import candidate_layers
+from ep_export.errors import UsageError, UserError
+from ep_export.measure.ways import Way, one_cut, scheduled_way
+from ep_export.methods import Method, Place
+from ep_export.plan import check_schedule
+from ep_export.policy import Cut, Keep, Random, Schedule
+from ep_export.sweep.record import RECOMMENDED, SCHEDULE
+
+__all__ = ["Compared", "auto_layers", "compared_ways"]
+
+_MOST_LAYERS = 4
+"""Layers a keep is tried at by default: enough to see a trend, few enough to wait for."""
+
+_LEAST_LEFT = Fraction(1, 3)
+"""By default only layers are tried that leave a third of the asked share or more to the layers after them: a
+deeper cut leaves a handful of tokens, whatever chooses them."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One row to be.
+
+    Attributes:
+        method: Key of the row's method: that of its cut, or `RECOMMENDED` or `SCHEDULE`.
+        way: What is measured.
+        keep: Average share over all layers.
+    """
+
+    method: str
+    way: Way
+    keep: float
+
+    @property
+    def layer(self) -> int:
+        """K of the first cut."""
+        return self.way.cuts[0].layer
+
+
+def auto_layers(keep: float, layers: int) -> tuple[int, ...]:
+    """Layers inside the decoder that a keep is compared at when none are asked for: at most 4, spread evenly.
+
+    Args:
+        keep: Average share over all layers.
+        layers: L.
+
+    Raises:
+        UsageError: No layer can meet the keep.
+    """
+    share = Fraction(repr(keep))
+    able = candidate_layers(Keep(ratio=keep), layers, range(1, layers))
+    left = {layer: (layers * share - layer) / (layers - layer) for layer in able}
+    possible = [layer for layer in able if left[layer] >= share * _LEAST_LEFT] or [able[0]]
+    if len(possible) <= _MOST_LAYERS:
+        return tuple(possible)
+    picks = (round(i * (len(possible) - 1) / (_MOST_LAYERS - 1)) for i in range(_MOST_LAYERS))
+    return tuple(possible[i] for i in picks)
+
+
+def compared_ways(
+    keeps: Sequence[float],
+    layers: int,
+    wanted: Sequence[int] | None,
+    methods: Sequence[Method],
+    *,
+    recommended: Mapping[float, Schedule] | None = None,
+    schedule: Schedule | None = None,
+) -> tuple[tuple[Compared, ...], tuple[str, ...]]:
+    """Everything that is compared, keep by keep and layer by layer; and a note for what is impossible.
+
+    Args:
+        keeps: Averages.
+        layers: L.
+        wanted: Layers; `auto_layers` when None.
+        methods: K = 0 is added for those that can prune there.
+        recommended: Keep -> what a calibration recommends; its first layer is compared too.
+        schedule: Compared besides, its shares scaled to every keep; so is its first layer.
+
+    Raises:
+        UsageError: A layer out of range, or a keep that is impossible at every layer.
+    """
+    rows: list[Compared] = []
+    notes: list[str] = []
+    for layer in wanted or ():
+        check_schedule(Schedule((Cut(layer, Random()),)), layers)
+    for keep in keeps:
+        budget = Keep(ratio=keep)
+        more = {RECOMMENDED: (recommended or {}).get(keep), SCHEDULE: schedule}
+        extra = [Compared(k, scheduled_way(s, budget, layers=layers), keep) for k, s in more.items() if s]
+        asked_for = set(auto_layers(keep, layers) if wanted is None else wanted)
+        here = asked_for | {row.layer for row in extra}
+        if any(method.place is Place.ANYWHERE and not method.chance for method in methods):
+            here.add(0)
+        at_keep: list[Compared] = []
+        for layer in sorted(here):
+            possible = [
+                Compared(method.key, one_cut(layer, method.key, budget), keep)
+                for method in methods
+                if layer > 0 or method.place is Place.ANYWHERE
+            ]
+            possible += [row for row in extra if row.layer == layer]
+            refused = _refusals(possible, layers)
+            notes += [f"keep {keep:g} at layer {layer} is left out: {reason}" for reason in refused.values()]
+            at_keep += [row for row in possible if row.way not in refused]
+        if asked_for.isdisjoint(row.layer for row in at_keep):
+            raise UsageError(
+                f"keep {keep:g} is impossible at every layer asked for",
+                hint="give an earlier --layer, or a larger --keep",
+            )
+        rows += at_keep
+    return tuple(rows), tuple(dict.fromkeys(notes))
+
+
+def _refusals(rows: Sequence[Compared], layers: int) -> dict[Way, str]:
+    """Ways whose keep is impossible, and why."""
+    refused = {}
+    for row in rows:
+        try:
+            row.way.kept(layers=layers, visual_tokens=layers)
+        except UserError as error:
+            refused[row.way] = str(error)
+    return refused

@@ -1,0 +1,227 @@
+"""From the results of single questions to the sweep's rows, with intervals and paired differences."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ep_export.entropy import find_collapse
+from ep_export.measure.ways import one_cut
+from ep_export.methods import method_named
+from ep_export.plan import Plan, make_plan
+from ep_export.policy import Keep
+from ep_export.sweep.record import (
+    RANDOM,
+    RECOMMENDED,
+    SCHEDULE,
+    Difference,
+    Entropies,
+    MethodInfo,
+    Prefill,
+    Recommended,
+    Row,
+    Unpruned,
+)
+
+if TYPE_CHECKING:
+    from ep_export.dims import DecoderDims
+    from ep_export.measure.question import QuestionResult
+    from ep_export.measure.ways import Way
+    from ep_export.policy import Schedule
+    from ep_export.sweep.compared import Compared
+    from ep_export.sweep.statistics import MeanInterval, Sampling
+
+__all__ = ["entropies", "in_hindsight", "method_infos", "rows", "unpruned"]
+
+
+class _Column:
+    """One way over all questions; arrays are [questions, draws]."""
+
+    def __init__(self, way: Way, results: Sequence[QuestionResult]) -> None:
+        ways = [result.ways[way.key] for result in results]
+        self.kl = np.array([one.kl for one in ways])
+        self.agreement = np.array([one.agreement for one in ways])
+        self.right: NDArray[np.float64] | None = None
+        if ways[0].right:
+            self.right = np.array([[float(mark) for mark in one.right] for one in ways])
+
+    def accuracy(self, sampling: Sampling) -> MeanInterval | None:
+        """Exact answers."""
+        if self.right is None:
+            return None
+        return sampling.share(self.right[:, 0] > 0) if self.right.shape[1] == 1 else sampling.mean(self.right)
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """A string a draw, "1" right and "0" wrong."""
+        return (
+            () if self.right is None else tuple("".join("01"[int(m)] for m in draw) for draw in self.right.T)
+        )
+
+
+def rows(
+    compared: Sequence[Compared],
+    results: Sequence[QuestionResult],
+    *,
+    dims: DecoderDims,
+    sampling: Sampling,
+    prefill: Mapping[str, Prefill],
+) -> tuple[Row, ...]:
+    """A row for everything that was compared, in its order.
+
+    Args:
+        compared: What was compared.
+        results: Of every question, in order.
+        dims: The decoder's dimensions.
+        sampling: Of these questions.
+        prefill: Way key -> measured time, where there is one.
+    """
+    columns = {one.way.key: _Column(one.way, results) for one in compared}
+    return tuple(_row(one, columns, results, dims, sampling, prefill) for one in compared)
+
+
+def unpruned(
+    results: Sequence[QuestionResult], *, dims: DecoderDims, sampling: Sampling, prefill_ms: float | None
+) -> Unpruned:
+    """The same questions without pruning."""
+    known = results[0].full_right is not None
+    right = np.array([bool(result.full_right) for result in results])
+    way = one_cut(0, RANDOM, Keep(ratio=1.0))  # keeps everything
+    plans = _plans(way, results, dims)
+    return Unpruned(
+        accuracy=sampling.share(right) if known else None,
+        right="".join("01"[int(one)] for one in right) if known else "",
+        visual_tokens=float(np.mean([result.visual_tokens for result in results])),
+        text_tokens=float(np.mean([result.text_tokens for result in results])),
+        flops=float(np.mean([plan.prefill_flops.full for plan in plans])),
+        kv_bytes=float(np.mean([plan.visual_kv_bytes.full for plan in plans])),
+        prefill_ms=prefill_ms,
+    )
+
+
+def entropies(results: Sequence[QuestionResult], *, seed: int) -> Entropies:
+    """Layer entropies over the pictures, and whether they collapse."""
+    measured = [result for result in results if result.query_entropy]
+    query = np.array([result.query_entropy for result in measured])
+    key = np.array([result.key_entropy for result in measured])
+    collapse = find_collapse(query, seed=seed)
+    return Entropies(
+        query=_floats(query.mean(axis=0)),
+        key=_floats(key.mean(axis=0)),
+        query_spread=_floats(query.std(axis=0)),
+        key_spread=_floats(key.std(axis=0)),
+        pictures=len(measured),
+        collapse=collapse.layer,
+        confidence=collapse.confidence,
+        finding=collapse.finding,
+    )
+
+
+def in_hindsight(
+    recommended: Recommended,
+    compared: Sequence[Compared],
+    results: Sequence[QuestionResult],
+    sampling: Sampling,
+) -> Recommended:
+    """What the recommendation lost against the best, now that the questions are known.
+
+    Compared with everything a bundle can prune by, at every layer the sweep tried for that keep. The best is
+    picked and measured on the same questions, so that the regret errs upwards.
+    """
+    at_keep = [one for one in compared if one.keep == recommended.keep]
+    taken = next((one for one in at_keep if one.method == RECOMMENDED), None)
+    if taken is None:
+        return recommended
+    ours = [one for one in at_keep if one.method != RECOMMENDED and _is_ours(one.way)]
+    columns = {one.way.key: _Column(one.way, results) for one in (taken, *ours)}
+    own = columns[taken.way.key]
+    best = min(ours or [taken], key=lambda one: float(columns[one.way.key].kl.mean()))
+    accuracy = None
+    if own.right is not None:
+        top = max((column.right for column in columns.values() if column.right is not None), key=np.mean)
+        accuracy = sampling.mean(top - own.right)
+    return replace(
+        recommended,
+        best_method=best.method,
+        best_layer=best.layer,
+        regret_kl=sampling.mean(own.kl - columns[best.way.key].kl),
+        regret_accuracy=accuracy,
+    )
+
+
+def method_infos(compared: Sequence[Compared], schedule: Schedule | None) -> tuple[MethodInfo, ...]:
+    """What a reader needs to know of each method, the recommended schedule first."""
+    keys = dict.fromkeys(one.method for one in compared)
+    infos = []
+    if RECOMMENDED in keys:
+        idea = "keeps what a calibration on other pictures measured best"
+        infos.append(MethodInfo(RECOMMENDED, "Recommended", "ep-export calibrate", idea, ours=True))
+    if SCHEDULE in keys:
+        ours = all(_is_ours(one.way) for one in compared if one.method == SCHEDULE)
+        infos.append(MethodInfo(SCHEDULE, "Your schedule", "--cut", str(schedule), ours=ours))
+    methods = [method_named(key) for key in keys if key not in {RECOMMENDED, SCHEDULE}]
+    return (*infos, *(MethodInfo(m.key, m.title, m.source, m.idea, m.ours) for m in methods))
+
+
+def _row(
+    one: Compared,
+    columns: Mapping[str, _Column],
+    results: Sequence[QuestionResult],
+    dims: DecoderDims,
+    sampling: Sampling,
+    prefill: Mapping[str, Prefill],
+) -> Row:
+    column, plans = columns[one.way.key], _plans(one.way, results, dims)
+    kept = np.mean([plan.kept_visual_tokens for plan in plans], axis=0)
+    return Row(
+        method=one.method,
+        layer=one.layer,
+        keep=one.keep,
+        cuts=one.way.cuts,
+        published=_published(one),
+        seeds=column.kl.shape[1],
+        accuracy=column.accuracy(sampling),
+        agreement=sampling.mean(column.agreement),
+        kl=sampling.mean(column.kl),
+        kept_tokens=tuple(float(count) for count in kept),
+        flops=float(np.mean([plan.prefill_flops.pruned for plan in plans])),
+        kv_bytes=float(np.mean([plan.visual_kv_bytes.pruned for plan in plans])),
+        prefill=prefill.get(one.way.key),
+        right=column.marks,
+        over_random=_over_random(one, columns, sampling),
+    )
+
+
+def _published(one: Compared) -> bool | None:
+    if one.method in {RECOMMENDED, SCHEDULE}:
+        return None
+    layer = method_named(one.method).published_layer
+    return None if layer is None else layer == one.layer
+
+
+def _over_random(one: Compared, columns: Mapping[str, _Column], sampling: Sampling) -> Difference | None:
+    """The paired difference from random tokens at the same layer and keep."""
+    floor = columns.get(one_cut(one.layer, RANDOM, one.way.keep).key)
+    if floor is None or one.method == RANDOM:
+        return None
+    own, accuracy = columns[one.way.key], None
+    if own.right is not None and floor.right is not None:
+        accuracy = sampling.mean(own.right - floor.right)
+    return Difference(accuracy, sampling.mean(own.kl - floor.kl))
+
+
+def _plans(way: Way, results: Sequence[QuestionResult], dims: DecoderDims) -> list[Plan]:
+    sizes = [{"visual_tokens": r.visual_tokens, "text_tokens": r.text_tokens} for r in results]
+    return [make_plan(dims, way.schedule, way.keep, **size) for size in sizes]
+
+
+def _is_ours(way: Way) -> bool:
+    return all(method_named(cut.method).ours for cut in way.cuts)
+
+
+def _floats(values: NDArray[np.float64]) -> tuple[float, ...]:
+    return tuple(float(value) for value in values)

@@ -1,0 +1,116 @@
+"""Which components become engines, and what is refused before a compiler starts."""
+
+import pytest
+from bundles import export_tiny, two_cuts
+from family_bundles import MAKERS
+
+from ep_export.bundle import Role
+from ep_export.engine.placement import TOP_K_LIMIT, PruneOn, check_chooser, place_components, takes_plugin
+from ep_export.errors import UsageError, UserError
+from ep_export.policy import MaxMin, Nothing, Random, Scorer, TopK
+from ep_export.targets import find_target
+
+ADA, TURING, ORIN = map(find_target, ("rtx-ada", "rtx-turing", "jetson-orin-agx-64gb"))
+POLICIES = (TopK(Scorer.NORM), MaxMin(), Random(), Nothing())
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory):
+    """Two cuts by the paper's policy, and further policies at both."""
+    folder = tmp_path_factory.mktemp("placement")
+    checkpoint = MAKERS["llava"](folder / "checkpoint")
+    schedule = two_cuts(0, 1, MaxMin(), TopK())
+    return export_tiny(checkpoint, folder / "bundle", schedule=schedule, policies=POLICIES[2:]).manifest
+
+
+def names(components) -> list[str]:
+    return [component.name for component in components]
+
+
+def test_engines_are_all_components_of_the_schedule_and_no_other_policy(manifest):
+    placed = place_components(manifest, ADA, max_kept_tokens=64)
+    assert names(placed.engines) == [
+        component.name
+        for component in manifest.components
+        if component.role is not Role.PRUNE or component.name in {"prune_0.divprune", "prune_1.paper-highest"}
+    ]
+    assert placed.on_cpu == ()
+
+
+def test_further_policies_are_had_by_name(manifest):
+    placed = place_components(manifest, ADA, policies=("random",), max_kept_tokens=64)
+    prunes = [component for component in placed.engines if component.role is Role.PRUNE]
+    assert set(names(prunes)) == {
+        "prune_0.divprune",
+        "prune_0.random",
+        "prune_1.random",
+        "prune_1.paper-highest",
+    }
+
+
+def test_a_policy_the_bundle_has_not_is_told_with_how_to_add_it(manifest):
+    with pytest.raises(UserError, match="no policy 'order2-lowest'") as refused:
+        place_components(manifest, ADA, policies=("order2-lowest",), max_kept_tokens=64)
+    assert "policy add" in refused.value.hint
+
+
+def test_what_a_compiler_does_not_take_is_one_line_with_a_way_out(manifest):
+    with pytest.raises(UserError, match="cannot compile policy divprune for rtx-turing") as refused:
+        place_components(manifest, TURING, max_kept_tokens=64)
+    assert "expected one of: norm, random, nothing" in str(refused.value)
+    assert "--prune-on cpu" in refused.value.hint
+
+
+def test_on_the_cpu_any_policy_goes_and_the_spans_still_become_engines(manifest):
+    placed = place_components(
+        manifest, TURING, policies=("random",), prune_on=PruneOn.CPU, max_kept_tokens=TOP_K_LIMIT
+    )
+    assert {component.role for component in placed.engines} == {Role.VISION, Role.EMBED, Role.DECODER}
+    assert set(names(placed.on_cpu)) == {
+        "prune_0.divprune",
+        "prune_0.random",
+        "prune_1.random",
+        "prune_1.paper-highest",
+    }
+
+
+@pytest.mark.parametrize("chooser", [TopK(), Random()])
+def test_more_than_topk_takes_is_refused(chooser):
+    check_chooser(chooser, ADA, max_kept_tokens=TOP_K_LIMIT - 1)
+    with pytest.raises(UsageError, match="up to 3840 visual tokens, expected fewer than 3840") as refused:
+        check_chooser(chooser, ADA, max_kept_tokens=TOP_K_LIMIT)
+    assert f"--max-kept-tokens {TOP_K_LIMIT - 1}" in refused.value.hint
+
+
+def test_policies_that_do_not_sort_have_no_such_limit():
+    for chooser in (MaxMin(), Nothing()):
+        check_chooser(chooser, ADA, max_kept_tokens=TOP_K_LIMIT)
+
+
+def test_the_operators_say_so_too(manifest, tmp_path):
+    """TopK is in the graphs of exactly those policies that are refused above its limit."""
+    import onnx_ir as ir
+
+    from ep_export.choosers.component import build_prune
+
+    for chooser in (TopK(), *POLICIES):
+        model = build_prune(
+            chooser,
+            dims=manifest.dims,
+            cut_layer=1,
+            precision_dtype=ir.DataType.FLOAT,
+            degree=64,
+            opset=20,
+        )
+        graphs = [model.graph, *(function.graph for function in model.functions.values())]
+        sorts = any(node.op_type == "TopK" for graph in graphs for node in graph.all_nodes())
+        assert sorts == isinstance(chooser, (TopK, Random)), chooser
+
+
+def test_the_plugin_takes_scores_alone_and_knows_no_limit(manifest):
+    (prune,) = (c for c in manifest.components if c.name == "prune_1.paper-highest")
+    assert takes_plugin(prune)
+    assert not any(takes_plugin(c) for c in manifest.components if not isinstance(c.chooser, TopK))
+    check_chooser(TopK(), ORIN, plugin=True, max_kept_tokens=10_000)
+    with pytest.raises(UsageError):
+        check_chooser(Random(), ORIN, plugin=True, max_kept_tokens=10_000)

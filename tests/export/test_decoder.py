@@ -1,0 +1,150 @@
+"""Spans and prune components in ONNX Runtime against Hugging Face's own modules, for every family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from bundles import two_cuts
+from conftest import MAKERS
+from export_helpers import LENGTH, VISUAL, BundleRun, TorchDecoder, hugging_face, random_prompt
+
+from ep_export.bundle import Bundle, Dialect, Role
+from ep_export.checkpoint import meta_model, open_checkpoint
+from ep_export.errors import UserError
+from ep_export.export.decoder import check_decoder
+from ep_export.policy import Cut, MaxMin, Nothing, Schedule, Source, TopK
+
+SCHEDULES = {
+    "one cut": Schedule((Cut(1),)),
+    "two cuts": two_cuts(1, 2, TopK(), TopK(source=Source.KEY)),
+    "cut at layer 0, nothing left": two_cuts(0, 2, MaxMin(), Nothing(), shares=(0.5, 0.0)),
+}
+KEEP = {"one cut": (7,), "two cuts": (9, 4), "cut at layer 0, nothing left": (8, 0)}
+# Both sides compute in float32 with another order of operations; 3e-6 was seen.
+TOLERANCE = 1e-4
+
+
+@pytest.mark.parametrize("cuts", SCHEDULES)
+@pytest.mark.parametrize("dialect", list(Dialect), ids=lambda d: d.value)
+@pytest.mark.parametrize("name", MAKERS)
+def test_pruned_prefill_and_decode_equal_hugging_face(
+    name: str,
+    dialect: Dialect,
+    cuts: str,
+    bundle_of: Callable[..., Bundle],
+    reference_of: Callable[[str, str], TorchDecoder],
+) -> None:
+    bundle = bundle_of(name, schedule=SCHEDULES[cuts], dialect=dialect)
+    dims = bundle.manifest.dims
+    run, reference = BundleRun(bundle), reference_of(name, bundle.manifest.family)
+    embeds, positions = random_prompt(dims.hidden_size, dims.position_axes)
+    got = run.prefill(embeds, positions, KEEP[cuts])
+    layers = [cut.layer for cut in bundle.manifest.schedule.cuts]
+    rows = dict(zip(layers, [prune["kept_index"] for prune in got.prunes], strict=True))
+    assert [len(kept) for kept in rows.values()] == [LENGTH - len(VISUAL) + keep for keep in KEEP[cuts]]
+    expected = reference(torch.from_numpy(embeds), torch.from_numpy(positions), rows)
+
+    np.testing.assert_allclose(got.logits, expected.logits, atol=TOLERANCE)
+    for span, component in zip(got.spans, bundle.manifest.spans, strict=True):
+        after = component.layer_range.stop
+        if after == dims.layers:
+            break
+        np.testing.assert_allclose(span["hidden_states"], expected.entering[after], atol=TOLERANCE)
+        names = ("query_states", "key_states", "value_states")
+        for states, projected in zip(names, expected.projections[after - 1], strict=True):
+            np.testing.assert_allclose(
+                span[states], projected.unflatten(-1, (-1, dims.head_dim)), atol=TOLERANCE
+            )
+    for i, layer in enumerate(expected.cache.layers):
+        np.testing.assert_allclose(run.caches[f"{i}.key"], layer.keys, atol=TOLERANCE)
+        np.testing.assert_allclose(run.caches[f"{i}.value"], layer.values, atol=TOLERANCE)
+
+    step = np.random.default_rng(1).standard_normal((1, 1, dims.hidden_size)).astype(np.float32)
+    after_step = reference(
+        torch.from_numpy(step), torch.full((dims.position_axes, 1, 1), 40), {}, expected.cache
+    )
+    np.testing.assert_allclose(run.step(step, 40), after_step.logits, atol=TOLERANCE)
+
+
+@pytest.fixture(scope="module")
+def reference_of(checkpoint_of: Callable[[str], Path]) -> Callable[[str, str], TorchDecoder]:
+    models: dict[str, TorchDecoder] = {}
+
+    def get(name: str, family: str) -> TorchDecoder:
+        if name not in models:
+            models[name] = TorchDecoder(hugging_face(checkpoint_of(name)), family)
+        return models[name]
+
+    return get
+
+
+def test_spans_alone_are_the_unpruned_model(
+    bundle_of: Callable[..., Bundle], checkpoint_of: Callable[[str], Path]
+) -> None:
+    """A prompt without pictures, and the same through another schedule's spans."""
+    model = hugging_face(checkpoint_of("qwen2_5_vl"))
+    embeds, positions = random_prompt(96)
+    hidden = model.model.language_model(
+        inputs_embeds=torch.from_numpy(embeds), position_ids=torch.from_numpy(positions)
+    ).last_hidden_state
+    expected = model.lm_head(hidden[:, -1:])
+    for cuts in SCHEDULES.values():
+        run = BundleRun(bundle_of("qwen2_5_vl", schedule=cuts))
+        run.stages = run.manifest.spans
+        got = run.prefill(embeds, positions, ())
+        np.testing.assert_allclose(got.logits, expected, atol=TOLERANCE)
+
+
+def test_spans_hold_nothing_of_pruning(bundle_of: Callable[..., Bundle]) -> None:
+    bundle = bundle_of("qwen2_5_vl", schedule=SCHEDULES["two cuts"])
+    for span in bundle.manifest.with_role(Role.DECODER):
+        model = ir.load(bundle.file(span.file))
+        assert not model.functions
+        assert {node.domain for node in model.graph} == {""}
+        assert {"visual_index", "keep_slots"}.isdisjoint(spec.name for spec in span.inputs)
+
+
+def test_the_same_layers_are_the_same_graph_in_every_schedule(bundle_of: Callable[..., Bundle]) -> None:
+    """Layer 2 stands in the last span of each; what it does and reads is the same."""
+
+    def layer(bundle: Bundle) -> list[tuple[str, tuple[str | None, ...]]]:
+        model = ir.load(bundle.file(bundle.manifest.spans[-1].file))
+        return [
+            (node.op_type, tuple(v.name for v in node.inputs if v is not None and v.is_initializer()))
+            for node in model.graph
+            if node.name and node.name.startswith("layers.2/")
+        ]
+
+    first, *others = [layer(bundle_of("qwen2_5_vl", schedule=cuts)) for cuts in SCHEDULES.values()]
+    named = [(op, tuple(n for n in names if n and "layers" in n)) for op, names in first]
+    assert len(first) > 20
+    for other in others:
+        assert [(op, tuple(n for n in names if n and "layers" in n)) for op, names in other] == named
+
+
+def test_layers_read_their_own_weights(bundle_of: Callable[..., Bundle]) -> None:
+    bundle = bundle_of("qwen2_5_vl, deep", schedule=Schedule((Cut(4),)))
+    for span in bundle.manifest.spans:
+        graph = ir.load(bundle.file(span.file)).graph
+        gemms = [node.inputs[1].name for node in graph if node.op_type == "Gemm"]
+        layers = {weight.split(".")[3] for weight in gemms if ".layers." in weight}
+        assert layers == {str(i) for i in span.layer_range}
+        last = span.layer_range.stop == 9
+        assert len(gemms) == len(set(gemms)) == 7 * len(span.layer_range) + last
+
+
+def test_layers_of_another_kind_are_refused(checkpoint_of: Callable[[str], Path]) -> None:
+    checkpoint = open_checkpoint(str(checkpoint_of("llava")))
+    modules = checkpoint.family.decoder(meta_model(checkpoint.config))
+    modules.layers[1].self_attn.q_norm = torch.nn.LayerNorm(4)
+    with pytest.raises(UserError, match=r"LlamaDecoderLayer differs from Llama's in q_norm"):
+        check_decoder(modules)
+    scaled = replace(modules, embed_tokens=torch.nn.Sequential())
+    with pytest.raises(UserError, match="embedding module Sequential is not exported"):
+        check_decoder(scaled)
