@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,8 +28,10 @@ from ep_export.engine.compile import (
 )
 from ep_export.errors import UsageError, UserError
 from ep_export.fit import vision_size
+from ep_export.measure.journal import discard
 from ep_export.measure.pictures import find_pictures
 from ep_export.measure.prompts import GENERIC_QUESTIONS, questions_for, read_questions
+from ep_export.numerics import WeightKind, Weights
 from ep_export.plan import Plan, make_plan, settled_keep
 from ep_export.policy import Evidence, Keep
 from ep_export.progress import Progress, silent
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 
     from ep_export.measure.prompts import Questions
     from ep_export.validate import Report
+    from ep_export.weights.packing import Packing
 
 __all__ = [
     "BuildRequest",
@@ -59,6 +61,8 @@ TEXT_TOKENS = 86
 """Text tokens of the plan that is shown before a build: about those of the paper's benchmarks."""
 
 MAX_PICTURES = 8
+ROUNDING_PICTURES = 24
+"""For calibrated rounding: with 24 pictures of 100 and more tokens every layer sees thousands of rows."""
 MAX_NEW_TOKENS = 16
 REPORT = "report"
 NO_BF16 = "ONNX Runtime computes no bfloat16 on a CPU"
@@ -77,7 +81,8 @@ class BuildRequest:
         overwrite: Replace an earlier bundle.
         dialect: Operators used.
         precision: Arithmetic of the graphs.
-        weights: Link or copy the shards.
+        shards: Link or copy them.
+        weights: What the decoder's linear layers are stored in; None: as the checkpoint has them.
         degree: Degree of the entropy series.
         images: Pictures to calibrate and validate on; None: test cards, for validation only.
         prompts: Questions file for the pictures.
@@ -91,8 +96,9 @@ class BuildRequest:
     overwrite: bool
     dialect: Dialect
     precision: Precision
-    weights: WeightsMode
+    shards: WeightsMode
     degree: int
+    weights: Weights | None = None
     images: Path | None = None
     prompts: Path | None = None
     compile: CompileRequest | None = None
@@ -171,7 +177,8 @@ def build(prepared: Prepared, *, check: bool = True, progress: Progress = silent
             keep=prepared.plan.keep,
             dialect=request.dialect,
             precision=request.precision,
-            weights=request.weights,
+            weights=request.shards,
+            packing=_packing(prepared),
             degree=request.degree,
             progress=progress,
         )
@@ -179,12 +186,27 @@ def build(prepared: Prepared, *, check: bool = True, progress: Progress = silent
             _keep_record(bundle, prepared.record)
         check = check and request.precision is not Precision.BF16
         report = _check(bundle, prepared, progress) if check else None
-    shutil.rmtree(_journal(request.out), ignore_errors=True)
+    discard(_journal(request.out))
     bundle = Bundle.open(request.out, verify=False)
     if request.compile is None or (report and report.verdict.value == "FAIL"):
         return BuildResult(bundle, report)
     compiled = compile_bundle(bundle, request.compile, progress)
     return BuildResult(Bundle.open(request.out, verify=False), report, compiled)
+
+
+def _packing(prepared: Prepared) -> Packing | None:
+    """How linear layers are quantised: by what really enters them where there are pictures."""
+    request, checkpoint = prepared.request, prepared.checkpoint
+    if request.weights is None:
+        return None
+    if request.images is None or request.weights.kind is WeightKind.FP8:
+        from ep_export.weights.packing import nearest
+
+        return nearest(checkpoint, request.weights, compute=request.precision.value)
+    from ep_export.calibrate.weights import calibrated
+
+    pictures, questions = pictures_and_questions(request.images, request.prompts, ROUNDING_PICTURES)
+    return calibrated(checkpoint, request.weights, pictures, questions, compute=request.precision.value)
 
 
 def _fresh_record(request: BuildRequest, checkpoint: Checkpoint, progress: Progress) -> Record | None:
@@ -264,7 +286,8 @@ def validate_bundle(
     (directory / "report.json").write_text(text, encoding="utf-8")
     write_html(report, directory / "report.html", pictures)
     if out is None:
-        relist(bundle).with_verified("onnxruntime-cpu", report.sentence)
+        chosen = f" ({', '.join(policies)})" if policies else ""
+        relist(bundle).with_verified(f"onnxruntime-cpu{chosen}", report.sentence)
     return report
 
 

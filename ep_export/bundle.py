@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from ep_export.dims import DecoderDims
 from ep_export.documents import read_document, write_document
 from ep_export.errors import UsageError, UserError
+from ep_export.numerics import Numerics
 from ep_export.plan import check_schedule
 from ep_export.policy import Chooser, Evidence, Keep, Schedule
 
@@ -147,6 +148,7 @@ class Manifest:
         tools: Package name -> version that built it.
         verified: Where what was verified: target or runtime -> sentence.
         warnings: What a user of this bundle should know.
+        numerics: What the graphs compute in and the decoder's weights are stored in.
         format: Version of this structure.
     """
 
@@ -168,6 +170,7 @@ class Manifest:
     tools: Mapping[str, str]
     verified: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    numerics: Numerics | None = None
     format: int = FORMAT
 
     def component(self, name: str) -> Component:
@@ -400,8 +403,12 @@ def _inside(path: Path, relative: str) -> Path:
     """Resolve a manifest path, refusing absolute paths, `..` and links out of the bundle."""
     pure = PurePosixPath(relative)
     file = path.joinpath(*pure.parts)
-    root = path.resolve()
-    if pure.is_absolute() or ".." in pure.parts or not file.resolve().is_relative_to(root):
+    try:
+        file.exists()  # a name that is too long is said nowhere else
+        inside = ".." not in pure.parts and file.resolve().is_relative_to(path.resolve())
+    except (OSError, RuntimeError, ValueError):  # a loop of links, too long a name, a null byte
+        inside = False
+    if pure.is_absolute() or not inside:
         raise UserError(
             f"bundle names a path outside itself: {relative!r}", hint="do not use this bundle; build it again"
         )

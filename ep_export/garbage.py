@@ -1,7 +1,7 @@
-"""Pausing Python's cyclic garbage collector while large libraries load and trace.
+"""Pausing Python's cyclic garbage collector while large libraries load.
 
 They make millions of objects that live on; the collector walks them again and again and finds nothing, a
-tenth of the time of a build.
+tenth of the time that opening a checkpoint takes.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ class Nodes:
         """Append a `Loop` of a known number of steps.
 
         Args:
-            trips: [] int64.
+            trips: [] int64, at least 1: ONNX Runtime does not know the shape of no rows.
             states: What the first step gets.
             step: Appends one step to the nodes it is given.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-__all__ = ["GROUPS", "TYPES", "NumberType", "Numerics", "WeightKind", "Weights"]
+__all__ = ["DEFAULT_GROUP", "GROUPS", "TYPES", "NumberType", "Numerics", "WeightKind", "Weights"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,10 @@ TYPES: dict[str, NumberType] = {
 
 GROUPS = (32, 64, 128)
 """Inputs that may share a scale: powers of two, as ONNX Runtime's kernels want them."""
+
+
+DEFAULT_GROUP = 128
+"""What published 4-bit checkpoints use, and what every compiler takes."""
 
 
 class WeightKind(str, Enum):

@@ -100,9 +100,13 @@ def _entries(value: Any, key: str) -> Iterator[Any]:
             yield item.get(key)
 
 
-def _bundle(_: Path, index: Mapping[str, Any]) -> Iterator[Any]:
+def _bundle(directory: Path, index: Mapping[str, Any]) -> Iterator[Any]:
     yield from _entries(index["files"], "path")
     yield from _entries(index["components"], "file")
+    for kit in directory.glob("engines/*/kit.json"):  # not in the manifest: it has checksums of its own
+        inside = kit.parent.relative_to(directory).as_posix()
+        names = [kit.name, *_KINDS[kit.name].beside, *_kit(kit.parent, {})]
+        yield from (f"{inside}/{name}" for name in names)
 
 
 def _kit(directory: Path, _: Mapping[str, Any]) -> Iterator[Any]:

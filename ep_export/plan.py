@@ -217,7 +217,10 @@ def check_schedule(schedule: Schedule, layers: int) -> None:
                 hint="give cuts in the order of their layers",
             )
         if isinstance(cut.chooser, Nothing):
-            raise UsageError(f"cut at layer {after.layer} has no visual token left to choose from")
+            raise UsageError(
+                f"cut at layer {after.layer} has no visual token left to choose from",
+                hint="a cut that keeps nothing is the last",
+            )
         if cut.share is not None and after.share is not None and after.share > cut.share:
             raise UsageError(
                 f"share {after.share:g} at layer {after.layer} is more than the {cut.share:g} before it",

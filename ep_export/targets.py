@@ -253,14 +253,17 @@ def _read(file: Path, *, extending: tuple[str, ...] = ()) -> dict[str, Any]:
         raw = tomllib.loads(text) if len(text) <= _MAX_FILE_BYTES else {}
     except FileNotFoundError as error:
         raise UserError(f"target file {file} does not exist", hint="see `ep-export targets`") from error
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise UserError(f"{file} is not readable TOML: {error}", hint="see engines/README.md") from error
     base = raw.pop(_EXTENDS, None)
     if base is None:
         return raw
     known = {known.stem for known in _directory().glob("*.toml")}
-    if base not in known or base in extending:
-        raise UserError(f"{file} extends {base!r}, expected the name of another shipped target")
+    if not isinstance(base, str) or base not in known or base in extending:
+        raise UserError(
+            f"{file} extends {base!r}, expected the name of another shipped target",
+            hint="see `ep-export targets`",
+        )
     below = _read(_directory() / f"{base}.toml", extending=(*extending, file.stem))
     return {**below, **raw, "sources": {**below.get("sources", {}), **raw.get("sources", {})}}
 

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from ep_export.weights.packing import Packing
+
 __all__ = ["export_tiny", "two_cuts"]
 
 
@@ -25,6 +27,8 @@ def export_tiny(
     policies: Sequence[Chooser] = (),
     dialect: Dialect = Dialect.PORTABLE,
     precision: Precision = Precision.FP32,
+    weights: WeightsMode = WeightsMode.LINK,
+    packing: Packing | None = None,
 ) -> Bundle:
     """Export a checkpoint directory into `out`, which is created.
 
@@ -38,6 +42,8 @@ def export_tiny(
         policies: Further choosers at every cut.
         dialect: Operators.
         precision: Arithmetic type.
+        weights: Link or copy.
+        packing: How linear layers are quantised; None: not.
     """
     from ep_export.checkpoint import open_checkpoint
     from ep_export.export import export_bundle
@@ -51,7 +57,8 @@ def export_tiny(
         keep=Keep(ratio=keep),
         dialect=dialect,
         precision=precision,
-        weights=WeightsMode.LINK,
+        weights=weights,
+        packing=packing,
         policies=policies,
     )
 

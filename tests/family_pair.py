@@ -87,10 +87,10 @@ class FamilyPair:
     def check_everything_kept(self, visuals: Sequence[Visual], cuts: int = 1) -> None:
         """Keep 1.0 answers as Hugging Face, token for token, through as many spans as there are."""
         session, prompt, everything = self.with_cuts(cuts), self.prompt(visuals), Keep(ratio=1.0)
-        made = session.prefill(prompt, everything)
-        assert len(made.cuts) == (cuts if visuals else 0)
-        assert np.array_equal(made.kept_index, np.arange(prompt.input_ids.shape[1]))
-        assert_computes(made, self.output(prompt))
+        ours = session.prefill(prompt, everything)
+        assert len(ours.cuts) == (cuts if visuals else 0)
+        assert np.array_equal(ours.kept_index, np.arange(prompt.input_ids.shape[1]))
+        assert_computes(ours, self.output(prompt))
         answer = session.generate(visuals, QUESTION, max_new_tokens=TOKENS, keep=everything)
         assert list(answer.token_ids) == self.tokens(prompt)
 
@@ -101,41 +101,41 @@ class FamilyPair:
         pairs = zip(manifest.schedule.cuts, shares, strict=True)
         schedule = Schedule(tuple(replace(cut, share=share) for cut, share in pairs))
         keep = average_keep(schedule, layers=manifest.dims.layers)
-        made = session.prefill(prompt, keep)
-        kept = [cut.kept_index for cut in made.cuts]
+        ours = session.prefill(prompt, keep)
+        kept = [cut.kept_index for cut in ours.cuts]
         with prune(self.model, PruneSpec(schedule, keep), select=kept_as(kept)) as trace:
             expected, tokens = self.output(prompt), self.tokens(prompt)
-        assert_computes(made, expected)
+        assert_computes(ours, expected)
         budgets = kept_tokens(
             keep, schedule, layers=manifest.dims.layers, visual_tokens=len(prompt.visual_index)
         )
         assert np.array_equal(trace.visual_index, prompt.visual_index)
-        for cut, index, ours, budget in zip(schedule.cuts, kept, trace.cuts, budgets, strict=True):
+        for cut, index, exact, budget in zip(schedule.cuts, kept, trace.cuts, budgets, strict=True):
             assert np.isin(index, prompt.visual_index).sum() == budget
-            difference = difference_from_exact(ours, index, cut.chooser, manifest.degree)
+            difference = difference_from_exact(exact, index, cut.chooser, manifest.degree)
             assert difference is not KeptDifference.DIFFERENT
         answer = session.generate(visuals, QUESTION, max_new_tokens=TOKENS, keep=keep)
         assert list(answer.token_ids) == tokens
-        assert answer.kept_index == tuple(made.kept_index.tolist())
+        assert answer.kept_index == tuple(ours.kept_index.tolist())
 
     def check_vision(self, visuals: Sequence[Visual]) -> None:
         """What stands at the visual tokens is what Hugging Face puts there, for each of them alone."""
         for visual in visuals:
             prompt = self.prompt([visual])
-            made = np.concatenate([self._encoded(picture) for picture in prompt.pictures])
+            ours = np.concatenate([self._encoded(picture) for picture in prompt.pictures])
             expected = self._visual_embeds(prompt)
-            assert made.shape == expected.shape
-            assert np.abs(made - expected).max() < FEATURE_TOLERANCE
+            assert ours.shape == expected.shape
+            assert np.abs(ours - expected).max() < FEATURE_TOLERANCE
 
     def check_without_torch(self, path: Path) -> None:
         """The same answer about a picture, or a folder of frames, on a machine that has no torch."""
         command = [sys.executable, str(_WITHOUT_TORCH), str(self.bundle.path), str(path)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-        made = json.loads(done.stdout)
+        ours = json.loads(done.stdout)
         shown = open_video(path) if path.is_dir() else open_picture(path)
         expected = self.session.generate([shown], "which digits?", max_new_tokens=5)
-        assert made == {"token_ids": list(expected.token_ids), "loaded": []}
+        assert ours == {"token_ids": list(expected.token_ids), "loaded": []}
 
     def _encoded(self, picture: Picture) -> np.ndarray:
         feeds = self.family.vision_feeds(picture, self.model.config)
@@ -152,14 +152,14 @@ class FamilyPair:
         return seen[0][0, torch.from_numpy(prompt.visual_index)].numpy()
 
 
-def assert_computes(made: Prefill, expected: Any) -> None:
+def assert_computes(ours: Prefill, expected: Any) -> None:
     """Logits and every layer's cache as in Hugging Face's output."""
-    assert np.abs(made.logits - expected.logits[0, -1].numpy()).max() < LOGIT_TOLERANCE
+    assert np.abs(ours.logits - expected.logits[0, -1].numpy()).max() < LOGIT_TOLERANCE
     for i, layer in enumerate(expected.past_key_values.layers):
         for part, theirs in (("key", layer.keys), ("value", layer.values)):
-            ours = made.caches[f"past_key_values.{i}.{part}"].numpy()
-            assert ours.shape == theirs.shape
-            assert np.abs(ours - theirs.numpy()).max() < LOGIT_TOLERANCE
+            cache = ours.caches[f"past_key_values.{i}.{part}"].numpy()
+            assert cache.shape == theirs.shape
+            assert np.abs(cache - theirs.numpy()).max() < LOGIT_TOLERANCE
 
 
 class FamilyTests:

@@ -27,9 +27,9 @@ def config_of(alias: str, layers: int) -> dict[str, object]:
     """The shipped config of a published model with another number of decoder layers, as JSON."""
     from ep_export.aliases import find_alias
 
-    found = find_alias(alias)
-    assert found is not None
-    config = json.loads(found.config_file.read_text())
+    known = find_alias(alias)
+    assert known is not None
+    config = json.loads(known.config_file.read_text())
     text = config.get("text_config", config)  # Qwen's configs are flat
     text["num_hidden_layers"] = layers
     if "max_window_layers" in text:

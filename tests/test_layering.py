@@ -13,12 +13,13 @@ PACKAGE = Path(__file__).parents[1] / "ep_export"
 # A module may import its own package and whatever stands on a lower line.
 LAYERS = (
     ("errors",),
-    ("dims", "policy", "progress", "garbage"),
-    ("documents", "plan", "graph"),
+    ("dims", "policy", "numerics", "progress", "garbage"),
+    ("documents", "page", "plan", "graph"),
     ("data", "ownership", "bundle", "links", "testcards", "aliases"),
     ("targets", "staging"),
     ("families", "entropy", "engine_record"),
     ("checkpoint", "plugin", "choosers"),
+    ("weights",),
     ("reference", "runtime", "fit", "methods"),
     ("export", "benchmark", "package", "measure"),
     ("calibrate",),

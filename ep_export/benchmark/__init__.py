@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ep_export.benchmark.agreement import Agreement, Asked, measure_agreement
+from ep_export.benchmark.agreement import Agreement, Question, measure_agreement
 from ep_export.benchmark.latency import (
     Latency,
     PrunedSide,
@@ -15,9 +15,9 @@ from ep_export.benchmark.latency import (
 
 __all__ = [
     "Agreement",
-    "Asked",
     "Latency",
     "PrunedSide",
+    "Question",
     "Side",
     "Spread",
     "Stages",

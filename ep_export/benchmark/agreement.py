@@ -26,17 +26,17 @@ if TYPE_CHECKING:
     from ep_export.policy import Keep
     from ep_export.runtime import Prefill, Session
 
-__all__ = ["Agreement", "Asked", "measure_agreement"]
+__all__ = ["Agreement", "Question", "measure_agreement"]
 
 _STAGE = "comparing answers"
 
 
 @dataclass(frozen=True)
-class Asked:
+class Question:
     """A question about a picture."""
 
     picture: Path
-    question: str
+    text: str
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class _Answer:
 
 def measure_agreement(
     session: Session,
-    asked: Sequence[Asked],
+    questions: Sequence[Question],
     *,
     keep: Keep | None,
     policies: Sequence[Sequence[str]] = ((),),
@@ -80,7 +80,7 @@ def measure_agreement(
 
     Args:
         session: The opened bundle.
-        asked: Questions, one picture each.
+        questions: One picture each.
         keep: As an average over layers; the bundle's when None.
         policies: As `Session.generate` takes them; an empty one is the bundle's own.
         max_new_tokens: Of the unpruned answers; an end token ends them before.
@@ -93,17 +93,17 @@ def measure_agreement(
         UsageError: Nothing is asked.
         UserError: See `Session.prefill`.
     """
-    if not asked:
+    if not questions:
         raise UsageError("nothing is asked", hint="give a folder with pictures")
-    found: list[list[tuple[NDArray[np.bool_], NDArray[np.float64]]]] = [[] for _ in policies]
-    progress(_STAGE, 0, len(asked))
-    for number, one in enumerate(asked, 1):
-        prompt = session.prompts.build([open_picture(one.picture)], one.question)
+    results: list[list[tuple[NDArray[np.bool_], NDArray[np.float64]]]] = [[] for _ in policies]
+    progress(_STAGE, 0, len(questions))
+    for number, question in enumerate(questions, 1):
+        prompt = session.prompts.build([open_picture(question.picture)], question.text)
         answer = _unpruned(session, prompt, max_new_tokens)
-        for names, results in zip(policies, found, strict=True):
-            results.append(_compare(session, prompt, session.prefill(prompt, keep, names), answer))
-        progress(_STAGE, number, len(asked))
-    return tuple(map(_summary, found))
+        for names, own in zip(policies, results, strict=True):
+            own.append(_compare(session, prompt, session.prefill(prompt, keep, names), answer))
+        progress(_STAGE, number, len(questions))
+    return tuple(map(_summary, results))
 
 
 def _unpruned(session: Session, prompt: PromptInputs, max_new_tokens: int) -> _Answer:

@@ -30,16 +30,16 @@ def candidate_layers(keep: Keep, layers: int, wanted: Sequence[int] | None = Non
     Raises:
         UsageError: A wanted layer is out of range, or none is possible.
     """
-    asked_for = sorted(set(wanted)) if wanted is not None else range(layers)
-    for layer in asked_for:
+    tried = sorted(set(wanted)) if wanted is not None else range(layers)
+    for layer in tried:
         check_schedule(Schedule((Cut(layer, Random()),)), layers)
     if keep.tokens is not None:
-        return tuple(asked_for)
+        return tuple(tried)
     possible = tuple(
-        layer for layer in asked_for if one_cut(layer, RANDOM, keep).fits(layers=layers, visual_tokens=layers)
+        layer for layer in tried if one_cut(layer, RANDOM, keep).fits(layers=layers, visual_tokens=layers)
     )
     if not possible:
-        one_cut(min(asked_for), RANDOM, keep).kept(layers=layers, visual_tokens=layers)  # raises, naming why
+        one_cut(min(tried), RANDOM, keep).kept(layers=layers, visual_tokens=layers)  # raises, naming why
         raise UsageError(f"no layer of {layers} can be pruned to keep {keep}")  # unreachable
     return possible
 

@@ -66,7 +66,7 @@ def is_our_plot(path: Path) -> bool:
     from PIL import Image
 
     try:
-        with Image.open(path) as picture:
+        with Image.open(path, formats=("PNG",)) as picture:
             return picture.info.get("Software") == _SOFTWARE
     except (OSError, SyntaxError, ValueError):  # what Pillow raises on what is no picture
         return False

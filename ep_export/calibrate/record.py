@@ -5,7 +5,6 @@ A frozen structure as strict JSON: read with distrust, written whole or not at a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -174,14 +173,12 @@ def _check(record: Record) -> None:
     """What the types alone do not say.
 
     Raises:
-        ValueError: A cut that is impossible, an unknown policy, or a curve of the wrong length or not finite.
+        ValueError: A cut that is impossible, an unknown policy, or a curve of the wrong length.
     """
     for name in ("query_entropy", "key_entropy", "query_spread", "key_spread"):
         curve = getattr(record, name)
         if len(curve) not in {0, record.layers}:
             raise ValueError(f"{name} has {len(curve)} values for {record.layers} layers")
-        if not all(math.isfinite(value) for value in curve):
-            raise ValueError(f"{name} has values that are not finite")
     if record.ecl is not None and not 1 <= record.ecl < record.layers:
         raise ValueError(f"ecl is {record.ecl}, expected 1 to {record.layers - 1}")
     try:

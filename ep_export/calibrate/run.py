@@ -181,7 +181,7 @@ def _by_picture(
         else:
             results.setdefault(question.digest, []).append(outcome)
     named = tuple(f"{one.name}: {one.reason}" for _, one in sorted(unusable.items()))
-    usable = {digest: found for digest, found in results.items() if digest not in refused}
+    usable = {digest: several for digest, several in results.items() if digest not in refused}
     if not usable:
         message = f"none of the {len(named)} pictures can be used; the first: {named[0]}"
         raise UserError(message, hint="give a folder with readable pictures, and questions that match them")

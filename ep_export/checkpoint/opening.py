@@ -100,8 +100,9 @@ def open_config(model: str, *, revision: str | None = None) -> ModelConfig:
         UserError: Unknown name, no config, broken config, or an unsupported family.
     """
     alias = find_alias(model)
-    if Path(model).is_dir():
-        file = Path(model) / "config.json"
+    path = _path(model)
+    if path is not None and path.is_dir():
+        file = path / "config.json"
     elif alias is not None and revision is None:
         file = alias.config_file
     else:
@@ -169,15 +170,24 @@ def _model_config(source: str, revision: str | None, file: Path) -> ModelConfig:
 
 
 def _locate(model: str, revision: str | None) -> Path:
-    path = Path(model).expanduser()
-    if path.is_dir():
+    path = _path(model)
+    if path is not None and path.is_dir():
         if not any(path.iterdir()):
             raise UserError(f"model directory {path} is empty", hint="give the directory of a checkpoint")
         return path.resolve()
-    if path.exists():
+    if path is not None:
         raise UserError(f"{path} is a file, expected a model directory", hint="give the directory it lies in")
     alias = find_alias(model)
     return _hub_snapshot(alias.hub_id if alias else model, model, revision)
+
+
+def _path(model: str) -> Path | None:
+    """What was asked for as a path, where something lies there; None for names that no path can have."""
+    try:
+        path = Path(model).expanduser()
+        return path if path.exists() else None
+    except (OSError, ValueError, RuntimeError):  # too long; a null byte; the home of nobody
+        return None
 
 
 def _hub_snapshot(hub_id: str, asked: str, revision: str | None) -> Path:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import onnx_ir as ir
 
 from ep_export.choosers import PruneInputs, form_of
@@ -13,7 +11,7 @@ from ep_export.dims import DecoderDims
 from ep_export.graph import Nodes
 from ep_export.policy import Chooser, Nothing, Source, TopK
 
-__all__ = ["build_prune", "strip_body"]
+__all__ = ["build_prune"]
 
 _INT64 = ir.DataType.INT64
 _FLOAT = ir.DataType.FLOAT
@@ -63,16 +61,6 @@ def build_prune(
         list(values.values()), outputs, nodes=nodes.nodes, opset_imports=imports, name=f"prune_{chooser.name}"
     )
     return ir.Model(graph, ir_version=_IR_VERSION, producer_name=DOMAIN, functions=functions)
-
-
-def strip_body(source: Path, destination: Path) -> None:
-    """Copy a model without the body of EntropyPrune, for TensorRT 10.3, where a body wins over the plugin.
-
-    External data is still referenced by the same relative locations: write beside the source.
-    """
-    model = ir.load(source)
-    model.functions.pop((DOMAIN, OP_TYPE, ""), None)
-    ir.save(model, destination)
 
 
 def _inputs(chooser: Chooser, dims: DecoderDims, dtype: ir.DataType) -> dict[str, ir.Value]:

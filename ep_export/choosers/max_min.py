@@ -68,10 +68,9 @@ class MaxMinForm(ChooserForm[MaxMin]):
         """Equal to the exact set, a near-tie when `near_tie_order` finds an order for it, else different."""
         index = tokens.visual_index
         inside = torch.isin(index, kept.to(index.device))
+        # another number, a position twice, or one that is no visual token
         if not int(inside.sum()) == len(kept) == k:
-            return (
-                KeptDifference.DIFFERENT
-            )  # another number, a position twice, or one that is no visual token
+            return KeptDifference.DIFFERENT
         if torch.equal(index[inside], self.choose(chooser, tokens, k).kept):
             return KeptDifference.EQUAL
         explained = near_tie_order(tokens.hidden, inside, tolerance)
@@ -102,11 +101,9 @@ class MaxMinForm(ChooserForm[MaxMin]):
         nearest, order, scores = nodes.loop(trips, [nearest], step)
         order = nodes.op("Transpose", order, perm=[1, 0])
         scores = nodes.op("Min", nodes.op("Transpose", scores, perm=[1, 0]), nodes.number(FIRST_SCORE))
-        every = nodes.op("ScatterElements", nearest, order, scores, axis=1)
-        order = nodes.op("Squeeze", order, nodes.ints(0))
-        return nodes.op("Gather", inputs.visual_index, order, axis=0), nodes.op(
-            "Squeeze", every, nodes.ints(0)
-        )
+        scores = nodes.op("ScatterElements", nearest, order, scores, axis=1)
+        kept = nodes.op("Gather", inputs.visual_index, nodes.op("Squeeze", order, nodes.ints(0)), axis=0)
+        return kept, nodes.op("Squeeze", scores, nodes.ints(0))
 
 
 def farthest_first(hidden: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -131,16 +128,14 @@ def farthest_first(hidden: torch.Tensor, count: int) -> tuple[torch.Tensor, torc
     chosen = int(rows.loneliness().argmax())
     nearest = rows.unreached()
     scores, order = nearest.clone(), [chosen]
-    scores[chosen] = FIRST_SCORE if rows.finite[chosen] else _NOT_FINITE
-    while True:
-        nearest = rows.nearest_after(nearest, chosen)
-        if len(order) == count:
-            break
+    scores[chosen] = FIRST_SCORE
+    nearest = rows.nearest_after(nearest, chosen)
+    while len(order) < count:
         chosen = int(nearest.argmax())
         scores[chosen] = nearest[chosen]
         order.append(chosen)
-    scores = torch.where(nearest == _CHOSEN, scores, nearest)
-    return torch.tensor(order, device=hidden.device), scores
+        nearest = rows.nearest_after(nearest, chosen)
+    return torch.tensor(order, device=hidden.device), torch.where(nearest == _CHOSEN, scores, nearest)
 
 
 def near_tie_order(hidden: torch.Tensor, inside: torch.Tensor, tolerance: float) -> bool:
@@ -230,52 +225,43 @@ class _UnitRows:
 
 def _unit_rows_body(nodes: Nodes, inputs: PruneInputs) -> tuple[ir.Value, ir.Value]:
     """Visual rows of length 1 [N, d] float32, zero where they are zero or not finite; and finite [1, N]."""
+    zero, one = nodes.number(0.0), nodes.number(1.0)
     visual = nodes.op("Gather", inputs.hidden, inputs.visual_index, axis=1)
     visual = nodes.to_float(nodes.op("Squeeze", visual, nodes.ints(0)))
     # squares of very large or small states leave float32: every row is scaled to a maximum of 1 first
     largest = nodes.op("ReduceMax", nodes.op("Abs", visual), nodes.ints(1), keepdims=1)
-    largest = nodes.op("Where", nodes.op("Equal", largest, nodes.number(0.0)), nodes.number(1.0), largest)
+    largest = nodes.op("Where", nodes.op("Equal", largest, zero), one, largest)
     visual = nodes.op("Div", visual, largest)
     squares = nodes.op("ReduceSum", nodes.op("Mul", visual, visual), nodes.ints(1), keepdims=1)
-    finite = nodes.op("GreaterOrEqual", squares, nodes.number(0.0))  # false for NaN; infinity / itself is one
-    norms = nodes.op(
-        "Sqrt", nodes.op("Where", nodes.op("Greater", squares, nodes.number(0.0)), squares, nodes.number(1.0))
-    )
-    rows = nodes.op("Where", finite, nodes.op("Div", visual, norms), nodes.number(0.0))
+    finite = nodes.op("GreaterOrEqual", squares, zero)  # a NaN is not, and infinity / infinity is one
+    norms = nodes.op("Sqrt", nodes.op("Where", nodes.op("Greater", squares, zero), squares, one))
+    rows = nodes.op("Where", finite, nodes.op("Div", visual, norms), zero)
     return rows, nodes.op("Transpose", finite, perm=[1, 0])
 
 
 def _start_body(nodes: Nodes, rows: ir.Value, finite: ir.Value, numbers: ir.Value) -> ir.Value:
-    """Number of the token whose nearest neighbour is farthest: [1, 1]."""
-    count = nodes.length(rows)
-    last = nodes.op("Sub", count, nodes.ints(1))
-    block = nodes.number(np.arange(_BLOCK), np.int64)
-    # cosines are at most 1; tokens that are not finite: nobody's neighbour, and last
-    strangers = nodes.op("Where", finite, nodes.number(0.0), nodes.number(-8.0))  # [1, N], added to columns
-    handicap = nodes.op("Where", finite, nodes.number(0.0), nodes.number(64.0))
-    trips = nodes.op(
-        "Div", nodes.op("Add", nodes.op("Squeeze", last), nodes.whole(_BLOCK)), nodes.whole(_BLOCK)
-    )
+    """Number of the token whose nearest neighbour is farthest: [1, 1]. Cosines lie between -1 and 1."""
+    last = nodes.op("Sub", nodes.length(rows), nodes.ints(1))
+    block = nodes.whole(_BLOCK)
+    trips = nodes.op("Div", nodes.op("Add", nodes.op("Squeeze", last), block), block)
+    places = nodes.number(np.arange(_BLOCK), np.int64)
 
     def step(inner: Nodes, values: Sequence[ir.Value]) -> tuple[list[ir.Value], list[ir.Value]]:
         iteration, best, best_number = values
         # the last block repeats the last row: every block has one shape
-        first = inner.op("Mul", iteration, inner.whole(_BLOCK))
-        here = inner.op("Min", inner.op("Add", block, first), last)  # [B]
-        cosine = inner.op("Gemm", inner.op("Gather", rows, here, axis=0), rows, transB=1)  # [B, N]
-        cosine = inner.op("Add", cosine, strangers)
+        here = inner.op("Min", inner.op("Add", places, inner.op("Mul", iteration, block)), last)  # [B]
+        cosines = inner.op("Gemm", inner.op("Gather", rows, here, axis=0), rows, transB=1)  # [B, N]
         itself = inner.op("Equal", inner.op("Unsqueeze", here, inner.ints(1)), numbers)
-        cosine = inner.op("Where", itself, inner.number(-32.0), cosine)
-        nearest = inner.op("ReduceMax", cosine, inner.ints(1), keepdims=1)  # [B, 1]
-        nearest = inner.op("Transpose", nearest, perm=[1, 0])
-        nearest = inner.op("Add", nearest, inner.op("Gather", handicap, here, axis=1))  # [1, B]
-        place = inner.op("ArgMin", nearest, axis=1, keepdims=1)
-        lowest = inner.op("ReduceMin", nearest, inner.ints(1), keepdims=1)  # [1, 1]
+        neighbours = inner.op("And", finite, inner.op("Not", itself))
+        cosines = inner.op("Where", neighbours, cosines, inner.number(-2.0))
+        nearest = inner.op("Transpose", inner.op("ReduceMax", cosines, inner.ints(1)), perm=[1, 0])
+        nearest = inner.op("Where", inner.op("Gather", finite, here, axis=1), nearest, inner.number(2.0))
+        lowest = inner.op("ReduceMin", nearest, inner.ints(1))  # [1, 1]
+        place = inner.op("Squeeze", inner.op("ArgMin", nearest, axis=1), inner.ints(0))
+        number = inner.op("Unsqueeze", inner.op("Gather", here, place, axis=0), inner.ints(0))
         better = inner.op("Less", lowest, best)
-        number = inner.op("Gather", here, inner.op("Squeeze", place, inner.ints(0)), axis=0)
-        number = inner.op("Unsqueeze", number, inner.ints(0))
-        best = inner.op("Where", better, lowest, best)
-        return [best, inner.op("Where", better, number, best_number)], []
+        return [
+            inner.op("Where", better, new, old) for new, old in ((lowest, best), (number, best_number))
+        ], []
 
-    states = [nodes.number([[1e9]]), nodes.number([[0]], np.int64)]
-    return nodes.loop(trips, states, step)[1]
+    return nodes.loop(trips, [nodes.number([[3.0]]), nodes.number([[0]], np.int64)], step)[1]

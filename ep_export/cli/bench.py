@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +13,10 @@ from ep_export.cli.options import bundle_argument, image_option, json_option, ke
 from ep_export.cli.runtime import backend_sentence, open_backend, runtime_options
 from ep_export.documents import encode
 from ep_export.errors import UsageError
+from ep_export.plan import check_schedule
 
 if TYPE_CHECKING:
-    from ep_export.benchmark import Agreement, Asked, Latency, PrunedSide, Spread
+    from ep_export.benchmark import Agreement, Latency, PrunedSide, Question, Side, Spread, Stages
 
 __all__ = ["bench"]
 
@@ -84,19 +85,19 @@ def bench(
     from ep_export.testcards import make_cards
 
     wanted = optional_keep(keep, keep_tokens)
-    asked = _asked(folder, prompts, prompt, images)
+    questions = _questions(folder, prompts, prompt, images)
     names = tuple(dict.fromkeys(policies))
     sides: Sequence[tuple[str, ...]] = [(name,) for name in names] or [()]
     opened = Bundle.open(bundle, verify=backend_options["verify"])
-    for side in sides:
-        opened.manifest.scheduled(side)  # refused before components are opened
+    for side in sides:  # refused before components are opened
+        check_schedule(opened.manifest.scheduled(side), opened.manifest.dims.layers)
     backend = open_backend(opened, **backend_options)
-    shown = [asked[0].picture] if asked else images
+    shown = [questions[0].picture] if questions else images
     with Session.open(opened, runner=backend) as session, progress_bar() as progress:
         latency = measure_latency(
             session,
             [open_picture(path) for path in shown] or make_cards()[:1],
-            asked[0].question if asked else prompt or _PROMPT,
+            questions[0].text if questions else prompt or _PROMPT,
             keep=wanted,
             policies=sides,
             new_tokens=max_new_tokens,
@@ -104,10 +105,10 @@ def bench(
             progress=progress,
         )
         agreement: tuple[Agreement, ...] = ()
-        if asked:
+        if questions:
             agreement = measure_agreement(
                 session,
-                asked,
+                questions,
                 keep=wanted,
                 policies=sides,
                 max_new_tokens=max_new_tokens,
@@ -121,16 +122,16 @@ def bench(
     _print(bundle, latency, agreement)
 
 
-def _asked(
+def _questions(
     folder: Path | None, prompts: Path | None, prompt: str | None, images: Sequence[Path]
-) -> list[Asked]:
+) -> list[Question]:
     """Every question about every picture of the folder.
 
     Raises:
         UsageError: Options that exclude or need each other.
         UserError: The folder holds no picture, or the file asks nothing of one.
     """
-    from ep_export.benchmark import Asked
+    from ep_export.benchmark import Question
     from ep_export.measure.pictures import find_pictures
     from ep_export.measure.prompts import questions_for, read_questions
 
@@ -142,11 +143,11 @@ def _asked(
         raise UsageError("--image and --images exclude each other", hint="give one of them")
     if prompts is not None and prompt is not None:
         raise UsageError("--prompt and --prompts exclude each other", hint="give one of them")
-    questions = read_questions(prompts) if prompts else [prompt or _PROMPT]
+    texts = read_questions(prompts) if prompts else [prompt or _PROMPT]
     return [
-        Asked(picture.path, question)
+        Question(picture.path, text)
         for turn, picture in enumerate(find_pictures(folder))
-        for question in questions_for(questions, picture.name, turn)
+        for text in questions_for(texts, picture.name, turn)
     ]
 
 
@@ -159,16 +160,16 @@ def _as_json(latency: Latency, agreement: Sequence[Agreement]) -> dict[str, Any]
 
 
 def _print(bundle: Path, latency: Latency, agreement: Sequence[Agreement]) -> None:
-    for side in latency.pruned:
-        header = ("median (quartiles)", "unpruned", side.policy, "unpruned / pruned")
-        print_table(str(bundle), header, _rows(latency, side))
+    header = ("median (quartiles)", "unpruned", *(side.policy for side in latency.pruned))
+    print_table(str(bundle), header, _rows(latency))
     if agreement:
-        rows = [
-            (side.policy, f"{found.exact:.1%}", f"{found.top1:.1%}", f"{found.kl:.4f}")
-            for side, found in zip(latency.pruned, agreement, strict=True)
-        ]
         print_table(
-            "against the bundle's own unpruned answers", ("policy", "exact answers", "top-1", "KL"), rows
+            "against the bundle's own unpruned answers",
+            ("policy", "exact answers", "top-1", "KL"),
+            [
+                (side.policy, f"{shares.exact:.1%}", f"{shares.top1:.1%}", f"{shares.kl:.4f}")
+                for side, shares in zip(latency.pruned, agreement, strict=True)
+            ],
         )
         first = agreement[0]
         note(
@@ -178,36 +179,42 @@ def _print(bundle: Path, latency: Latency, agreement: Sequence[Agreement]) -> No
         )
     note(
         f"{latency.prompt_tokens} prompt tokens, {latency.visual_tokens} visual; {latency.rounds} rounds of "
-        f"{latency.new_tokens} tokens, all sides in turn, after one to warm up"
+        f"{latency.new_tokens} tokens, all sides in turn, after one to warm up; x: unpruned / pruned, round "
+        "by round"
     )
     if latency.peak_memory_bytes:
         note(f"largest resident memory of this process: {latency.peak_memory_bytes / 2**20:.0f} MiB")
 
 
-def _rows(latency: Latency, side: PrunedSide) -> list[tuple[str, str, str, str]]:
-    full, pruned, gain = latency.full.latency_ms, side.latency_ms, side.speedup
-    kept = ", ".join(map(str, side.visual_tokens_kept))
-    kv = latency.full.kv_bytes, side.kv_bytes
-    ratio = latency.visual_tokens / max(1, side.visual_tokens_kept[-1])
+def _rows(latency: Latency) -> list[tuple[str, ...]]:
+    """A line a measurement, a column a side; speed-ups below what they are of."""
+    full, pruned = latency.full, latency.pruned
+    sides: Sequence[Side | PrunedSide] = (full, *pruned)
+
+    def times(name: str, stage: Callable[[Stages], Spread]) -> tuple[str, ...]:
+        return (name, *(_text(stage(side.latency_ms)) for side in sides))
+
+    def gains(stage: Callable[[Stages], Spread]) -> tuple[str, ...]:
+        return ("", "", *(f"x {_text(stage(side.speedup))}" for side in pruned))
+
     return [
-        ("visual tokens after every cut", str(latency.visual_tokens), kept, f"{ratio:.2f}"),
-        _row("vision encoder, ms", full.vision, pruned.vision, gain.vision),
-        _row("prefill, ms", full.prefill, pruned.prefill, gain.prefill),
-        ("- by decoder FLOPs", "", "", f"{side.predicted_prefill:.2f}"),
-        ("- of it prune components, ms", "", _text(side.prune_ms), ""),
-        _row("first token, ms", full.first_token, pruned.first_token, gain.first_token),
-        _row("decode, ms a token", full.decode, pruned.decode, gain.decode),
         (
-            "KV cache after prefill, MiB",
-            f"{kv[0] / 2**20:.2f}",
-            f"{kv[1] / 2**20:.2f}",
-            f"{kv[0] / kv[1]:.2f}",
+            "visual tokens after every cut",
+            str(latency.visual_tokens),
+            *(", ".join(map(str, side.visual_tokens_kept)) for side in pruned),
         ),
+        times("vision encoder, ms", lambda stages: stages.vision),
+        times("prefill, ms", lambda stages: stages.prefill),
+        gains(lambda stages: stages.prefill),
+        ("  by decoder FLOPs", "", *(f"x {side.predicted_prefill:.2f}" for side in pruned)),
+        ("  of it prune components, ms", "", *(_text(side.prune_ms) for side in pruned)),
+        times("first token, ms", lambda stages: stages.first_token),
+        gains(lambda stages: stages.first_token),
+        times("decode, ms a token", lambda stages: stages.decode),
+        gains(lambda stages: stages.decode),
+        ("KV cache after prefill, MiB", *(f"{side.kv_bytes / 2**20:.2f}" for side in sides)),
+        ("", "", *(f"x {full.kv_bytes / side.kv_bytes:.2f}" for side in pruned)),
     ]
-
-
-def _row(name: str, full: Spread, pruned: Spread, gain: Spread) -> tuple[str, str, str, str]:
-    return name, _text(full), _text(pruned), _text(gain)
 
 
 def _text(spread: Spread) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from ep_export.bundle import Bundle, Component, Manifest, Role
+from ep_export.bundle import Bundle, Component, Manifest
 from ep_export.cli.console import print_json, print_table
 from ep_export.cli.options import bundle_argument, json_option
 from ep_export.errors import UserError
@@ -28,7 +28,7 @@ def inspect(bundle: Path, verify: bool, as_json: bool) -> None:
         print_json(manifest)
         return
     print_table(str(bundle), ("", ""), _facts(manifest, verified_files=verify))
-    header = ("component", "does", "layers", "policy", "MB")
+    header = ("component", "role", "layers", "policy", "MB")
     print_table("components", header, [_row(manifest, component) for component in manifest.components])
     for component in manifest.components:
         print_table(component.file, ("", "tensor", "type", "shape"), _interface(component))
@@ -63,7 +63,7 @@ def _facts(manifest: Manifest, *, verified_files: bool) -> list[tuple[str, str]]
         ("evidence", f"{manifest.evidence.summary} [{manifest.evidence.kind.value}]"),
         ("keep", f"{manifest.keep} (average over layers; `run --keep` overrides it)"),
         ("graphs", f"{manifest.dialect.value}, opset {manifest.opset}, {manifest.precision.value}"),
-        ("weights", manifest.weights.value),
+        ("weights", _weights(manifest)),
         ("files", f"{len(manifest.files)}, {total / 1e6:.1f} MB; {checked}"),
         ("made by", ", ".join(f"{name} {version}" for name, version in manifest.tools.items())),
     ]
@@ -75,8 +75,8 @@ def _facts(manifest: Manifest, *, verified_files: bool) -> list[tuple[str, str]]
 def _row(manifest: Manifest, component: Component) -> tuple[str, str, str, str, str]:
     """What a component is: its role, where in the decoder, what it chooses by, how large its graph is."""
     layers = component.layer_range
-    where = f"{layers.start} to {layers.stop - 1}" if layers else ""
-    if component.role is Role.PRUNE and component.cut is not None:
+    where = f"{layers.start} to {layers.stop - 1}" if len(layers) > 1 else "".join(map(str, layers))
+    if component.cut is not None:
         where = f"before {manifest.schedule.cuts[component.cut].layer}"
     policy = component.chooser.name if component.chooser else ""
     size = next(entry.bytes for entry in manifest.files if entry.path == component.file)
@@ -90,3 +90,12 @@ def _interface(component: Component) -> list[tuple[str, str, str, str]]:
             (arrow, spec.name, spec.dtype, "[" + ", ".join(map(str, spec.shape)) + "]") for spec in specs
         ]
     return rows
+
+
+def _weights(manifest: Manifest) -> str:
+    """How shards came in, and what linear layers are stored in."""
+    stored = manifest.numerics.weights if manifest.numerics else None
+    if stored is None:
+        return manifest.weights.value
+    group = f", groups of {stored.group}" if stored.group else ""
+    return f"{manifest.weights.value}; decoder in {stored.kind.value}{group}, rounded by {stored.rounding}"

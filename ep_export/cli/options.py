@@ -11,6 +11,7 @@ import click
 
 from ep_export.bundle import Dialect, Precision, WeightsMode
 from ep_export.errors import UsageError
+from ep_export.numerics import DEFAULT_GROUP, GROUPS, WeightKind
 from ep_export.policy import DEFAULT_DEGREE, DEGREES, Keep
 
 __all__ = [
@@ -150,6 +151,21 @@ def export_options(function: _F) -> _F:
             ),
             click.option(
                 "--weights",
+                type=click.Choice(["none", *(kind.value for kind in WeightKind)]),
+                default="none",
+                show_default=True,
+                help="Store the decoder's linear layers in fewer bits; calibrated on --images where given.",
+            ),
+            click.option(
+                "--group",
+                type=click.Choice([str(group) for group in GROUPS]),
+                callback=lambda _context, _option, value: int(value),
+                default=str(DEFAULT_GROUP),
+                show_default=True,
+                help="Inputs that share a scale, for --weights int4.",
+            ),
+            click.option(
+                "--shards",
                 type=values(WeightsMode),
                 default=WeightsMode.LINK.value,
                 show_default=True,

@@ -80,13 +80,14 @@ def plan(
     from ep_export.plan import make_plan, settled_keep
     from ep_export.targets import find_target
 
+    told = optional_keep(keep, keep_tokens)
     target = find_target(target_name) if target_name else None
     config = open_config(model)
     schedule, evidence = resolve_schedule(config, schedule_request(schedule_choice))
     planned = make_plan(
         config.dims,
         schedule,
-        settled_keep(optional_keep(keep, keep_tokens), schedule, layers=config.dims.layers),
+        settled_keep(told, schedule, layers=config.dims.layers),
         visual_tokens=visual_tokens or config.family.default_visual_tokens(config.config),
         text_tokens=text_tokens,
         kv_bytes_per_element=_BYTES_PER_ELEMENT[kv_dtype],

@@ -20,6 +20,7 @@ from ep_export.cli.options import (
 )
 from ep_export.cli.runtime import backend_sentence, open_backend, runtime_options
 from ep_export.errors import UsageError
+from ep_export.plan import check_schedule
 from ep_export.policy import Keep
 
 if TYPE_CHECKING:
@@ -110,7 +111,8 @@ def run(
     if temperature is not None or top_p is not None or top_k is not None:
         sampling = Sampling(temperature=temperature or 1.0, top_p=top_p or 1.0, top_k=top_k or 0, seed=seed)
     opened = Bundle.open(bundle, verify=backend_options["verify"])
-    opened.manifest.scheduled(policies)  # refused before components are opened
+    # refused before components are opened
+    check_schedule(opened.manifest.scheduled(policies), opened.manifest.dims.layers)
     backend = open_backend(opened, **backend_options)
     with Session.open(opened, runner=backend) as session:
         answer = session.generate(
@@ -125,6 +127,10 @@ def run(
         draw_answer(visuals, answer).save(show)
     if sentence := backend_sentence(backend):
         note(sentence)
+    numerics = opened.manifest.numerics
+    if numerics and numerics.weights and backend_options["runtime"] == "onnxruntime":
+        how = "as they are (--exact)" if backend_options["exact"] else "rounded to 8 bits (else: --exact)"
+        note(f"{numerics.weights.kind.value} weights are multiplied by activations {how}")
     if as_json:
         print_json(answer)
         return

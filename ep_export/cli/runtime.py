@@ -17,7 +17,7 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def runtime_options(function: _F) -> _F:
-    """`--runtime`, `--target`, `--provider`, `--threads`, `--verify`."""
+    """`--runtime`, `--target`, `--provider`, `--threads`, `--exact`, `--verify`."""
     for option in reversed(
         (
             click.option(
@@ -40,6 +40,11 @@ def runtime_options(function: _F) -> _F:
             ),
             click.option("--threads", type=click.IntRange(1), help="CPU threads [all]."),
             click.option(
+                "--exact",
+                is_flag=True,
+                help="Multiply quantised weights by activations as they are, not rounded to 8 bits.",
+            ),
+            click.option(
                 "--verify/--no-verify",
                 default=True,
                 show_default=True,
@@ -58,6 +63,7 @@ def open_backend(
     target: str | None,
     providers: Sequence[str],
     threads: int | None,
+    exact: bool,
     verify: bool,
 ) -> RunnerFactory:
     """What `runtime_options` collected.
@@ -68,7 +74,13 @@ def open_backend(
     from ep_export.runtime.backends import Runtime, choose_backend
 
     return choose_backend(
-        bundle, Runtime(runtime), target=target, providers=providers, threads=threads, verify=verify
+        bundle,
+        Runtime(runtime),
+        target=target,
+        providers=providers,
+        threads=threads,
+        exact=exact,
+        verify=verify,
     )
 
 

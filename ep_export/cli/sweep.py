@@ -85,7 +85,11 @@ _json_first = click.option(
     help="Compare a schedule besides: prune at LAYER to SHARE of the visual tokens, by policy NAME; may "
     "repeat. At another --keep its shares are scaled.",
 )
-@click.option("--methods", metavar="NAME,NAME,...", help="Compare only these [all; see --list-methods].")
+@click.option(
+    "--methods",
+    metavar="NAME,NAME,...",
+    help="Compare only these: of --list-methods, or any policy [all that are listed].",
+)
 @click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Draws of random tokens.")
 @click.option(
     "--calibration",
@@ -254,7 +258,10 @@ def _methods(text: str | None) -> dict[str, Any]:
 
     if text is None:
         return {}
-    return {"methods": find_methods(tuple(name.strip() for name in text.split(",") if name.strip()))}
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not names:
+        raise UsageError("--methods names no method", hint="see --list-methods")
+    return {"methods": find_methods(names)}
 
 
 def _calibration(options: dict[str, Any]) -> Calibration | None:

@@ -103,7 +103,7 @@ def validate(
     opened = Bundle.open(bundle)
     checkpoint = open_checkpoint(model or opened.manifest.model)
     with progress_bar() as progress:
-        found = validate_bundle(
+        outcome = validate_bundle(
             opened,
             checkpoint,
             images=images,
@@ -115,12 +115,12 @@ def validate(
             progress=progress,
         )
     if as_json:
-        print_json(to_json(found))
+        print_json(to_json(outcome))
     else:
-        for line in text_lines(found):
+        for line in text_lines(outcome):
             click.echo(printable(line))
     note(f"report: {(report or bundle / 'report') / 'report.html'}")
-    return EXIT_DIFFERENT if found.verdict.value == "FAIL" else 0
+    return EXIT_DIFFERENT if outcome.verdict.value == "FAIL" else 0
 
 
 def _with_polygraphy(
@@ -146,7 +146,7 @@ def _with_polygraphy(
     checkpoint = open_checkpoint(model or opened.manifest.model)
     pictures, questions = pictures_and_questions(images, prompts, max_pictures)
     with progress_bar() as progress:
-        found = compare_with_polygraphy(
+        outcome = compare_with_polygraphy(
             opened,
             checkpoint,
             backends,
@@ -158,14 +158,14 @@ def _with_polygraphy(
             progress=progress,
         )
     if as_json:
-        print_json(polygraphy_json(found))
+        print_json(polygraphy_json(outcome))
     else:
-        for line in polygraphy_lines(found):
+        for line in polygraphy_lines(outcome):
             click.echo(printable(line))
     note(f"inputs, outputs and report: {out}")
     last = opened.manifest.spans[-1].name
     note(f"look closer: polygraphy inspect data {out}/{last}.outputs.json --show-values")
-    return EXIT_DIFFERENT if found.report.verdict.value == "FAIL" else 0
+    return EXIT_DIFFERENT if outcome.report.verdict.value == "FAIL" else 0
 
 
 def _backends(bundle: Bundle, target: str | None) -> dict[str, RunnerFactory]:

@@ -53,7 +53,8 @@ _KNOWN = (
     _Known(
         "FP32 GEMM is not supported",
         "that GPU multiplies no float32 matrices in TensorRT-RTX",
-        "build the bundle with `--precision fp16`, and with `--policy norm`, whose score needs none",
+        "build the bundle with `--precision fp16`, and choose a policy that `ep-export targets` lists for "
+        "it, or let ONNX Runtime prune on the CPU: compile --prune-on cpu",
     ),
     _Known("No space left", "the disk is full", "free some space, or give an --out on another disk"),
 )
@@ -69,8 +70,8 @@ def installed_version(flavour: Flavour) -> str | None:
             return version(distribution)
         except PackageNotFoundError:  # metadata that names a package which is gone
             continue
-    found = getattr(importlib.import_module(module), "__version__", None)  # installed without metadata
-    return str(found) if found else None
+    own = getattr(importlib.import_module(module), "__version__", None)  # installed without metadata
+    return str(own) if own else None
 
 
 def require_compiler(target: Target) -> str:
@@ -79,22 +80,22 @@ def require_compiler(target: Target) -> str:
     Raises:
         UserError: It is not installed, or in a version the target does not have, or Polygraphy is missing.
     """
-    found = installed_version(target.flavour)
-    if found is None:
+    installed = installed_version(target.flavour)
+    if installed is None:
         raise UserError(
             f"compiling for {target.name} needs {MODULES[target.flavour]}, which is not installed",
             hint=_INSTALL[target.flavour],
         )
-    if target.versions is not None and not target.versions.holds(found):
+    if target.versions is not None and not target.versions.holds(installed):
         raise UserError(
-            f"{target.name} takes {target.flavour.value} {target.versions}, found {found}",
+            f"{target.name} takes {target.flavour.value} {target.versions}, found {installed}",
             hint="install a version in that range, or copy the target's file and change its `versions`",
         )
     if importlib.util.find_spec("polygraphy") is None:
         raise UserError(
             "compiling needs the package polygraphy, which is not installed", hint="pip install polygraphy"
         )
-    return found
+    return installed
 
 
 def compile_component(job: Job, *, component: str, target: Target) -> Outcome:

@@ -38,10 +38,11 @@ from ep_export.testcards import make_cards
 from ep_export.validate.choices import graph_spread
 from ep_export.validate.component_feeds import ComponentFeeds, component_feeds
 from ep_export.validate.component_oracle import ComponentOracle, prune_tokens
-from ep_export.validate.polygraphy_runners import quiet
+from ep_export.validate.polygraphy_compare import quiet
 from ep_export.validate.questions import make_clip
 from ep_export.validate.setting import vision_layers
 from ep_export.validate.tolerance import output_tolerance
+from ep_export.weights.store import bundle_layers
 
 if TYPE_CHECKING:
     from ep_export.checkpoint import Checkpoint
@@ -108,13 +109,14 @@ def write_golden(
     prompt = _prompt(bundle, checkpoint, limits)
     steps = 3
     progress(_STAGE, 0, steps)
-    exact = ComponentOracle(load_model(checkpoint))
+    quantised = bundle_layers(bundle)
+    exact = ComponentOracle(load_model(checkpoint, quantised=quantised))
     given = _feeds(bundle, checkpoint, exact, prompt, components)
     cases = [case for feeds in given for case in _cases(feeds, profiles, exact)]
     progress(_STAGE, 1, steps)
     del exact  # the two models need not fit into memory at once
     dtype = _DTYPES.get(manifest.precision)
-    half = ComponentOracle(load_model(checkpoint, dtype)) if dtype is not None else None
+    half = ComponentOracle(load_model(checkpoint, dtype, quantised=quantised)) if dtype else None
     noise = {case.golden.name: _noise(case, half) for case in cases}
     progress(_STAGE, 2, steps)
     folder, depth = out / GOLDEN, vision_layers(checkpoint.config)

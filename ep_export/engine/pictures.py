@@ -77,8 +77,12 @@ def picture_shapes(
 
     typical = _fitted(TYPICAL_PICTURE, max_pixels)
     sizes = [typical, *_sizes(min(_SMALLEST, max_pixels)), *_sizes(math.prod(typical)), *_sizes(max_pixels)]
-    made = {size: _sample(family, config, prompts, Image.new("RGB", size)) for size in dict.fromkeys(sizes)}
-    samples = [sample for sample in made.values() if sample is not None]
+    by_size = {
+        size: sample
+        for size in dict.fromkeys(sizes)
+        if (sample := _sample(family, config, prompts, Image.new("RGB", size))) is not None
+    }
+    samples = list(by_size.values())
     if not samples:
         raise UserError(
             f"no picture of {max_pixels} pixels fits into the model's context", hint="lower --max-pixels"
@@ -91,8 +95,8 @@ def picture_shapes(
     frames = [sample for video in videos if (sample := _sample(family, config, prompts, video))]
     tokens = [
         sample.visual_tokens
-        for (width, height), sample in made.items()
-        if sample and max(width, height) <= _COMMON * min(width, height)
+        for (width, height), sample in by_size.items()
+        if max(width, height) <= _COMMON * min(width, height)
     ] or [sample.visual_tokens for sample in samples]
     return PictureShapes(
         inputs=_inputs([*samples, *frames]),
@@ -125,8 +129,8 @@ def _inputs(samples: Sequence[_Sample]) -> dict[str, dict[str, ShapeRange]]:
         for encoder, shapes in sample.feeds.items():
             calls.setdefault(encoder, []).extend(shapes)
     return {
-        encoder: {name: _range([call[name] for call in made]) for name in made[0]}
-        for encoder, made in calls.items()
+        encoder: {name: _range([call[name] for call in every]) for name in every[0]}
+        for encoder, every in calls.items()
     }
 
 

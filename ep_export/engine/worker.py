@@ -101,10 +101,10 @@ def _config(job: Job) -> Any:
 def _profile(profile: Profile) -> Any:
     from polygraphy.backend.trt import Profile as PolygraphyProfile
 
-    made = PolygraphyProfile()
+    shapes_of = PolygraphyProfile()
     for name, shapes in profile.inputs.items():
-        made.add(name, min=shapes.minimum, opt=shapes.optimum, max=shapes.maximum)
-    return made
+        shapes_of.add(name, min=shapes.minimum, opt=shapes.optimum, max=shapes.maximum)
+    return shapes_of
 
 
 def _library(flavour: Flavour) -> Any:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,11 +27,13 @@ from ep_export.bundle import (
     list_files,
     write_manifest,
 )
+from ep_export.errors import UserError
 from ep_export.export.checks import refuse_unsupported
 from ep_export.export.components import save_component
+from ep_export.export.packing import BLOCKS_OPSET, linear_names, pack
 from ep_export.export.policies import OPSETS, check_choosers, chooser_notes, save_policies
 from ep_export.export.shards import Shards
-from ep_export.garbage import collector_paused
+from ep_export.numerics import Numerics
 from ep_export.policy import DEFAULT_DEGREE, Chooser, Evidence, Keep, Schedule
 from ep_export.progress import Progress, silent
 
@@ -41,6 +44,8 @@ if TYPE_CHECKING:
     from ep_export.checkpoint import Checkpoint
     from ep_export.export.graph_builder import GraphBuilder
     from ep_export.families.base import VisionTrace
+    from ep_export.weights.packing import Packing
+    from ep_export.weights.store import StoredLinear
 
 __all__ = ["export_bundle"]
 
@@ -58,6 +63,7 @@ def export_bundle(
     dialect: Dialect = Dialect.PORTABLE,
     precision: Precision = Precision.FP32,
     weights: WeightsMode = WeightsMode.LINK,
+    packing: Packing | None = None,
     degree: int = DEFAULT_DEGREE,
     policies: Sequence[Chooser] = (),
     progress: Progress = silent,
@@ -73,6 +79,7 @@ def export_bundle(
         dialect: Operators.
         precision: Arithmetic type; where it differs from the checkpoint's, weights pass through Cast nodes.
         weights: Link or copy the shards; a link falls back to a copy across file systems, with a warning.
+        packing: How the decoder's linear layers are quantised; None: they stay as they are.
         degree: Degree of the entropy series in prune components.
         policies: Further choosers that every cut gets a component of.
         progress: Told about stages.
@@ -85,11 +92,13 @@ def export_bundle(
     choosers = {i: tuple(dict.fromkeys((cut.chooser, *policies))) for i, cut in enumerate(schedule.cuts)}
     check_choosers(schedule, choosers, checkpoint.dims)
     steps = 4
-    progress(_STAGE, 0, steps)
-    shards = Shards(checkpoint.tensors.values(), out, weights)
+    opset = max(OPSETS[dialect], BLOCKS_OPSET if packing else 0)
+    names = linear_names(checkpoint) if packing else ()
+    shards = Shards([ref for name, ref in checkpoint.tensors.items() if name not in names], out, weights)
     try:
-        with collector_paused():
-            components = tuple(_components(checkpoint, shards, out, schedule, dialect, precision))
+        packed = pack(checkpoint, names, packing, shards, precision, progress) if packing else {}
+        progress(_STAGE, 0, steps)
+        components = tuple(_components(checkpoint, shards, packed, out, schedule, dialect, precision, opset))
         progress(_STAGE, 1, steps)
         components += save_policies(
             out,
@@ -118,7 +127,8 @@ def export_bundle(
         degree=degree,
         dialect=dialect,
         precision=precision,
-        opset=OPSETS[dialect],
+        numerics=Numerics(precision.value, packing.weights if packing else None),
+        opset=opset,
         weights=shards.mode,
         components=components,
         files=files,
@@ -137,10 +147,12 @@ def export_bundle(
 def _components(
     checkpoint: Checkpoint,
     shards: Shards,
+    packed: Mapping[str, StoredLinear],
     out: Path,
     schedule: Schedule,
     dialect: Dialect,
     precision: Precision,
+    opset: int,
 ) -> Iterator[Component]:
     """Write encoders, embeddings and spans."""
     from ep_export.checkpoint import meta_model
@@ -154,13 +166,13 @@ def _components(
     # A model of this export's own, config included: its modules are changed.
     model = meta_model(copy.deepcopy(checkpoint.config)).to(TORCH_DTYPES[precision])
     write_norms(model, forms)
-    stored = Weights(_parameter_names(model, checkpoint), checkpoint.tensors, shards.place)
+    stored = Weights(_parameter_names(model, checkpoint), checkpoint.tensors, shards.place, packed)
     modules = checkpoint.family.decoder(model)
     check_decoder(modules)
 
     def component(name: str, role: Role, build: Callable[[GraphBuilder], None], **place: Any) -> Component:
-        graph = GraphBuilder(name, precision=precision, opset=OPSETS[dialect], weights=stored)
-        with use_attention(forms.attention):
+        graph = GraphBuilder(name, precision=precision, opset=opset, weights=stored)
+        with use_attention(forms.attention), _refusing(checkpoint):
             build(graph)
         return save_component(graph.model(), out, name, role, **place)
 
@@ -174,6 +186,18 @@ def _components(
             lambda graph: build_span(graph, modules, dims, layers, forms),  # noqa: B023
             layers=(layers.start, layers.stop),
         )
+
+
+@contextmanager
+def _refusing(checkpoint: Checkpoint) -> Iterator[None]:
+    """What a config asks for (an activation, say) may have no form here."""
+    try:
+        yield
+    except NotImplementedError as error:
+        raise UserError(
+            f"{checkpoint.source} computes what is not exported: {error}",
+            hint="`ep-export models` lists what is; check config.json",
+        ) from error
 
 
 def _encoders(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, VisionTrace]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -23,8 +23,10 @@ from ep_export.checkpoint import TensorRef
 from ep_export.export.components import IR_DTYPES
 from ep_export.export.recording import Size, Spec, Varying
 from ep_export.graph import Nodes
+from ep_export.numerics import WeightKind
+from ep_export.weights.store import StoredLinear
 
-__all__ = ["TORCH_DTYPES", "GraphBuilder", "Tensor", "Weights"]
+__all__ = ["TORCH_DTYPES", "GraphBuilder", "PackedWeight", "Tensor", "Weights", "ir_dtype"]
 
 TORCH_DTYPES: Mapping[Precision, torch.dtype] = {
     Precision.FP32: torch.float32,
@@ -32,6 +34,11 @@ TORCH_DTYPES: Mapping[Precision, torch.dtype] = {
     Precision.BF16: torch.bfloat16,
 }
 
+_CODES = {
+    WeightKind.INT4: ir.DataType.INT4,
+    WeightKind.INT8: ir.DataType.INT8,
+    WeightKind.FP8: ir.DataType.FLOAT8E4M3FN,
+}
 _IR_VERSION = 10  # opset 20 and 23 both load with it; newer ones are refused by JetPack 6's parser
 _PRODUCER = "ep-export"
 
@@ -51,6 +58,27 @@ class Tensor:
     base: Tensor | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class PackedWeight:
+    """A linear layer's weight that is stored quantised; only `linear` reads it.
+
+    Attributes:
+        spec: [out, in] in the graph's type.
+        layer: What lies in the bundle's own shards.
+        codes: [in, out].
+        scales: [blocks, out], or [out] where one serves a whole column; in the graph's type.
+        zeros: [blocks, out] int8; None where all are 0.
+        order: [in] int64; None where inputs are in order.
+    """
+
+    spec: Spec
+    layer: StoredLinear
+    codes: ir.Value
+    scales: ir.Value
+    zeros: ir.Value | None
+    order: ir.Value | None
+
+
 Input: TypeAlias = Tensor | ir.Value | None
 
 
@@ -62,11 +90,13 @@ class Weights:
         names: id of a parameter -> its name.
         tensors: Name -> its place in the checkpoint.
         place: Where shards lie: (location relative to the .onnx file, the bundle's directory).
+        packed: Name -> its place in the bundle's own shards, where it is quantised.
     """
 
     names: Mapping[int, str]
     tensors: Mapping[str, TensorRef]
     place: Callable[[TensorRef], tuple[str, Path]]
+    packed: Mapping[str, StoredLinear] = field(default_factory=dict)
 
 
 class GraphBuilder(Nodes):
@@ -86,7 +116,7 @@ class GraphBuilder(Nodes):
         self._weights = weights
         self._inputs: list[ir.Value] = []
         self._outputs: list[ir.Value] = []
-        self._stored: dict[str, Tensor] = {}
+        self._stored: dict[str, ir.Value] = {}
         self._casts: dict[tuple[ir.Value, torch.dtype], Tensor] = {}
         self._lengths: dict[Varying, tuple[ir.Value, int]] = {}
 
@@ -195,32 +225,57 @@ class GraphBuilder(Nodes):
         parts = [self._length(size) if isinstance(size, Varying) else self.ints(size) for size in sizes]
         return parts[0] if len(parts) == 1 else self.op("Concat", *parts, axis=0)
 
-    def weight(self, parameter: torch.nn.Parameter) -> Tensor:
-        """A parameter in the graph's type: a Cast follows where the checkpoint has another."""
-        return self.cast(self.stored(parameter), parameter.dtype)
+    def weight(self, parameter: torch.nn.Parameter) -> Tensor | PackedWeight:
+        """A parameter in the graph's type: a Cast follows where the checkpoint has another.
+
+        A quantised one stays packed: DequantizeLinear belongs next to its product.
+        """
+        layer = self._weights.packed.get(self._weights.names[id(parameter)])
+        if layer is None:
+            return self.cast(self.stored(parameter), parameter.dtype)
+        codes = self._lying(layer.codes, _CODES[layer.kind], layer.shape)
+        whole = layer.scales.shape[0] == 1
+        scales = self._lying(
+            layer.scales, IR_DTYPES[layer.scales.dtype], layer.scales.shape[1:] if whole else None
+        )
+        zeros = None if layer.zeros is None else self._lying(layer.zeros, ir.DataType.INT8)
+        order = None if layer.order is None else self._lying(layer.order, ir.DataType.INT64)
+        return PackedWeight(Spec(tuple(parameter.shape), parameter.dtype), layer, codes, scales, zeros, order)
 
     def stored(self, parameter: torch.nn.Parameter) -> Tensor:
         """A parameter in the checkpoint's type: the initializer says where in the shard it lies."""
         name = self._weights.names[id(parameter)]
+        ref = self._weights.tensors[name]
+        value = self._lying(ref, IR_DTYPES[ref.dtype], name=name)
+        return Tensor(value, Spec(ref.shape, getattr(torch, ref.dtype)))
+
+    def _lying(
+        self,
+        ref: TensorRef,
+        dtype: ir.DataType,
+        shape: tuple[int, ...] | None = None,
+        *,
+        name: str | None = None,
+    ) -> ir.Value:
+        """An initializer that says where in a shard its bytes lie."""
+        name, sizes = name or ref.name, ir.Shape(shape or ref.shape)
         if name not in self._stored:
-            ref = self._weights.tensors[name]
             location, base = self._weights.place(ref)
-            dtype, shape = IR_DTYPES[ref.dtype], ir.Shape(ref.shape)
             lying = ir.ExternalTensor(
-                location, ref.offset, ref.length, dtype, shape=shape, name=name, base_dir=base
+                location, ref.offset, ref.length, dtype, shape=sizes, name=name, base_dir=base
             )
-            value = ir.Value(name=name, type=ir.TensorType(dtype), shape=shape, const_value=lying)
-            self._stored[name] = Tensor(value, Spec(ref.shape, getattr(torch, ref.dtype)))
+            self._stored[name] = ir.Value(
+                name=name, type=ir.TensorType(dtype), shape=sizes, const_value=lying
+            )
         return self._stored[name]
 
     def model(self) -> ir.Model:
         """The finished graph: what no output needs is left out."""
-        stored = [tensor.value for tensor in self._stored.values()]
         graph = ir.Graph(
             self._inputs,
             self._outputs,
             nodes=self.nodes,
-            initializers=stored,
+            initializers=list(self._stored.values()),
             opset_imports={"": self.opset},
             name=self.name,
         )

@@ -7,206 +7,238 @@ An operator that is not here is refused by name: add its function.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
-from ep_export.export.graph_builder import GraphBuilder, Tensor
-from ep_export.export.recording import Spec
+from ep_export.export.graph_builder import GraphBuilder, PackedWeight, Tensor, ir_dtype
+from ep_export.export.recording import Size, Spec, Varying
 
 __all__ = ["OPERATORS", "Operator"]
 
-Operator = Callable[[GraphBuilder, Spec, Mapping[str, Any]], Any]
-"""(builder, first result, arguments by name) -> a `Tensor`, or one for every result that is used."""
+Arguments: TypeAlias = Mapping[str, Any]
+Operator = Callable[..., Any]
+"""(builder, arguments by name, a `Spec` for every result) -> a `Tensor`, or one for each result in use."""
 
 _END = (1 << 63) - 1
 
 
 def _unary(op_type: str) -> Operator:
-    return lambda g, result, a: g.tensor(op_type, [a["self"]], result)
+    return lambda graph, given, result: graph.tensor(op_type, [given["self"]], result)
 
 
 def _arithmetic(op_type: str, *, neutral: float | None = None) -> Operator:
     """Both sides in the result's type; a neutral number on the right changes nothing."""
 
-    def operator(g: GraphBuilder, result: Spec, a: Mapping[str, Any]) -> Tensor:
-        if a.get("alpha", 1) != 1 or a.get("rounding_mode") is not None:
-            raise NotImplementedError(f"{op_type} with {dict(a)}")
-        left, right = a["self"], a["other"]
+    def operator(graph: GraphBuilder, given: Arguments, result: Spec) -> Tensor:
+        if given.get("alpha", 1) != 1 or given.get("rounding_mode") is not None:
+            raise NotImplementedError(f"{op_type} with {dict(given)}")
+        left, right = given["self"], given["other"]
         if right == neutral and isinstance(left, Tensor) and left.spec == result:
             return left
-        return g.tensor(op_type, [g.cast(left, result.dtype), g.cast(right, result.dtype)], result)
+        return graph.tensor(
+            op_type, [graph.cast(left, result.dtype), graph.cast(right, result.dtype)], result
+        )
 
     return operator
 
 
 def _comparison(op_type: str) -> Operator:
-    def operator(g: GraphBuilder, result: Spec, a: Mapping[str, Any]) -> Tensor:
-        left, right = a["self"], a["other"]
-        dtype = left.spec.dtype
-        if isinstance(right, Tensor):
-            dtype = torch.promote_types(dtype, right.spec.dtype)
-        return g.tensor(op_type, [g.cast(left, dtype), g.cast(right, dtype)], result)
+    """Both sides in the type they have in common."""
+
+    def operator(graph: GraphBuilder, given: Arguments, result: Spec) -> Tensor:
+        sides = given["self"], given["other"]
+        samples = [torch.empty(1, dtype=x.spec.dtype) if isinstance(x, Tensor) else x for x in sides]
+        dtype = torch.result_type(*samples)
+        return graph.tensor(op_type, [graph.cast(side, dtype) for side in sides], result)
 
     return operator
 
 
 def _reduction(op_type: str) -> Operator:
-    def operator(g: GraphBuilder, result: Spec, a: Mapping[str, Any]) -> Tensor:
-        x = g.cast(a["self"], result.dtype)
-        return g.tensor(op_type, [x, g.ints(*a["dim"])], result, keepdims=int(a["keepdim"]))
+    def operator(graph: GraphBuilder, given: Arguments, result: Spec) -> Tensor:
+        x = graph.cast(given["self"], result.dtype)
+        return graph.tensor(op_type, [x, graph.ints(*given["dim"])], result, keepdims=int(given["keepdim"]))
 
     return operator
 
 
-def _alias(g: GraphBuilder, result: Spec, a: Mapping[str, Any]) -> Tensor:  # noqa: ARG001
-    source: Tensor = a["self"]
+def _alias(graph: GraphBuilder, given: Arguments, result: Spec) -> Tensor:  # noqa: ARG001
+    source: Tensor = given["self"]
     return source
 
 
-def _to_copy(g: GraphBuilder, result: Spec, a: Mapping[str, Any]) -> Tensor:
-    return g.cast(a["self"], result.dtype)
+def _to_copy(graph: GraphBuilder, given: Arguments, result: Spec) -> Tensor:
+    return graph.cast(given["self"], result.dtype)
 
 
-def _view(g: GraphBuilder, result: Spec, a: Mapping[str, Any]) -> Tensor:
-    return g.view(a["self"], result.shape)
+def _view(graph: GraphBuilder, given: Arguments, result: Spec) -> Tensor:
+    return graph.view(given["self"], result.shape)
 
 
-def _expand(g: GraphBuilder, result: Spec, a: Mapping[str, Any]) -> Tensor:
-    source: Tensor = a["self"]
+def _expand(graph: GraphBuilder, given: Arguments, result: Spec) -> Tensor:
+    source: Tensor = given["self"]
     before = (1,) * (len(result.shape) - len(source.spec.shape)) + source.spec.shape
     if before == result.shape:
-        return g.view(source, result.shape)
+        return graph.view(source, result.shape)
     sizes = [1 if old == new else new for old, new in zip(before, result.shape, strict=True)]
-    return g.tensor("Expand", [source, g.shape(sizes)], result)
+    return graph.tensor("Expand", [source, graph.shape(sizes)], result)
 
 
-def _permute(g: GraphBuilder, result: Spec, a: Mapping[str, Any]) -> Tensor:
+def _permute(graph: GraphBuilder, given: Arguments, result: Spec) -> Tensor:
     rank = len(result.shape)
-    return g.tensor("Transpose", [a["self"]], result, perm=[dim % rank for dim in a["dims"]])
+    return graph.tensor("Transpose", [given["self"]], result, perm=[dim % rank for dim in given["dims"]])
 
 
-def _transpose(g: GraphBuilder, result: Spec, a: Mapping[str, Any]) -> Tensor:
+def _transpose(graph: GraphBuilder, given: Arguments, result: Spec) -> Tensor:
     rank = len(result.shape)
     dims = list(range(rank))
-    first, second = a["dim0"] % rank, a["dim1"] % rank
+    first, second = given["dim0"] % rank, given["dim1"] % rank
     dims[first], dims[second] = second, first
-    return _permute(g, result, {"self": a["self"], "dims": dims})
+    return _permute(graph, {"self": given["self"], "dims": dims}, result)
 
 
-def _cat(g: GraphBuilder, result: Spec, a: Mapping[str, Any]) -> Tensor:
-    parts = [g.cast(part, result.dtype) for part in a["tensors"]]
-    return g.tensor("Concat", parts, result, axis=a["dim"])
+def _cat(graph: GraphBuilder, given: Arguments, result: Spec) -> Tensor:
+    parts = [graph.cast(part, result.dtype) for part in given["tensors"]]
+    return graph.tensor("Concat", parts, result, axis=given["dim"])
 
 
-def _slice(g: GraphBuilder, result: Spec, a: Mapping[str, Any]) -> Tensor:
-    source: Tensor = a["self"]
+def _slice(graph: GraphBuilder, given: Arguments, result: Spec) -> Tensor:
+    source: Tensor = given["self"]
     if source.spec == result:
         return source
-    start, end = a["start"] or 0, _END if a["end"] is None else a["end"]
-    bounds = [g.shape([size]) for size in (start, end)]
-    return g.tensor("Slice", [source, *bounds, g.ints(a["dim"]), g.ints(a["step"])], result)
+    start, end = given["start"] or 0, _END if given["end"] is None else given["end"]
+    bounds = [graph.shape([size]) for size in (start, end)]
+    return graph.tensor(
+        "Slice", [source, *bounds, graph.ints(given["dim"]), graph.ints(given["step"])], result
+    )
 
 
-def _pick(g: GraphBuilder, source: Tensor, dim: int, index: int) -> Tensor:
+def _pick(graph: GraphBuilder, source: Tensor, dim: int, index: Size) -> Tensor:
     """One entry of an axis, without the axis."""
     dim %= len(source.spec.shape)
     shape = source.spec.shape[:dim] + source.spec.shape[dim + 1 :]
     if source.spec.shape[dim] == 1:
-        return g.view(source, shape)
-    return g.tensor("Gather", [source, g.whole(index)], Spec(shape, source.spec.dtype), axis=dim)
+        return graph.view(source, shape)
+    if isinstance(index, Varying):
+        raise NotImplementedError("an entry whose place varies")
+    return graph.tensor("Gather", [source, graph.whole(index)], Spec(shape, source.spec.dtype), axis=dim)
 
 
-def _select(g: GraphBuilder, result: Spec, a: Mapping[str, Any]) -> Tensor:  # noqa: ARG001
-    return _pick(g, a["self"], a["dim"], a["index"])
+def _select(graph: GraphBuilder, given: Arguments, result: Spec) -> Tensor:  # noqa: ARG001
+    return _pick(graph, given["self"], given["dim"], given["index"])
 
 
-def _unbind(g: GraphBuilder, result: Spec, a: Mapping[str, Any]) -> Sequence[Tensor]:  # noqa: ARG001
-    count = a["self"].spec.shape[a["dim"]]
-    return [_pick(g, a["self"], a["dim"], index) for index in range(count)]
+def _unbind(graph: GraphBuilder, given: Arguments, *results: Spec) -> Sequence[Tensor]:
+    return [_pick(graph, given["self"], given["dim"], index) for index in range(len(results))]
 
 
-def _split(g: GraphBuilder, result: Spec, a: Mapping[str, Any]) -> Sequence[Tensor]:
-    source: Tensor = a["self"]
-    dim = a["dim"] % len(source.spec.shape)
-    whole = source.spec.shape[dim]
-    sizes = a.get("split_sizes") or a["split_size"]
-    if isinstance(sizes, int) and isinstance(whole, int):
-        sizes = [min(sizes, whole - start) for start in range(0, whole, sizes)]
-    return g.tensors(
-        "Split",
-        [source, g.ints(*sizes)],
-        [Spec((*result.shape[:dim], size, *result.shape[dim + 1 :]), source.spec.dtype) for size in sizes],
-        axis=dim,
+def _split(graph: GraphBuilder, given: Arguments, *results: Spec) -> Sequence[Tensor]:
+    sizes = graph.shape([result.shape[given["dim"]] for result in results])
+    return graph.tensors("Split", [given["self"], sizes], results, axis=given["dim"])
+
+
+def _gather(graph: GraphBuilder, given: Arguments, result: Spec) -> Tensor:
+    return graph.tensor("Gather", [given["self"], given["index"]], result, axis=given["dim"])
+
+
+def _embedding(graph: GraphBuilder, given: Arguments, result: Spec) -> Tensor:
+    return graph.tensor("Gather", [given["weight"], given["indices"]], result, axis=0)
+
+
+def _where(graph: GraphBuilder, given: Arguments, result: Spec) -> Tensor:
+    options = [graph.cast(given[name], result.dtype) for name in ("self", "other")]
+    return graph.tensor("Where", [given["condition"], *options], result)
+
+
+def _clamp(graph: GraphBuilder, given: Arguments, result: Spec) -> Tensor:
+    bounds = [
+        None if given[name] is None else graph.cast(given[name], result.dtype) for name in ("min", "max")
+    ]
+    return graph.tensor("Clip", [graph.cast(given["self"], result.dtype), *bounds], result)
+
+
+def _power(graph: GraphBuilder, given: Arguments, result: Spec) -> Tensor:
+    return graph.tensor(
+        "Pow", [graph.cast(given[name], result.dtype) for name in ("self", "exponent")], result
     )
 
 
-def _gather(g: GraphBuilder, result: Spec, a: Mapping[str, Any]) -> Tensor:
-    return g.tensor("Gather", [a["self"], a["index"]], result, axis=a["dim"])
+def _rsqrt(graph: GraphBuilder, given: Arguments, result: Spec) -> Tensor:
+    return graph.tensor("Reciprocal", [graph.tensor("Sqrt", [given["self"]], result)], result)
 
 
-def _embedding(g: GraphBuilder, result: Spec, a: Mapping[str, Any]) -> Tensor:
-    return g.tensor("Gather", [a["weight"], a["indices"]], result, axis=0)
+def _softmax(graph: GraphBuilder, given: Arguments, result: Spec) -> Tensor:
+    return graph.tensor("Softmax", [graph.cast(given["self"], result.dtype)], result, axis=given["dim"])
 
 
-def _where(g: GraphBuilder, result: Spec, a: Mapping[str, Any]) -> Tensor:
-    options = [g.cast(a[name], result.dtype) for name in ("self", "other")]
-    return g.tensor("Where", [a["condition"], *options], result)
+def _layer_norm(graph: GraphBuilder, given: Arguments, result: Spec, *_: Spec) -> Sequence[Tensor]:
+    axis, inputs = -len(given["normalized_shape"]), [given["input"], given["weight"], given["bias"]]
+    return [graph.tensor("LayerNormalization", inputs, result, axis=axis, epsilon=given["eps"])]
 
 
-def _clamp(g: GraphBuilder, result: Spec, a: Mapping[str, Any]) -> Tensor:
-    bounds = [None if a[name] is None else g.cast(a[name], result.dtype) for name in ("min", "max")]
-    return g.tensor("Clip", [a["self"], *bounds], result)
+def _gelu(graph: GraphBuilder, given: Arguments, result: Spec) -> Tensor:
+    return graph.tensor("Gelu", [given["self"]], result, approximate=given["approximate"])
 
 
-def _power(g: GraphBuilder, result: Spec, a: Mapping[str, Any]) -> Tensor:
-    return g.tensor("Pow", [a["self"], g.cast(a["exponent"], result.dtype)], result)
+def _silu(graph: GraphBuilder, given: Arguments, result: Spec) -> Tensor:
+    return graph.tensor("Mul", [given["self"], graph.tensor("Sigmoid", [given["self"]], result)], result)
 
 
-def _rsqrt(g: GraphBuilder, result: Spec, a: Mapping[str, Any]) -> Tensor:
-    return g.tensor("Reciprocal", [g.tensor("Sqrt", [a["self"]], result)], result)
+def _matmul(graph: GraphBuilder, given: Arguments, result: Spec) -> Tensor:
+    return graph.tensor("MatMul", [given["self"], given["other"]], result)
 
 
-def _softmax(g: GraphBuilder, result: Spec, a: Mapping[str, Any]) -> Tensor:
-    return g.tensor("Softmax", [g.cast(a["self"], result.dtype)], result, axis=a["dim"])
-
-
-def _layer_norm(g: GraphBuilder, result: Spec, a: Mapping[str, Any]) -> Sequence[Tensor]:
-    axis, inputs = -len(a["normalized_shape"]), [a["input"], a["weight"], a["bias"]]
-    return [g.tensor("LayerNormalization", inputs, result, axis=axis, epsilon=a["eps"])]
-
-
-def _gelu(g: GraphBuilder, result: Spec, a: Mapping[str, Any]) -> Tensor:
-    return g.tensor("Gelu", [a["self"]], result, approximate=a["approximate"])
-
-
-def _silu(g: GraphBuilder, result: Spec, a: Mapping[str, Any]) -> Tensor:
-    return g.tensor("Mul", [a["self"], g.tensor("Sigmoid", [a["self"]], result)], result)
-
-
-def _matmul(g: GraphBuilder, result: Spec, a: Mapping[str, Any]) -> Tensor:
-    return g.tensor("MatMul", [a["self"], a.get("other", a.get("mat2"))], result)
-
-
-def _linear(g: GraphBuilder, result: Spec, a: Mapping[str, Any]) -> Tensor:
+def _linear(graph: GraphBuilder, given: Arguments, result: Spec) -> Tensor:
     """`Gemm` with `transB` reads a weight where it lies; a runtime transposes the one of a MatMul: a copy.
 
     That would be 7 GB of a 7 GB model.
     """
-    weight: Tensor = a["weight"]
-    x = g.rows(a["input"])
-    inputs = [x, weight, *([] if a.get("bias") is None else [a["bias"]])]
+    weight: Tensor | PackedWeight = given["weight"]
+    x = graph.rows(given["input"])
+    if isinstance(weight, PackedWeight):
+        return graph.view(_packed_linear(graph, x, weight, given.get("bias")), result.shape)
+    inputs = [x, weight, *([] if given.get("bias") is None else [given["bias"]])]
     spec = Spec((x.spec.shape[0], weight.spec.shape[0]), result.dtype)
-    out = g.tensor("Gemm", inputs, spec, transB=1)
-    return g.view(out, result.shape)
+    out = graph.tensor("Gemm", inputs, spec, transB=1)
+    return graph.view(out, result.shape)
 
 
-_VIEWS = ("view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten")
+def _packed_linear(graph: GraphBuilder, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+    """[rows, in] -> [rows, out] in one form that ONNX Runtime fuses and TensorRT compiles.
+
+    DequantizeLinear over blocks along the inputs, then MatMul, nothing between. Where codes have zeros z, w =
+    (code - z) scale, the second part is the sums of x over blocks times -z scale: exact, and the first part
+    still fuses.
+    """
+    outputs, inputs = weight.layer.shape[1], weight.layer.shape[0]
+    if weight.order is not None:
+        x = graph.tensor("Gather", [x, weight.order], x.spec, axis=1)
+    blocks = weight.layer.scales.shape[0]
+    whole = {"axis": 1} if blocks == 1 else {"axis": 0, "block_size": inputs // blocks}
+    dense = graph.tensor(
+        "DequantizeLinear", [weight.codes, weight.scales], Spec((inputs, outputs), x.spec.dtype), **whole
+    )
+    result = Spec((x.spec.shape[0], outputs), x.spec.dtype)
+    out = graph.tensor("MatMul", [x, dense], result)
+    if weight.zeros is not None:
+        zeros = graph.op("Cast", weight.zeros, to=int(ir_dtype(x.spec.dtype)))
+        parts = graph.view(x, (x.spec.shape[0], blocks, inputs // blocks))
+        sums = graph.tensor(
+            "ReduceSum", [parts, graph.ints(2)], Spec((x.spec.shape[0], blocks), x.spec.dtype), keepdims=0
+        )
+        shift = graph.tensor("MatMul", [sums, graph.op("Mul", zeros, weight.scales)], result)
+        out = graph.tensor("Sub", [out, shift], result)
+    return out if bias is None else graph.tensor("Add", [out, bias], result)
+
 
 OPERATORS: Mapping[str, Operator] = {
-    **{name: _unary(name.capitalize()) for name in ("neg", "cos", "sin", "sqrt", "sigmoid", "tanh", "exp")},
-    **dict.fromkeys(("alias", "detach", "clone", "lift_fresh", "contiguous"), _alias),
-    **dict.fromkeys(_VIEWS, _view),
+    **{
+        name: _unary(name.capitalize())
+        for name in ("cos", "erf", "exp", "neg", "relu", "sigmoid", "sin", "sqrt", "tanh")
+    },
+    **dict.fromkeys(("alias", "clone", "detach"), _alias),
+    **dict.fromkeys(("_unsafe_view", "squeeze", "unsqueeze", "view"), _view),
     "add": _arithmetic("Add"),
     "sub": _arithmetic("Sub"),
     "mul": _arithmetic("Mul", neutral=1),
@@ -221,7 +253,7 @@ OPERATORS: Mapping[str, Operator] = {
     "_to_copy": _to_copy,
     "expand": _expand,
     "permute": _permute,
-    "t": lambda g, result, a: _permute(g, result, {"self": a["self"], "dims": [1, 0]}),
+    "t": lambda graph, given, result: _permute(graph, {"self": given["self"], "dims": [1, 0]}, result),
     "transpose": _transpose,
     "cat": _cat,
     "slice": _slice,
@@ -240,7 +272,5 @@ OPERATORS: Mapping[str, Operator] = {
     "gelu": _gelu,
     "silu": _silu,
     "matmul": _matmul,
-    "bmm": _matmul,
-    "mm": _matmul,
     "linear": _linear,
 }

@@ -17,7 +17,18 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["Call", "Constant", "Operand", "Size", "Spec", "Stored", "Varying", "onnx_operator", "record"]
+__all__ = [
+    "Call",
+    "Constant",
+    "Operand",
+    "Recording",
+    "Size",
+    "Spec",
+    "Stored",
+    "Varying",
+    "onnx_operator",
+    "record",
+]
 
 
 @dataclass(frozen=True)
@@ -146,14 +157,15 @@ class _Whole(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        whole = _WHOLE.get(func)
-        tensors = [value for value in (*args, *(kwargs or {}).values()) if isinstance(value, torch.Tensor)]
-        if whole is None or not any(map(self._recorder.depends, tensors)):
+        if func not in _WHOLE:
             return func(*args, **(kwargs or {}))
-        operator, names, run = whole
-        return self._recorder.record(
-            operator, {**dict(zip(names, args, strict=False)), **(kwargs or {})}, run
-        )
+        operator, names, on_meta = _WHOLE[func]
+        arguments = {**dict(zip(names, args, strict=False)), **(kwargs or {})}
+        if any(
+            isinstance(value, torch.Tensor) and self._recorder.depends(value) for value in arguments.values()
+        ):
+            return self._recorder.record(operator, arguments, on_meta)
+        return func(*args, **(kwargs or {}))
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -58,6 +58,16 @@ class Shards:
             location: self._pool.submit(self._hash, bundle / location) for location in self._location.values()
         }
 
+    def own(self, location: str) -> Path:
+        """Where a shard of the bundle's own is to be written; announce it with `add` when it is whole."""
+        return self._bundle / location
+
+    def add(self, file: Path) -> None:
+        """A shard of the bundle's own, written."""
+        location = f"{FOLDER}/{file.name}"
+        self._location[file] = location
+        self._hashes[location] = self._pool.submit(self._hash, file)
+
     def place(self, ref: TensorRef) -> tuple[str, Path]:
         """(location relative to the ONNX files, the bundle's directory) of a tensor's shard."""
         return self._location[ref.file], self._bundle

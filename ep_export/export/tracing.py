@@ -54,5 +54,5 @@ def _write(graph: GraphBuilder, call: Call, arguments: dict[str, Any]) -> Sequen
         return [graph.tensor(op_type, arguments["inputs"], call.results[0], **arguments["attributes"])]
     if call.operator not in OPERATORS:
         raise NotImplementedError(f"operator {call.operator} has no ONNX form here")
-    written = OPERATORS[call.operator](graph, call.results[0], arguments)
+    written = OPERATORS[call.operator](graph, arguments, *call.results)
     return [written] if isinstance(written, Tensor) else written

@@ -85,6 +85,12 @@ def check_sizes(raw: Mapping[str, Any], where: str) -> None:
             raise UserError(
                 f"{where} has {part} {values!r}, expected an object", hint="get the file from its maker again"
             )
+        kind = values.get("model_type")  # the whole's is looked at before
+        if kind is not None and not isinstance(kind, str):
+            raise UserError(
+                f"{where} has {part}.model_type {kind!r}, expected a name",
+                hint="get the file from its maker again",
+            )
         for name, bounds in _CONFIG.items():
             _check(values.get(name), bounds, f"{part}.{name}" if part else name, where)
 

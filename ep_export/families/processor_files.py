@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ep_export.documents import read_json_object
-from ep_export.errors import UserError, as_user_error, reason
+from ep_export.errors import UserError, as_user_error
 from ep_export.families.bounds import check_settings
 
 if TYPE_CHECKING:
@@ -95,14 +95,11 @@ def chat_template(processor: Path, tokenizer: Any) -> str:
     """The processor's template, else the tokenizer's: the order in which Hugging Face looks.
 
     Raises:
-        UserError: There is none, or it cannot be read.
+        UserError: There is none.
     """
     jinja, older = processor / "chat_template.jinja", processor / "chat_template.json"
     if jinja.is_file():
-        try:
-            return jinja.read_text(encoding="utf-8")
-        except (OSError, UnicodeError) as error:
-            raise UserError(f"chat template {jinja} cannot be read: {reason(error)}", hint=_COPY) from error
+        return jinja.read_text(encoding="utf-8")  # the tokenizer has read it too
     if older.is_file():
         found = read_settings(older).get("chat_template")
         if isinstance(found, str):

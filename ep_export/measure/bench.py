@@ -46,6 +46,10 @@ class Setting:
         """Layers before which anything is cut, ascending."""
         return tuple(sorted({cut.layer for way in self.ways for cut in way.cuts}))
 
+    def draws_of(self, way: Way) -> int:
+        """How often a way is measured on a question: once, unless it leaves a choice to chance."""
+        return self.draws if any(method_named(cut.method).chance for cut in way.cuts) else 1
+
 
 @dataclass(frozen=True)
 class Bench:
@@ -68,11 +72,6 @@ class Bench:
     builder: PromptBuilder
     speller: Speller
     methods: dict[str, Method] = field(repr=False)
-
-    def draws(self, way: Way) -> int:
-        """How often a way is measured: once, unless it leaves a choice to chance."""
-        chance = any(self.methods[cut.method].chance for cut in way.cuts)
-        return self.setting.draws if chance else 1
 
 
 def make_bench(checkpoint: Checkpoint, setting: Setting) -> Bench:

@@ -55,7 +55,7 @@ def kept_by(bench: Bench, prompted: Prompted, ways: Sequence[Way]) -> dict[str, 
     """
     counts = _counts(bench, prompted, ways)
     kept: dict[tuple[Way, int], KeptSets] = {
-        (way, draw): () for way in ways if way in counts for draw in range(bench.draws(way))
+        (way, draw): () for way in ways if way in counts for draw in range(bench.setting.draws_of(way))
     }
     for number in range(max((len(way.cuts) for way in counts), default=0)):
         # layer -> what was kept before -> who goes on from there

@@ -6,10 +6,10 @@ another file. A line names its question by content. A last line cut short is dro
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,11 +26,12 @@ if TYPE_CHECKING:
     from ep_export.checkpoint import Checkpoint
     from ep_export.measure.bench import Setting
 
-__all__ = ["Interrupted", "Journal", "Workplace", "journal_settings"]
+__all__ = ["Interrupted", "Journal", "Workplace", "discard", "journal_settings"]
 
 _VERSION = 2
 """Raised when the meaning of a journal line changes."""
 
+_NAME_DIGITS = 16
 _SUFFIX = ".jsonl"
 
 
@@ -53,7 +54,7 @@ class Journal:
 
     def __init__(self, directory: Path, settings: Mapping[str, Any]) -> None:
         text = json.dumps(encode(settings), sort_keys=True)
-        self.path = directory / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}{_SUFFIX}"
+        self.path = directory / f"{hashlib.sha256(text.encode()).hexdigest()[:_NAME_DIGITS]}{_SUFFIX}"
         try:
             directory.mkdir(parents=True, exist_ok=True)
             self._results = self._read()
@@ -132,9 +133,17 @@ class Workplace:
         ours = self._given is None
         serves = kind is not None and not (ours and self._out is None) and _holds_results(self._directory)
         if ours and not serves:
-            shutil.rmtree(self._directory, ignore_errors=True)  # done, or nothing in it to go on from
+            discard(self._directory)  # done, or nothing in it to go on from
         if serves and isinstance(error, KeyboardInterrupt):
             raise Interrupted from error
+
+
+def discard(directory: Path) -> None:
+    """Remove the journals of a directory, and it too unless somebody's other files lie in it."""
+    with contextlib.suppress(OSError):
+        for file in directory.glob(f"{'[0-9a-f]' * _NAME_DIGITS}{_SUFFIX}"):
+            file.unlink()
+        directory.rmdir()
 
 
 def journal_settings(checkpoint: Checkpoint, setting: Setting) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""The pictures a calibration runs on: found in a stable order, known by content."""
+"""Pictures of a folder, in a stable order and known by content."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ def find_pictures(folder: Path, *, most: int | None = None, seed: int = 0) -> tu
     if not folder.is_dir():
         raise UserError(f"image folder {folder} does not exist", hint="give a directory with pictures")
     files = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()]
-    found = sorted((PictureFile(path.relative_to(folder).as_posix(), path) for path in files), key=_name)
-    if not found:
+    pictures = sorted((PictureFile(path.relative_to(folder).as_posix(), path) for path in files), key=_name)
+    if not pictures:
         known = ", ".join(sorted(SUFFIXES))
         raise UserError(f"image folder {folder} holds no picture", hint=f"files that count: {known}")
-    if most is not None and len(found) > most:
-        chosen = np.random.default_rng(seed).choice(len(found), size=most, replace=False)
-        found = [found[i] for i in sorted(chosen)]
-    return tuple(found)
+    if most is not None and len(pictures) > most:
+        chosen = np.random.default_rng(seed).choice(len(pictures), size=most, replace=False)
+        pictures = [pictures[i] for i in sorted(chosen)]
+    return tuple(pictures)
 
 
 def _name(picture: PictureFile) -> str:

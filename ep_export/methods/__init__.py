@@ -1,8 +1,8 @@
 """Ways of choosing visual tokens: the choosers a bundle can prune by, and rivals, one file each.
 
 Left out, because they are not a choice of tokens at given layers: PyramidDrop (arXiv 2410.17247) drops in
-stages of its own; SparseVLM (arXiv 2410.04417) prunes at several layers, each by its own share, and merges what
-it drops into new tokens.
+stages of its own; SparseVLM (arXiv 2410.04417) prunes at several layers, each by its own share, and merges
+what it drops into new tokens.
 """
 
 from __future__ import annotations

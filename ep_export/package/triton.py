@@ -181,7 +181,7 @@ def _write_texts(bundle: Bundle, repository: Repository, aside: Path, *, gpu: bo
         file = "README.md" if name.startswith("README") else name
         (aside / file).write_text(text, encoding="utf-8")
     (aside / ".dockerignore").write_text(f"{_MODELS}\n", encoding="utf-8")
-    told = json.dumps(
-        {**encode(repository), "path": ".", "made_by": {"ep-export": ep_export.__version__}}, indent=2
-    )
+    files = sorted(file.relative_to(aside).as_posix() for file in aside.rglob("*") if file.is_file())
+    about = {"path": ".", "files": files, "made_by": {"ep-export": ep_export.__version__}}
+    told = json.dumps({**encode(repository), **about}, indent=2)
     (aside / REPOSITORY).write_text(told + "\n", encoding="utf-8")

@@ -70,7 +70,7 @@ def capture(
     inputs = _on_device(family.reference_inputs(prompt, model.config), model)
     cuts = [cut.layer for cut in plan.schedule.cuts]
     # One is installed before `prune`, so that it sees what arrives, and one after
-    before, after = SpanRecorder(decoder, [0, *cuts]), SpanRecorder(decoder, cuts)
+    before, after = (SpanRecorder(decoder, [0, *cuts], projections=False) for _ in range(2))
     positions: list[torch.Tensor] = []
 
     with ExitStack() as undo, torch.inference_mode():

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 
 from ep_export.errors import UserError
+from ep_export.weights.store import StoredLinear, read_layer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -18,7 +19,12 @@ if TYPE_CHECKING:
 __all__ = ["load_model"]
 
 
-def load_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load_model(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype = torch.float32,
+    *,
+    quantised: Mapping[str, StoredLinear] | None = None,
+) -> PreTrainedModel:
     """Load the model from its local directory: safetensors only, no code from the checkpoint, no network.
 
     Attention is `sdpa` on purpose: it computes in the model's own type, so that a float64 oracle is float64
@@ -28,6 +34,8 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Pr
     Args:
         checkpoint: An opened checkpoint.
         dtype: Weights are converted to it; bfloat16 and float16 weights widen exactly to float32.
+        quantised: Linear layers of a bundle (see `bundle_layers`), whose dequantised weights take the place
+            of the checkpoint's: a bundle is judged by its arithmetic, not by its rounding.
 
     Returns:
         The model in eval mode, its parameters without gradients.
@@ -56,7 +64,27 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Pr
             f"checkpoint {checkpoint.path} lacks weights in the model's shapes: {', '.join(wrong[:3])}",
             hint="download the checkpoint again; every shard of its index must be there",
         )
+    if quantised:
+        _dequantise(model, checkpoint, quantised)
     return model.eval().requires_grad_(requires_grad=False)
+
+
+def _dequantise(
+    model: PreTrainedModel, checkpoint: Checkpoint, quantised: Mapping[str, StoredLinear]
+) -> None:
+    """Put dequantised weights into linear layers; an embedding that shares one keeps its own numbers."""
+    decoder = checkpoint.family.decoder(model)
+    linears = {
+        id(module.weight): module
+        for part in (*decoder.layers, decoder.lm_head)
+        for module in part.modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, stored in quantised.items():
+        linear = linears[id(parameters[name])]
+        weight = torch.from_numpy(read_layer(stored).dequantised()).T.contiguous()
+        linear.weight = torch.nn.Parameter(weight.to(linear.weight.dtype), requires_grad=False)
 
 
 @contextmanager

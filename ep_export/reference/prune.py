@@ -336,6 +336,7 @@ class _Hooks:
             local = self._choose(cut, hidden[0], arrived, prompt)
             if len(local) < len(arrived):
                 rows, hidden = arrived[local], hidden.index_select(1, local)
+        self._recorder.clear()  # projections of a long prompt are large, and no later cut reads these
         self._span = _Span(rows, self._place(cut, cache, rows, prompt, hidden.device))
         return hidden
 

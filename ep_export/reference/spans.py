@@ -151,17 +151,25 @@ class SpanRecorder:
         arguments: Layer -> keyword arguments it was called with, its cache left out; empty unless asked for.
     """
 
-    def __init__(self, decoder: DecoderModules, layers: Iterable[int], *, arguments: bool = False) -> None:
+    def __init__(
+        self,
+        decoder: DecoderModules,
+        layers: Iterable[int],
+        *,
+        projections: bool = True,
+        arguments: bool = False,
+    ) -> None:
         """Prepare.
 
         Args:
             decoder: The model's decoder.
             layers: Layers K to look at, 0 to L.
+            projections: Also keep what the layers before them project.
             arguments: Also keep every layer's arguments, for `run_layers`.
         """
         self._decoder = decoder
         self._layers = sorted(set(layers))
-        self._keep_arguments = arguments
+        self._keep_projections, self._keep_arguments = projections, arguments
         self.hidden: dict[int, torch.Tensor] = {}
         self.projections: dict[int, dict[Source, torch.Tensor]] = {}
         self.arguments: dict[int, dict[str, Any]] = {}
@@ -172,7 +180,7 @@ class SpanRecorder:
         for layer in self._layers:
             hook = modules[layer].register_forward_pre_hook(self._enter(layer), with_kwargs=True)
             undo.callback(hook.remove)
-            if layer == 0:
+            if layer == 0 or not self._keep_projections:
                 continue
             attention: Any = modules[layer - 1].self_attn
             for source, name in PROJECTIONS.items():

@@ -59,6 +59,7 @@ def choose_backend(
     target: str | None = None,
     providers: Sequence[str] = (),
     threads: int | None = None,
+    exact: bool = False,
     verify: bool = True,
 ) -> RunnerFactory:
     """The backend that was asked for, checked as far as it can be before a component is opened.
@@ -69,6 +70,7 @@ def choose_backend(
         target: Whose engines, for TensorRT; may be left out where there is one.
         providers: Execution providers for ONNX Runtime; the CPU when empty.
         threads: CPU threads for ONNX Runtime; its own choice when None.
+        exact: See `OnnxRuntimeOptions`.
         verify: Compute the engines' checksums before use.
 
     Raises:
@@ -76,9 +78,9 @@ def choose_backend(
         UserError: See `EngineBackend`.
     """
     if runtime is Runtime.TENSORRT:
-        if providers or threads:
+        if providers or threads or exact:
             raise UsageError(
-                "--provider and --threads are ONNX Runtime's, and the runtime is tensorrt",
+                "--provider, --threads and --exact are ONNX Runtime's, and the runtime is tensorrt",
                 hint="leave them out, or give --runtime onnxruntime",
             )
         return EngineBackend(bundle, target, verify=verify)
@@ -86,4 +88,4 @@ def choose_backend(
         raise UsageError(
             "--target chooses engines, and the runtime is onnxruntime", hint="add --runtime tensorrt"
         )
-    return OnnxRuntimeBackend(OnnxRuntimeOptions(tuple(providers) or (CPU,), threads))
+    return OnnxRuntimeBackend(OnnxRuntimeOptions(tuple(providers) or (CPU,), threads, exact=exact))

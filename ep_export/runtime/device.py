@@ -124,9 +124,9 @@ class CudaDevice:
         self._call("cudaStreamDestroy", self.stream)
 
     def _call(self, name: str, *arguments: Any) -> Any:
-        error, *made = getattr(self._cuda, name)(*arguments)
+        error, *results = getattr(self._cuda, name)(*arguments)
         self._check(error, name)
-        return made[0] if made else None
+        return results[0] if results else None
 
     def _check(self, error: Any, what: str) -> None:
         if error != self._cuda.cudaError_t.cudaSuccess:

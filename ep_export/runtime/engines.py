@@ -120,20 +120,20 @@ class EngineBackend:
 
 
 def _one(bundle: Bundle, target: str | None) -> str:
-    found = compiled_targets(bundle.path)
+    targets = compiled_targets(bundle.path)
     compile_hint = f"compile some: ep-export compile {bundle.path} --target T; {_INSTEAD}"
-    if not found:
+    if not targets:
         raise UserError(f"bundle {bundle.path} has no engines", hint=compile_hint)
-    if target is None and len(found) > 1:
+    if target is None and len(targets) > 1:
         raise UserError(
-            f"bundle {bundle.path} has engines for {len(found)} targets",
-            hint=f"add --target {'|'.join(found)}",
+            f"bundle {bundle.path} has engines for {len(targets)} targets",
+            hint=f"add --target {'|'.join(targets)}",
         )
-    name = target or found[0]
-    if name not in found:
+    name = target or targets[0]
+    if name not in targets:
         raise UserError(
             f"bundle {bundle.path} has no engines for {name!r}",
-            hint=f"{near_matches(name, found)} Or: ep-export compile {bundle.path} --target {name}",
+            hint=f"{near_matches(name, targets)} Or: ep-export compile {bundle.path} --target {name}",
         )
     return name
 

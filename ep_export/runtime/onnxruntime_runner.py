@@ -38,11 +38,14 @@ class OnnxRuntimeOptions:
         prepack: Let ONNX Runtime copy weights into the layout its kernels like best. Without it float32
             weights stay memory-mapped from the shards. Measured on 2 cores with 0.72 GB of weights: 0.69 GB
             less anonymous memory and equal prefill without it, decoding 1.2 times faster with it.
+        exact: Multiply quantised weights by activations as they are; else ONNX Runtime rounds those to 8
+            bits, which is faster and costs about 1 % of the product.
     """
 
     providers: Sequence[str] = ("CPUExecutionProvider",)
     threads: int | None = None
     prepack: bool = True
+    exact: bool = False
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,8 @@ def _session_options(options: OnnxRuntimeOptions) -> Any:
         settings.intra_op_num_threads = options.threads
     if not options.prepack:
         settings.add_session_config_entry("session.disable_prepacking", "1")
+    if options.exact:
+        settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
     return settings
 
 

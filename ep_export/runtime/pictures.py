@@ -62,5 +62,7 @@ def opened(path: Path) -> Iterator[Image.Image]:
             raise UserError(f"picture {path} is too large: {error}", hint="scale it down first") from error
         except UnidentifiedImageError as error:
             raise UserError(f"{path} is not a picture that can be read", hint=_HINT) from error
+        except MemoryError as error:  # a small file may ask for gigabytes
+            raise UserError(f"picture {path} needs more memory than there is", hint=_HINT) from error
         except PermissionError as error:
             raise UserError(f"picture {path} may not be read", hint="check its permissions") from error

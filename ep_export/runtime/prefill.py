@@ -208,18 +208,18 @@ def _in_prompt_positions(
     components: Components, pruned: Sequence[tuple[Component, Mapping[str, Value]]]
 ) -> tuple[KeptCut, ...]:
     """What the cuts did; a later one speaks of positions in what the one before let through."""
-    made: list[KeptCut] = []
+    cuts: list[KeptCut] = []
     for prune, outputs in pruned:
         assert prune.cut is not None and prune.chooser is not None  # noqa: PT018, S101 - read_manifest checks
         index = outputs["kept_index"].numpy()
-        made.append(
+        cuts.append(
             KeptCut(
                 layer=components.manifest.schedule.cuts[prune.cut].layer,
                 policy=prune.chooser.name,
-                kept_index=made[-1].kept_index[index] if made else index,
+                kept_index=cuts[-1].kept_index[index] if cuts else index,
                 scores=outputs["scores"].numpy() if "scores" in outputs else None,
                 hidden_states=outputs["kept_hidden"],
                 position_ids=outputs["kept_position_ids"],
             )
         )
-    return tuple(made)
+    return tuple(cuts)

@@ -13,6 +13,7 @@ from ep_export.bundle import Bundle, Component
 from ep_export.errors import UsageError, UserError
 from ep_export.families import family_named
 from ep_export.families.base import PromptBuilder, PromptInputs, Visual
+from ep_export.families.bounds import check_dims
 from ep_export.plan import kept_tokens
 from ep_export.policy import Keep, Nothing, Schedule
 from ep_export.runtime.base import Feed, Runner, RunnerFactory
@@ -64,6 +65,7 @@ class Session:
         providers: Sequence[str] = ("CPUExecutionProvider",),
         threads: int | None = None,
         prepack: bool = True,
+        exact: bool = False,
         runner: RunnerFactory | None = None,
     ) -> Session:
         """Open a bundle: every component but those that prune, which are opened when first used.
@@ -73,13 +75,14 @@ class Session:
             providers: ONNX Runtime execution providers, in order of preference.
             threads: CPU threads; ONNX Runtime's own choice when None.
             prepack: See `OnnxRuntimeOptions`.
-            runner: Another backend; the three options above are then not read.
+            exact: See `OnnxRuntimeOptions`.
+            runner: Another backend; the four options above are then not read.
 
         Raises:
             UserError: A component cannot be loaded or the processor files are broken.
         """
         manifest = bundle.manifest
-        options = OnnxRuntimeOptions(tuple(providers), threads, prepack)
+        options = OnnxRuntimeOptions(tuple(providers), threads, prepack, exact)
         factory = runner or partial(OnnxRuntimeRunner, options=options)
         processor = bundle.file(_PROCESSOR)
         config = _load_config(bundle)
@@ -239,18 +242,10 @@ class Session:
 
 
 def _load_config(bundle: Bundle) -> PreTrainedConfig:
-    from transformers import AutoConfig
+    from ep_export.checkpoint import open_config
 
-    try:
-        return AutoConfig.from_pretrained(
-            bundle.file(_PROCESSOR), local_files_only=True, trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        first = str(error).strip().split("\n", 1)[0]
-        raise UserError(
-            f"bundle {bundle.path} has no usable {_PROCESSOR}/config.json: {first}",
-            hint="build the bundle again",
-        ) from error
+    check_dims(bundle.manifest.dims, f"manifest of {bundle.path}")
+    return open_config(str(bundle.file(_PROCESSOR))).config
 
 
 def _timings(timer: Timer, tokens: int, start: float) -> dict[str, float]:

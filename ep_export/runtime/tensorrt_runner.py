@@ -187,21 +187,21 @@ class TensorRtRunner(Runner):
 
     def _set_outputs(self, context: Any) -> dict[str, Callable[[], DeviceTensor]]:
         """Memory for every output: of its inferred shape, or asked for while running where that is open."""
-        made: dict[str, Callable[[], DeviceTensor]] = {}
+        outputs: dict[str, Callable[[], DeviceTensor]] = {}
         for name in self.output_names:
             kind, shape = self._kinds[name], tuple(context.get_tensor_shape(name))
             if any(size < 0 for size in shape):
                 allocator = _allocator(self._opened.module, self._memory, kind)
                 set_memory = context.set_output_allocator(name, allocator)
-                made[name] = allocator.tensor
+                outputs[name] = allocator.tensor
             else:
                 size = int(np.prod(shape, dtype=np.int64)) * np.dtype(DTYPES[kind]).itemsize
                 tensor = DeviceTensor(shape, kind, self._memory.take(size), self._memory)
                 set_memory = context.set_tensor_address(name, tensor.block.address)
-                made[name] = lambda tensor=tensor: tensor  # type: ignore[misc]  # each its own
+                outputs[name] = lambda tensor=tensor: tensor  # type: ignore[misc]  # each its own
             if not set_memory:
                 raise UserError(f"{self._opened.name} refuses memory for its output {name}")
-        return made
+        return outputs
 
 
 class Scratch:
@@ -260,11 +260,11 @@ def _invalid(module: Any, runtime: Any, content: mmap.mmap) -> str:
     """Why TensorRT-RTX would not run an engine, by its header; empty when it would, or cannot tell."""
     if not hasattr(runtime, "get_engine_validity"):
         return ""
-    validity, found = runtime.get_engine_validity(content[: runtime.engine_header_size])
+    validity, diagnostics = runtime.get_engine_validity(content[: runtime.engine_header_size])
     if validity != module.EngineValidity.INVALID:
         return ""
     known = module.EngineInvalidityDiagnostics.__members__.items()
-    return ", ".join(flag.lower().replace("_", " ") for flag, value in known if int(value) & int(found))
+    return ", ".join(flag.lower().replace("_", " ") for flag, value in known if int(value) & int(diagnostics))
 
 
 def _profile(opened: OpenedEngine, shapes: Mapping[str, tuple[int, ...]]) -> int:

@@ -29,7 +29,7 @@ _HUES = {
     "cdpruner": "#0ea5e9",
     RANDOM: "#8a8f98",
     RECOMMENDED: "#e0218a",
-    SCHEDULE: "#111827",
+    SCHEDULE: "#f59e0b",
 }
 _OTHER_HUE = "#9d174d"
 _MARKS = {"fastv": "s", "divprune": "D", "dart": "^", "cdpruner": "v", RECOMMENDED: "*", SCHEDULE: "P"}
@@ -160,7 +160,7 @@ def save_png(record: SweepRecord, path: Path) -> None:
             for axes in line[len(panels) :]:
                 axes.set_axis_off()
         handles = [Line2D([], [], label=m.title, **look_of(m.key).line) for m in record.methods]
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(7, len(handles)), frameon=False)
+        figure.legend(handles=handles, loc="outside lower center", ncols=columns + 1, frameon=False)
         aside = path.with_name(f".{path.name}.part")
         try:
             figure.savefig(aside, format="png", facecolor="white")

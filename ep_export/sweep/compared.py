@@ -23,7 +23,7 @@ _MOST_LAYERS = 4
 """Layers a keep is tried at by default: enough to see a trend, few enough to wait for."""
 
 _LEAST_LEFT = Fraction(1, 3)
-"""By default only layers are tried that leave a third of the asked share or more to the layers after them: a
+"""By default only layers are tried that leave a third of that share or more to the layers after them: a
 deeper cut leaves a handful of tokens, whatever chooses them."""
 
 
@@ -97,8 +97,8 @@ def compared_ways(
         budget = Keep(ratio=keep)
         more = {RECOMMENDED: (recommended or {}).get(keep), SCHEDULE: schedule}
         extra = [Compared(k, scheduled_way(s, budget, layers=layers), keep) for k, s in more.items() if s]
-        asked_for = set(auto_layers(keep, layers) if wanted is None else wanted)
-        here = asked_for | {row.layer for row in extra}
+        tried = set(auto_layers(keep, layers) if wanted is None else wanted)
+        here = tried | {row.layer for row in extra}
         if any(method.place is Place.ANYWHERE and not method.chance for method in methods):
             here.add(0)
         at_keep: list[Compared] = []
@@ -112,7 +112,7 @@ def compared_ways(
             refused = _refusals(possible, layers)
             notes += [f"keep {keep:g} at layer {layer} is left out: {reason}" for reason in refused.values()]
             at_keep += [row for row in possible if row.way not in refused]
-        if asked_for.isdisjoint(row.layer for row in at_keep):
+        if tried.isdisjoint(row.layer for row in at_keep):
             raise UsageError(
                 f"keep {keep:g} is impossible at every layer asked for",
                 hint="give an earlier --layer, or a larger --keep",

@@ -27,11 +27,11 @@ def findings(record: SweepRecord) -> tuple[str, ...]:
 
 
 def _unpruned(record: SweepRecord) -> str:
-    asked = f"{record.dataset.questions} questions about {record.dataset.pictures} pictures"
+    questions = f"{record.dataset.questions} questions about {record.dataset.pictures} pictures"
     full = record.unpruned.accuracy
     if full is None:
-        return f"{asked}; no right answers are known, so fidelity to the unpruned model is compared."
-    return f"Unpruned, the model answers {full} of {asked} exactly."
+        return f"{questions}; no right answers are known, so fidelity to the unpruned model is compared."
+    return f"Unpruned, the model answers {full} of {questions} exactly."
 
 
 def _at_keep(record: SweepRecord, keep: float) -> Iterable[str]:

@@ -37,7 +37,7 @@ GALLERY_FOLDER = "pictures"
 
 def gallery(
     bench: Bench,
-    asked: Sequence[tuple[Question, QuestionResult]],
+    answered: Sequence[tuple[Question, QuestionResult]],
     shown: Sequence[Compared],
     out: Path,
     *,
@@ -47,15 +47,15 @@ def gallery(
 
     Args:
         bench: The setting.
-        asked: Questions, already thinned out, with their results.
+        answered: Questions, already thinned out, with their results.
         shown: What is shown; a method of chance shows its first draw.
         out: The sweep's directory; pictures go into a folder of it.
         progress: Called as ("gallery", done, total).
     """
     (out / GALLERY_FOLDER).mkdir(exist_ok=True)
     entries = []
-    progress("gallery", 0, len(asked))
-    for number, (question, result) in enumerate(asked):
+    progress("gallery", 0, len(answered))
+    for number, (question, result) in enumerate(answered):
         picture = f"{GALLERY_FOLDER}/{number:02d}{question.picture.path.suffix.lower()}"
         shutil.copyfile(question.picture.path, out / picture)
         entries.append(
@@ -69,7 +69,7 @@ def gallery(
                 answers=_answers(bench, question, result, shown),
             )
         )
-        progress("gallery", number + 1, len(asked))
+        progress("gallery", number + 1, len(answered))
     return tuple(entries)
 
 

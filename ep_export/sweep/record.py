@@ -6,7 +6,6 @@ two rows needs: who answered which question right. Pictures of the gallery lie b
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ __all__ = [
     "SCHEDULE",
     "SWEEP_FILE",
     "SWEEP_FORMAT",
-    "Asked",
+    "AnsweredQuestion",
     "Dataset",
     "Difference",
     "Entropies",
@@ -268,7 +267,7 @@ class Dataset:
 
 
 @dataclass(frozen=True)
-class Asked:
+class AnsweredQuestion:
     """One question of the sweep.
 
     Attributes:
@@ -374,7 +373,7 @@ class SweepRecord:
     entropies: Entropies
     recommended: tuple[Recommended, ...]
     rows: tuple[Row, ...]
-    questions: tuple[Asked, ...]
+    questions: tuple[AnsweredQuestion, ...]
     gallery: tuple[GalleryEntry, ...]
     seconds: float
     notes: tuple[str, ...] = ()
@@ -438,9 +437,6 @@ def _check(record: SweepRecord) -> None:
             raise ValueError(f"layer {row.layer} is outside 0 to {record.layers - 1}")
         if any(len(draw) != record.dataset.questions or set(draw) - {"0", "1"} for draw in row.right):
             raise ValueError(f"outcomes of {row.method} at layer {row.layer} do not fit the questions")
-    means = [m for row in record.rows for m in (row.accuracy, row.agreement, row.kl) if m is not None]
-    if not all(math.isfinite(value) for m in means for value in (m.value, m.low, m.high)):
-        raise ValueError("a value is not finite")
     for entry in record.gallery:
         if Path(entry.picture).is_absolute() or ".." in Path(entry.picture).parts:
             raise ValueError(f"picture {entry.picture!r} lies outside the record's directory")

@@ -10,6 +10,7 @@ from ep_export.aliases import short_name
 from ep_export.bundle import hash_file
 from ep_export.errors import UserError
 from ep_export.page import render
+from ep_export.runtime.pictures import open_picture
 from ep_export.sweep.charts import entropy_panel, flops_panels, layer_panels, look_of, save_png, svg
 from ep_export.sweep.findings import findings
 from ep_export.sweep.record import (
@@ -128,15 +129,12 @@ def _saved(record: SweepRecord, layer: int, keep: float) -> Mapping[str, str] | 
 
 def _entry(out: Path, record: SweepRecord, entry: GalleryEntry) -> dict[str, Any]:
     """A gallery picture: itself, and by keep what every method kept and answered."""
-    from PIL import Image as Images
-
     file = out / entry.picture
     if not file.is_file() or hash_file(file) != entry.sha256:
         raise UserError(
             f"gallery picture {entry.picture} is missing or was changed", hint="run `ep-export sweep` again"
         )
-    with Images.open(file) as opened:
-        picture = opened.convert("RGB")
+    picture = open_picture(file)
     order = {method.key: number for number, method in enumerate(record.methods)}
     order |= {RECOMMENDED: -2, RANDOM: -1}
     answers = sorted(entry.answers, key=lambda answer: order[answer.method])

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ep_export.entropy import find_collapse
 from ep_export.measure.ways import one_cut
-from ep_export.methods import method_named
+from ep_export.methods import find_methods, method_named
 from ep_export.plan import Plan, make_plan
 from ep_export.policy import Keep
 from ep_export.sweep.record import (
@@ -154,7 +154,7 @@ def in_hindsight(
 
 
 def method_infos(compared: Sequence[Compared], schedule: Schedule | None) -> tuple[MethodInfo, ...]:
-    """What a reader needs to know of each method, the recommended schedule first."""
+    """What a reader needs to know of each method: the recommended schedule first, then as in `METHODS`."""
     keys = dict.fromkeys(one.method for one in compared)
     infos = []
     if RECOMMENDED in keys:
@@ -163,7 +163,7 @@ def method_infos(compared: Sequence[Compared], schedule: Schedule | None) -> tup
     if SCHEDULE in keys:
         ours = all(_is_ours(one.way) for one in compared if one.method == SCHEDULE)
         infos.append(MethodInfo(SCHEDULE, "Your schedule", "--cut", str(schedule), ours=ours))
-    methods = [method_named(key) for key in keys if key not in {RECOMMENDED, SCHEDULE}]
+    methods = find_methods(tuple(key for key in keys if key not in {RECOMMENDED, SCHEDULE}))
     return (*infos, *(MethodInfo(m.key, m.title, m.source, m.idea, m.ours) for m in methods))
 
 

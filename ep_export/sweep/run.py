@@ -37,7 +37,7 @@ from ep_export.sweep.record import (
     RANDOM,
     SCHEDULE,
     SWEEP_FILE,
-    Asked,
+    AnsweredQuestion,
     Dataset,
     Recommended,
     SweepRecord,
@@ -64,7 +64,7 @@ class _Measured:
     """What was compared, what was asked, and what came of it."""
 
     compared: Sequence[Compared]
-    asked: Sequence[tuple[Question, QuestionResult]]
+    answered: Sequence[tuple[Question, QuestionResult]]
     skipped: Sequence[Skipped]
     recommended: Sequence[Recommended]
     notes: Sequence[str]
@@ -72,7 +72,7 @@ class _Measured:
     @property
     def results(self) -> list[QuestionResult]:
         """In the order of the questions."""
-        return [result for _, result in self.asked]
+        return [result for _, result in self.answered]
 
 
 def sweep(
@@ -108,13 +108,13 @@ def sweep(
     started = time.monotonic()
     for keep in options.keeps:
         check_keep(Keep(ratio=keep))
-    _compared(checkpoint, options, ())  # refuse early
+    compared, _ = _compared(checkpoint, options, ())  # refuses early
     questions, skipped = find_questions(images, prompts, most=options.max_questions, seed=options.seed)
+    announce(_plan(options, compared, questions, skipped))
     with Workplace(out) as work:
         recommended = _recommended(checkpoint, options, questions, work, progress)
         compared, notes = _compared(checkpoint, options, recommended)
         bench = make_bench(checkpoint, _setting(options, compared))
-        announce(_plan(bench, compared, questions, skipped))
         outcomes = measure_all(
             checkpoint,
             bench.setting,
@@ -127,18 +127,18 @@ def sweep(
             announce=announce,
         )
         refused = [outcome for outcome in outcomes if isinstance(outcome, Skipped)]
-        asked = [
+        answered = [
             (question, outcome)
             for question, outcome in zip(questions, outcomes, strict=True)
             if isinstance(outcome, QuestionResult)
         ]
-        if not asked:
+        if not answered:
             raise UserError(
                 f"none of the {len(questions)} questions can be used; "
                 f"the first: {refused[0].name}: {refused[0].reason}",
                 hint="give readable pictures, and answers the model's tokenizer can write",
             )
-        measured = _Measured(compared, asked, [*skipped, *refused], recommended, notes)
+        measured = _Measured(compared, answered, [*skipped, *refused], recommended, notes)
         with staged(out, overwrite=overwrite, marker=SWEEP_FILE) as aside:
             name = images.name or str(images)
             record = _record(bench, options, measured, name, aside, started, progress)
@@ -192,15 +192,19 @@ def _setting(options: SweepOptions, compared: Sequence[Compared]) -> Setting:
 
 
 def _plan(
-    bench: Bench, compared: Sequence[Compared], questions: Sequence[Question], skipped: Sequence[Skipped]
+    options: SweepOptions,
+    compared: Sequence[Compared],
+    questions: Sequence[Question],
+    skipped: Sequence[Skipped],
 ) -> str:
-    ways = bench.setting.ways
-    runs = len(questions) * sum(bench.draws(way) for way in ways)
+    setting = _setting(options, compared)
+    runs = len(questions) * sum(setting.draws_of(way) for way in setting.ways)
     left_out = f" ({len(skipped)} left out)" if skipped else ""
     methods, places = {one.method for one in compared}, {(one.layer, one.keep) for one in compared}
+    more = "" if options.calibration is None else ", and what a calibration recommends"
     return (
-        f"{len(questions)} questions{left_out} x {len(ways)} ways of pruning = {runs:,} pruned answers; "
-        f"ways: {len(methods)} methods, {len(places)} pairs of layer and keep"
+        f"{len(questions)} questions{left_out} x {len(setting.ways)} ways of pruning = {runs:,} pruned "
+        f"answers; ways: {len(methods)} methods, {len(places)} pairs of layer and keep{more}"
     )
 
 
@@ -214,7 +218,7 @@ def _record(
     progress: Progress,
 ) -> SweepRecord:
     checkpoint, results = bench.checkpoint, measured.results
-    questions = [question for question, _ in measured.asked]
+    questions = [question for question, _ in measured.answered]
     timed = _spread(questions, options.timed_prompts)
     timings = time_prefill(bench, timed, rounds=_TIMED_ROUNDS, progress=progress) if timed else None
     sampling = Sampling(_picture_numbers(questions), seed=options.seed)
@@ -250,12 +254,12 @@ def _record(
             prefill=timings.ways if timings else {},
         ),
         questions=tuple(
-            Asked(q.picture.name, q.text, q.answers[0] if q.answers else None, result.full_answer)
-            for q, result in measured.asked
+            AnsweredQuestion(q.picture.name, q.text, q.answers[0] if q.answers else None, result.full_answer)
+            for q, result in measured.answered
         ),
         gallery=gallery(
             bench,
-            _spread(measured.asked, options.gallery_pictures),
+            _spread(measured.answered, options.gallery_pictures),
             _shown(measured.compared, measured.recommended),
             out,
             progress=progress,

@@ -46,21 +46,23 @@ class MeanInterval:
         return f"{self.value:.1%} [{self.low:.1%}, {self.high:.1%}]"
 
 
-def wilson(right: int, asked: float) -> tuple[float, float]:
+def wilson(right: int, trials: float) -> tuple[float, float]:
     """Wilson's 95% interval of a share.
 
     Args:
         right: Successes.
-        asked: Trials, above 0.
+        trials: Trials, above 0.
 
     Returns:
         (low, high), within 0..1.
     """
-    share, square = right / asked, _Z * _Z
-    middle = (share + square / (2 * asked)) / (1 + square / asked)
-    half = _Z / (1 + square / asked) * math.sqrt(share * (1 - share) / asked + square / (4 * asked * asked))
+    share, square = right / trials, _Z * _Z
+    middle = (share + square / (2 * trials)) / (1 + square / trials)
+    half = (
+        _Z / (1 + square / trials) * math.sqrt(share * (1 - share) / trials + square / (4 * trials * trials))
+    )
     # at the ends the two terms are equal but for rounding
-    return middle - half if right else 0.0, middle + half if right < asked else 1.0
+    return middle - half if right else 0.0, middle + half if right < trials else 1.0
 
 
 class Sampling:

@@ -45,8 +45,8 @@ def compare_choice(
         tolerance: How near a tie is a near-tie.
     """
     positions = torch.from_numpy(np.asarray(kept, dtype=np.int64))
-    found = difference(chooser, tokens, positions, k, tolerance=tolerance)
-    if found is KeptDifference.EQUAL:
+    verdict = difference(chooser, tokens, positions, k, tolerance=tolerance)
+    if verdict is KeptDifference.EQUAL:
         return Comparison(Verdict.PASS, 0.0, tolerance, 1.0, where)
     own = choose(chooser, tokens, k).kept
     count = int((~torch.isin(own, positions)).sum())
@@ -56,7 +56,7 @@ def compare_choice(
     )
     if math.isfinite(gap):
         note += f", by choices no further apart than {gap:.1e}"
-    return Comparison(_VERDICTS[found], gap, tolerance, 1.0, where, note)
+    return Comparison(_VERDICTS[verdict], gap, tolerance, 1.0, where, note)
 
 
 def choice_tolerance(
@@ -91,7 +91,7 @@ def graph_spread(
     Args:
         chooser: Which tokens stay.
         tokens: What the graph was given.
-        scores: [N] what the graph made of them.
+        scores: [N] what the graph computed of them.
         degree: Degree of the entropy series.
     """
     if isinstance(chooser, TopK) and tokens.states is not None and scores is not None:
@@ -105,8 +105,8 @@ def _gap(chooser: Chooser, tokens: CutTokens, kept: torch.Tensor, k: int) -> flo
     """The smallest tolerance at which this set is a near-tie, to 1%; infinite where none is."""
 
     def tied(tolerance: float) -> bool:
-        found = difference(chooser, tokens, kept, k, tolerance=tolerance)
-        return found is not KeptDifference.DIFFERENT
+        verdict = difference(chooser, tokens, kept, k, tolerance=tolerance)
+        return verdict is not KeptDifference.DIFFERENT
 
     if tied(_SMALLEST_GAP):
         return 0.0

@@ -58,7 +58,7 @@ class PruneRun:
         component: The component.
         feeds: What it was given, rounded to its types.
         tokens: The same, as its chooser looks at it.
-        outputs: What it made of that.
+        outputs: What it computed of that.
     """
 
     component: Component

@@ -24,8 +24,7 @@ from ep_export.errors import UserError
 from ep_export.validate.comparison import Comparison
 from ep_export.validate.component_feeds import ComponentFeeds
 from ep_export.validate.component_oracle import STEM, Arrays, ComponentOracle, Watch
-from ep_export.validate.polygraphy_compare import Oracles, compared
-from ep_export.validate.polygraphy_runners import quiet
+from ep_export.validate.polygraphy_compare import Oracles, compared, quiet
 from ep_export.validate.report import Verdict
 from ep_export.validate.tolerance import INTEGERS, Tolerance, layers_before, tolerance_of
 
@@ -66,7 +65,7 @@ class Bisection:
 
     Attributes:
         component: The component.
-        case: The run it was found in.
+        case: The run it shows in.
         tensor: Its name in the ONNX file.
         meaning: What it is in PyTorch.
         node: Type and name of the node that computes it.
@@ -287,8 +286,8 @@ class _Search:
                 INTEGERS if integers else tolerance_of(self._bundle.manifest, mark.depth, noise)
             )
         case = self._given.cases[self._case]
-        found = compared(IterationResult(wanted), IterationResult(got), tolerances, case)
-        return [(mark, found[name]) for name, mark in known.items()]
+        comparisons = compared(IterationResult(wanted), IterationResult(got), tolerances, case)
+        return [(mark, comparisons[name]) for name, mark in known.items()]
 
     def _run_graph(self, names: Sequence[str]) -> dict[str, NDArray[Any]]:
         """The graph in ONNX Runtime with these tensors as its outputs."""
@@ -321,10 +320,10 @@ class _Search:
         return {mark: array for mark, array in seen if array is not None}
 
     def _bisection(
-        self, bad: _Landmark, found: _Compared, nodes: Sequence[ir.Node], borders: Sequence[ir.Value]
+        self, bad: _Landmark, comparisons: _Compared, nodes: Sequence[ir.Node], borders: Sequence[ir.Value]
     ) -> Bisection:
         node = _producer(bad.value)
-        result = next(comparison for mark, comparison in found if mark.value is bad.value)
+        result = next(comparison for mark, comparison in comparisons if mark.value is bad.value)
         return Bisection(
             component=self._given.component.name,
             case=self._given.cases[self._case],
@@ -337,33 +336,33 @@ class _Search:
             max_abs_error=result.error,
             tolerance=result.tolerance,
             checked=tuple(
-                Checked(_name(mark), mark.meaning, c.verdict, c.error, c.tolerance) for mark, c in found
+                Checked(_name(mark), mark.meaning, c.verdict, c.error, c.tolerance) for mark, c in comparisons
             ),
         )
 
 
 def _weights(node: ir.Node) -> list[str]:
     """Names of the checkpoint's tensors that a node reads, also through nodes that only change their form."""
-    found = []
+    names = []
     for value in node.inputs:
         origin = value
         while origin is not None:
             if origin.is_initializer():
                 if isinstance(origin.const_value, ir.ExternalTensor):
-                    found.append(origin.name or "")
+                    names.append(origin.name or "")
                 break
             producer = origin.producer()
             changes_form = producer is not None and producer.op_type in _SAME_DATA
             origin = producer.inputs[0] if producer is not None and changes_form else None
-    return found
+    return names
 
 
-def _first_bad(found: _Compared) -> _Landmark | None:
-    return next((mark for mark, comparison in found if comparison.verdict is Verdict.FAIL), None)
+def _first_bad(comparisons: _Compared) -> _Landmark | None:
+    return next((mark for mark, comparison in comparisons if comparison.verdict is Verdict.FAIL), None)
 
 
-def _right(found: _Compared) -> set[ir.Value]:
-    return {mark.value for mark, comparison in found if comparison.verdict is Verdict.PASS}
+def _right(comparisons: _Compared) -> set[ir.Value]:
+    return {mark.value for mark, comparison in comparisons if comparison.verdict is Verdict.PASS}
 
 
 def _name(mark: _Landmark) -> str:

@@ -7,13 +7,16 @@ each output of each run.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from polygraphy.comparator import Comparator, IterationResult, RunResults, SimpleCompareFunc
+from polygraphy.logger import G_LOGGER
 
 from ep_export.bundle import Component, Manifest, Role
 from ep_export.choosers import KeptDifference, difference
@@ -23,16 +26,19 @@ from ep_export.validate.choices import graph_spread
 from ep_export.validate.comparison import Comparison, Finding
 from ep_export.validate.component_feeds import ComponentFeeds
 from ep_export.validate.component_oracle import Arrays, ComponentOracle, prune_tokens
-from ep_export.validate.polygraphy_runners import BackendRunner, Kept, OracleRunner, quiet
 from ep_export.validate.report import Verdict
 from ep_export.validate.tolerance import Tolerance, output_tolerance
 
-__all__ = ["ORACLE", "Oracles", "compare_component", "compared"]
+__all__ = ["ORACLE", "Oracles", "compare_component", "compared", "quiet"]
 
 ORACLE = "pytorch"
 _CACHES = "present"
 _KEPT, _SCORES = "kept_index", "scores"
 _NEAR_TIE = "the kept set differs only by near-ties; compared given the backend's own"
+
+
+_Kept = NDArray[np.int64] | None
+"""Rows that a prune component is to keep, or None for its own choice."""
 
 
 @dataclass(frozen=True)
@@ -65,26 +71,30 @@ def compare_component(
         backends: Name -> opens the component there.
 
     Returns:
-        What was found, one finding a backend and output (all caches are one); and everything that was
+        One finding a backend and output (all caches are one); and everything that was
         computed, as Polygraphy keeps it.
     """
-    component = given.component
+    everything = RunResults()
+    noise = _noise(given, oracles)
+    findings: list[Finding] = []
     with quiet():
-        runners = [BackendRunner(name, component, opener) for name, opener in backends.items()]
-        results = Comparator.run(runners, data_loader=list(given.feeds))
-        everything = RunResults()
-        noise = _noise(given, oracles)
-        findings: list[Finding] = []
-        for name in backends:
-            kept = _followed(manifest, given, results[name])
+        for name, opener in backends.items():
+            results = _run_backend(name, opener, given)
+            kept = _followed(manifest, given, results)
             oracle = ORACLE if all(rows is None for rows in kept) else f"{ORACLE}, kept as {name}"
             if oracle not in everything:
-                runner = OracleRunner(oracle, component, oracles.exact, kept)
-                everything.extend(Comparator.run([runner], data_loader=list(given.feeds)))
-            everything.append((name, results[name]))
-            runs = list(zip(everything[oracle], results[name], noise, kept, strict=True))
+                everything.append((oracle, _run_oracle(oracle, oracles.exact, given, kept)))
+            everything.append((name, results))
+            runs = list(zip(everything[oracle], results, noise, kept, strict=True))
             findings += _findings(manifest, given, oracles.vision_layers, name, runs)
     return findings, everything
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Polygraphy logs every tensor to stdout, where our data goes; what it finds is in its results."""
+    with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
+        yield
 
 
 def compared(
@@ -116,12 +126,31 @@ def compared(
 
 
 def _comparison(result: Any, where: str, allowed: float, scale: float) -> Comparison:
-    if result is None or isinstance(result, bool):  # Polygraphy found no output of that name, or shape
+    if result is None or isinstance(result, bool):  # no output of that name, or shape
         return Comparison(Verdict.FAIL, math.inf, allowed, scale, where, "is missing or of another shape")
     error = float(result.max_absdiff)
     if not math.isfinite(error):
         return Comparison(Verdict.FAIL, math.inf, allowed, scale, where, "holds values that are not finite")
     return Comparison(Verdict.PASS if bool(result) else Verdict.FAIL, error, allowed, scale, where)
+
+
+def _run_backend(name: str, opener: Callable[[], Runner], given: ComponentFeeds) -> list[IterationResult]:
+    """Every run of a component in the very session `ep-export run` would open."""
+    with opener() as runner:
+        outputs = [runner.run(feeds) for feeds in given.feeds]
+        return [
+            IterationResult({key: np.array(value.numpy()) for key, value in each.items()}, runner_name=name)
+            for each in outputs
+        ]
+
+
+def _run_oracle(
+    name: str, oracle: ComponentOracle, given: ComponentFeeds, kept: Sequence[_Kept]
+) -> list[IterationResult]:
+    return [
+        IterationResult(oracle.run(given.component, feeds, kept=rows), runner_name=name)
+        for feeds, rows in zip(given.feeds, kept, strict=True)
+    ]
 
 
 def _noise(given: ComponentFeeds, oracles: Oracles) -> list[dict[str, float]]:
@@ -136,7 +165,7 @@ def _noise(given: ComponentFeeds, oracles: Oracles) -> list[dict[str, float]]:
     return noise
 
 
-def _followed(manifest: Manifest, given: ComponentFeeds, results: Sequence[IterationResult]) -> list[Kept]:
+def _followed(manifest: Manifest, given: ComponentFeeds, results: Sequence[IterationResult]) -> list[_Kept]:
     """For every run the rows the oracle is to keep as the backend did: where they differ by near-ties."""
     if given.component.role is not Role.PRUNE:
         return [None] * len(given.feeds)
@@ -154,10 +183,10 @@ def _near_tie(manifest: Manifest, prune: Component, feeds: Arrays, outputs: Iter
     kept = torch.from_numpy(np.array(rows[np.isin(rows, index)]))
     scores = np.array(outputs[_SCORES]) if _SCORES in outputs else None
     spread = graph_spread(prune.chooser, tokens, scores, manifest.degree)
-    found = difference(prune.chooser, tokens, kept, len(feeds["keep_slots"]), tolerance=spread)
+    verdict = difference(prune.chooser, tokens, kept, len(feeds["keep_slots"]), tolerance=spread)
     text = np.setdiff1d(np.arange(feeds["hidden"].shape[1]), index)
     in_order = bool(np.all(np.diff(rows) > 0)) and bool(np.isin(text, rows).all())
-    return found is KeptDifference.NEAR_TIE and in_order
+    return verdict is KeptDifference.NEAR_TIE and in_order
 
 
 def _findings(
@@ -165,7 +194,7 @@ def _findings(
     given: ComponentFeeds,
     vision_layers: int,
     backend: str,
-    runs: Sequence[tuple[IterationResult, IterationResult, Mapping[str, float], Kept]],
+    runs: Sequence[tuple[IterationResult, IterationResult, Mapping[str, float], _Kept]],
 ) -> list[Finding]:
     component = given.component
     groups: dict[str, list[Comparison]] = {}
@@ -185,19 +214,20 @@ def _findings(
             # what such a score says depends on what was chosen before
             if kept is None or spec.name != _SCORES or not isinstance(component.chooser, MaxMin)
         }
-        for name, found in compared(wanted, got, tolerances, case).items():
+        for name, comparison in compared(wanted, got, tolerances, case).items():
             group = _CACHES if name.startswith(f"{_CACHES}.") else name
             reasons[group] = tolerances[name].reason
-            groups.setdefault(group, []).append(_tied(found) if kept is not None and name == _KEPT else found)
+            followed = kept is not None and name == _KEPT
+            groups.setdefault(group, []).append(_tied(comparison) if followed else comparison)
     label = f"{component.name} {{}}, {backend}"
     return [
-        Finding(label.format("caches" if group == _CACHES else group), tuple(found), reasons[group])
-        for group, found in groups.items()
+        Finding(label.format("caches" if group == _CACHES else group), tuple(comparisons), reasons[group])
+        for group, comparisons in groups.items()
     ]
 
 
-def _tied(found: Comparison) -> Comparison:
+def _tied(equal: Comparison) -> Comparison:
     """The oracle was told to follow: equal by construction, and said to be so."""
-    if found.verdict is not Verdict.PASS:
-        return found
-    return Comparison(Verdict.AMBIGUOUS, found.error, found.tolerance, 1.0, found.where, _NEAR_TIE)
+    if equal.verdict is not Verdict.PASS:
+        return equal
+    return Comparison(Verdict.AMBIGUOUS, equal.error, equal.tolerance, 1.0, equal.where, _NEAR_TIE)

@@ -1,6 +1,6 @@
 """A bundle compared component by component with Polygraphy, and the files that `polygraphy` itself reads.
 
-`compare_with_polygraphy` writes what was found (`polygraphy.json`), and for every component `*.inputs.json`
+`compare_with_polygraphy` writes its findings (`polygraphy.json`), and for every component `*.inputs.json`
 for `polygraphy run --load-inputs`, `*.outputs.json` for `--load-outputs` and `polygraphy inspect data`.
 """
 
@@ -28,11 +28,11 @@ from ep_export.validate.comparison import Finding, fold
 from ep_export.validate.component_feeds import ComponentFeeds, component_feeds
 from ep_export.validate.component_oracle import ComponentOracle
 from ep_export.validate.polygraphy_bisect import Bisection, bisect
-from ep_export.validate.polygraphy_compare import ORACLE, Oracles, compare_component
-from ep_export.validate.polygraphy_runners import quiet
+from ep_export.validate.polygraphy_compare import ORACLE, Oracles, compare_component, quiet
 from ep_export.validate.questions import check_asked, questions
 from ep_export.validate.report import Report, Verdict, text_lines, to_json
 from ep_export.validate.setting import HALF_TYPES, check_checkpoint, usable_keep, vision_layers
+from ep_export.weights.store import bundle_layers
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -51,7 +51,7 @@ class PolygraphyReport:
     Attributes:
         report: One stage an output of a component in a backend.
         runs: How often every component was run.
-        bisections: For every component that failed, where it leaves the oracle; None when not asked for.
+        bisections: For every component that failed, where it leaves the oracle; None unless wanted.
     """
 
     report: Report
@@ -118,8 +118,8 @@ def compare_with_polygraphy(
             stages += [fold([finding]) for finding in findings]
             failed = _failed_case(given, findings)
             if find_first and failed is not None:
-                found = bisect(bundle, given, failed, oracles)
-                bisections += [found] if found is not None else []
+                bisection = bisect(bundle, given, failed, oracles)
+                bisections += [bisection] if bisection is not None else []
         progress("polygraphy", len(every), len(every))
         settings = _settings(bundle, schedule, backends)
         result = PolygraphyReport(
@@ -140,26 +140,30 @@ def polygraphy_json(result: PolygraphyReport) -> dict[str, Any]:
         "stages": raw["stages"],
         "settings": raw["settings"],
         "runs": dict(result.runs),
-        "bisections": None if result.bisections is None else [encode(found) for found in result.bisections],
+        "bisections": None if result.bisections is None else [encode(each) for each in result.bisections],
     }
 
 
 def polygraphy_lines(result: PolygraphyReport) -> list[str]:
     """A table for a terminal, then where the graph leaves the oracle, then one sentence."""
     *table, _ = text_lines(result.report)
-    found = [line for bisection in result.bisections or () for line in _bisection_lines(bisection)]
+    lines = [line for bisection in result.bisections or () for line in _bisection_lines(bisection)]
     if result.bisections == () and result.report.verdict is Verdict.FAIL:
-        found = [
+        lines = [
             "no tensor inside ONNX Runtime's graphs leaves its tolerance: the difference is another backend's"
         ]
     elif result.bisections == ():
-        found = ["nothing to bisect: no tensor leaves its tolerance"]
-    return [*table, *found, result.sentence]
+        lines = ["nothing to bisect: no tensor leaves its tolerance"]
+    return [*table, *lines, result.sentence]
 
 
-def _bisection_lines(found: Bisection) -> list[str]:
-    lines = [found.sentence, f"  {found.origin}", "  compared in the last round, in the graph's order:"]
-    for checked in found.checked:
+def _bisection_lines(bisection: Bisection) -> list[str]:
+    lines = [
+        bisection.sentence,
+        f"  {bisection.origin}",
+        "  compared in the last round, in the graph's order:",
+    ]
+    for checked in bisection.checked:
         figures = f"{checked.max_abs_error:>9.2e}  {checked.tolerance:>9.2e}"
         lines.append(f"  {checked.verdict.value:<4}  {figures}  {checked.tensor}  {checked.meaning}")
     return lines
@@ -167,8 +171,10 @@ def _bisection_lines(found: Bisection) -> list[str]:
 
 def _oracles(bundle: Bundle, checkpoint: Checkpoint) -> Oracles:
     dtype = HALF_TYPES.get(bundle.manifest.precision)
-    half = ComponentOracle(load_model(checkpoint, dtype)) if dtype is not None else None
-    return Oracles(ComponentOracle(load_model(checkpoint)), half, vision_layers(checkpoint.config))
+    quantised = bundle_layers(bundle)
+    half = ComponentOracle(load_model(checkpoint, dtype, quantised=quantised)) if dtype else None
+    exact = ComponentOracle(load_model(checkpoint, quantised=quantised))
+    return Oracles(exact, half, vision_layers(checkpoint.config))
 
 
 def _feeds(
@@ -182,7 +188,7 @@ def _feeds(
     manifest = bundle.manifest
     family = family_named(manifest.family)
     builder = family.prompt_builder(bundle.file("processor"), checkpoint.config)
-    asked, _ = questions(manifest, builder, len(pictures), prompts)
+    every, _ = questions(manifest, builder, len(pictures), prompts)
     return component_feeds(
         manifest,
         schedule,
@@ -190,7 +196,7 @@ def _feeds(
         family=family,
         config=checkpoint.config,
         oracle=oracle,
-        prompts={question.name: question.build(builder, pictures) for question in asked},
+        prompts={question.name: question.build(builder, pictures) for question in every},
     )
 
 

@@ -90,18 +90,18 @@ def questions(
     Raises:
         UserError: The bundle has an encoder for videos, and none can be asked about.
     """
-    asked = [
+    every = [
         Question(f"question {i + 1}", (i % pictures,), prompts[i % len(prompts)])
         for i in range(max(pictures, len(prompts)))
     ]
     if pictures > 1:
-        asked.append(Question("two pictures", (0, 1), prompts[0]))
+        every.append(Question("two pictures", (0, 1), prompts[0]))
     clip, reason = Question("a video", (), prompts[0], clip=True), ""
     try:
         clip.build(builder, ())
-        asked.append(clip)
+        every.append(clip)
     except UserError as error:
         if any(component.name == _VIDEO_ENCODER for component in manifest.components):
             raise
         reason = str(error)
-    return [*asked, Question("no picture", (), prompts[0])], reason
+    return [*every, Question("no picture", (), prompts[0])], reason

@@ -20,6 +20,7 @@ from ep_export.validate.questions import check_asked, questions
 from ep_export.validate.report import Case, Report
 from ep_export.validate.setting import HALF_TYPES, Setting, check_checkpoint, vision_layers
 from ep_export.validate.stages import find, fold_stages
+from ep_export.weights.store import bundle_layers
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -65,21 +66,22 @@ def validate(
     setting = Setting(manifest, schedule, vision_layers(checkpoint.config))
     findings: list[tuple[Finding, ...]] = []
     cases: list[Case] = []
-    with Session.open(bundle) as session:
-        asked, no_video = questions(manifest, session.prompts, len(pictures), prompts)
+    quantised = bundle_layers(bundle)
+    with Session.open(bundle, exact=True) as session:
+        every, no_video = questions(manifest, session.prompts, len(pictures), prompts)
         half_type = HALF_TYPES.get(manifest.precision)
-        half = load_model(checkpoint, half_type) if half_type is not None else None
-        oracle = Oracle(load_model(checkpoint), half)
-        progress("validate", 0, len(asked))
+        half = load_model(checkpoint, half_type, quantised=quantised) if half_type is not None else None
+        oracle = Oracle(load_model(checkpoint, quantised=quantised), half)
+        progress("validate", 0, len(every))
         keep = manifest.keep
-        for question in asked:
+        for question in every:
             observation = observe(
                 session, oracle, question, pictures, policies=policies, max_new_tokens=max_new_tokens
             )
             keep = observation.generation.keep
             findings.append(find(setting, observation))
             cases.append(_case(observation, schedule))
-            progress("validate", len(cases), len(asked))
+            progress("validate", len(cases), len(every))
     return Report(
         subject=manifest.model,
         settings=_settings(bundle, schedule, keep, no_video),

@@ -62,16 +62,18 @@ def fold_stages(cases: Sequence[Sequence[Finding]]) -> tuple[Stage, ...]:
 def _positions(case: Observation) -> Finding:
     want, name = case.given.position_ids.numpy(), case.question.name
     visual = case.given.visual_index.numpy()
-    found = [
+    comparisons = [
         compare(f"{name}, prompt", case.prompt.position_ids, want, EXACT),
         compare(f"{name}, visual tokens", case.prompt.visual_index, visual, EXACT),
     ]
     for number, cut in enumerate(case.got.cuts):
         inside = cut.kept_index[cut.kept_index < want.shape[2]]
-        found.append(
+        comparisons.append(
             compare(f"{name}, kept at cut {number}", cut.position_ids.numpy(), want[..., inside], EXACT)
         )
-    return Finding("positions", tuple(found), "integers: Hugging Face's own positions, kept ones unchanged")
+    return Finding(
+        "positions", tuple(comparisons), "integers: Hugging Face's own positions, kept ones unchanged"
+    )
 
 
 def _vision(setting: Setting, case: Observation) -> Finding:
@@ -118,8 +120,8 @@ def _scores(setting: Setting, case: Observation, stage: str, run: PruneRun, k: i
         return Finding(stage, (), "every score rests on those chosen before, and others were chosen")
     tolerance = score_tolerance(chooser, run.tokens, setting.manifest.degree)
     exact = choice.scores.numpy() if choice.scores is not None else np.empty(0)
-    found = compare(case.question.name, run.outputs["scores"], exact, tolerance)
-    return Finding(stage, (found,), tolerance.reason)
+    comparison = compare(case.question.name, run.outputs["scores"], exact, tolerance)
+    return Finding(stage, (comparison,), tolerance.reason)
 
 
 def _node(case: Observation, stage: str, run: PruneRun, k: int, spread: float) -> Finding:
@@ -137,11 +139,11 @@ def _node(case: Observation, stage: str, run: PruneRun, k: int, spread: float) -
         "kept_hidden": feeds["hidden"][:, inside],
         "kept_position_ids": feeds["position_ids"][..., inside],
     }
-    found = [
+    comparisons = [
         compare_choice(name, chooser, run.tokens, run.kept, k, spread),
         *(compare(f"{name}, {output}", outputs[output], want, EXACT) for output, want in exact.items()),
     ]
-    return Finding(stage, tuple(found), reason)
+    return Finding(stage, tuple(comparisons), reason)
 
 
 def _kept(setting: Setting, case: Observation, stage: str, cut: int, spread: float) -> Finding:
@@ -152,8 +154,8 @@ def _kept(setting: Setting, case: Observation, stage: str, cut: int, spread: flo
     )
     if not case.forced:
         note = "text or visual tokens are missing, or positions are out of order"
-        found = Comparison(Verdict.FAIL, math.inf, 0.0, 1.0, case.question.name, note)
-        return Finding(stage, (found,), reason)
+        comparison = Comparison(Verdict.FAIL, math.inf, 0.0, 1.0, case.question.name, note)
+        return Finding(stage, (comparison,), reason)
     settings, tokens = setting.schedule.cuts[cut], case.given.cuts[cut].tokens
     tolerance = choice_tolerance(
         setting.manifest.dims,
@@ -163,10 +165,10 @@ def _kept(setting: Setting, case: Observation, stage: str, cut: int, spread: flo
         layers=setting.vision_layers + settings.layer,
         half=case.half.cuts[cut].tokens if case.half is not None else None,
     )
-    found = compare_choice(
+    comparison = compare_choice(
         case.question.name, settings.chooser, tokens, case.kept_there(cut), case.budgets[cut], tolerance
     )
-    return Finding(stage, (found,), reason)
+    return Finding(stage, (comparison,), reason)
 
 
 def _arrays(setting: Setting, case: Observation, stage: str, pairs: _Pairs) -> Finding:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from ep_export.numerics import WeightKind, Weights
@@ -17,6 +16,7 @@ from ep_export.weights.packed import PackedLinear
 from ep_export.weights.rounding import block_scales, check_weight
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
 __all__ = ["Moments", "round_calibrated"]
@@ -34,12 +34,30 @@ class Moments:
     def __init__(self, inputs: int) -> None:
         self.total = torch.zeros(inputs, inputs)
         self.rows = 0
+        self._spread: torch.Tensor | None = None
 
     def add(self, activations: torch.Tensor) -> None:
         """Add rows [.., in]."""
         rows = activations.detach().reshape(-1, self.total.shape[0]).float().cpu()
         self.total.addmm_(rows.T, rows)
         self.rows += len(rows)
+        self._spread = None
+
+    @property
+    def unseen(self) -> torch.Tensor:
+        """[in] bool: inputs that were always 0."""
+        return self.total.diagonal() == 0
+
+    @property
+    def spread(self) -> torch.Tensor:
+        """[in, in] upper Cholesky factor of the inverse of the damped moments."""
+        if self._spread is None:
+            matrix = (self.total / self.rows).double()
+            matrix.diagonal()[self.unseen] = 1
+            matrix.diagonal().add_(_DAMPING * matrix.diagonal().mean())
+            inverse = torch.cholesky_inverse(torch.linalg.cholesky(matrix))
+            self._spread = torch.linalg.cholesky(inverse, upper=True).float()
+        return self._spread
 
 
 def round_calibrated(
@@ -68,9 +86,9 @@ def round_calibrated(
         raise ValueError(f"{name}: {weights.kind.value} with {moments.rows} rows cannot be calibrated")
     inputs, outputs = weight.shape
     group, largest = weights.group or inputs, _LARGEST[weights.kind]
-    left = torch.from_numpy(np.ascontiguousarray(weight))  # [in, out]; rows become what is left to round
-    left = left.clone()
-    spread = _spread(moments, left)
+    left = torch.from_numpy(weight.copy())  # [in, out]; rows become what is left to round
+    left[moments.unseen] = 0
+    spread = moments.spread
     codes = torch.empty(inputs, outputs, dtype=torch.int8)
     scales = torch.empty(inputs // group, outputs)
     for start in range(0, inputs, _BATCH):
@@ -92,15 +110,3 @@ def round_calibrated(
             errors[i - start] = error
         left[stop:] -= spread[start:stop, stop:].T @ errors
     return PackedLinear(weights.kind, codes.numpy(), scales.numpy())
-
-
-def _spread(moments: Moments, weight: torch.Tensor) -> torch.Tensor:
-    """Upper Cholesky factor of the inverse of the damped moments; inputs never seen are set to 0 first."""
-    matrix = moments.total / moments.rows
-    unseen = matrix.diagonal() == 0
-    weight[unseen] = 0
-    matrix[unseen, unseen] = 1
-    matrix.diagonal().add_(_DAMPING * matrix.diagonal().mean())
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(matrix.double()))
-    factor: torch.Tensor = torch.linalg.cholesky(inverse, upper=True).float()
-    return factor

@@ -19,13 +19,17 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from ep_export.bundle import Bundle
 from ep_export.checkpoint import TensorRef
 from ep_export.checkpoint.safetensors_index import read_shard
 from ep_export.errors import UserError
 from ep_export.numerics import TYPES, WeightKind
 from ep_export.weights.packed import PackedLinear, nibbles, unpack_nibbles
 
-__all__ = ["LayerWriter", "StoredLinear", "read_layer", "stored_layers"]
+__all__ = ["FILE", "LayerWriter", "StoredLinear", "bundle_layers", "read_layer", "stored_layers"]
+
+FILE = "weights/quantised.safetensors"
+"""The shard in a bundle."""
 
 _PARTS = ("codes", "scales", "zeros", "order")
 _CODES = {WeightKind.INT4: "U8", WeightKind.INT8: "I8", WeightKind.FP8: "F8_E4M3"}
@@ -145,6 +149,21 @@ def stored_layers(shards: Iterable[Path]) -> dict[str, StoredLinear]:
                 raise UserError(f"{file} holds tensor {ref.name}, which is no part of a layer", hint=_HINT)
             refs.setdefault(layer, {})[part] = ref
     return {name: _stored(name, parts) for name, parts in refs.items()}
+
+
+def bundle_layers(bundle: Bundle) -> dict[str, StoredLinear]:
+    """Every quantised layer of a bundle by the name of its weight; none where it stores them as they were.
+
+    Raises:
+        UserError: See `stored_layers`; or the bundle has not the shard its manifest speaks of.
+    """
+    numerics = bundle.manifest.numerics
+    if numerics is None or numerics.weights is None:
+        return {}
+    file = bundle.file(FILE)
+    if not file.is_file():
+        raise UserError(f"bundle file {FILE} is missing", hint=_HINT)
+    return stored_layers([file])
 
 
 def read_layer(stored: StoredLinear) -> PackedLinear:

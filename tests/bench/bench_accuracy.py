@@ -1,7 +1,8 @@
-"""Accuracy of the shipped model on held-out questions, full and pruned, as ONNX Runtime answers them.
+"""Accuracy of the shipped model on held-out questions, unpruned and pruned, as ONNX Runtime answers them.
 
-For each keep a calibration on pictures of the calibration split recommends a policy, which is compared on the
-test split with the paper's policy at the same layer. Every figure is printed as it is, with its 95% interval.
+For each keep a calibration on pictures of the calibration split recommends a schedule, which is compared on
+the test split with the paper's policy, DivPrune and random tokens at the same cuts: policies of one bundle.
+Every figure is printed as it is, with its 95% interval.
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ from pathlib import Path
 from digit_scenes import READING, Question, Scene, held_out, make_scene, questions
 
 from ep_export.bundle import Dialect, Precision, WeightsMode
-from ep_export.calibrate import Record, calibrate
+from ep_export.calibrate import calibrate
 from ep_export.checkpoint import Checkpoint, open_checkpoint
 from ep_export.export import export_bundle
-from ep_export.policy import Evidence, EvidenceKind, Keep, Policy
+from ep_export.policy import Chooser, Cut, Evidence, EvidenceKind, Keep, MaxMin, Random, Schedule, TopK
 from ep_export.runtime import Session
 
 READER = Path(__file__).parents[1] / "fixtures" / "digit-reader"
 KEEPS = (0.5, 0.25, 0.125)
+RIVALS = (TopK(), MaxMin(), Random())
 MAX_NEW_TOKENS = 8
 
 
@@ -38,15 +40,21 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as directory:
         work = Path(directory)
         prompts = write_pictures(work / "pictures", options.pictures)
-        with bundle_session(checkpoint, Policy(1), work) as session:
-            report("full", "", 1.0, accuracy(session, asked, 1.0))
+        first = Schedule((Cut(1, TopK()),))
+        with bundle_session(checkpoint, first, work) as session:
+            report("unpruned", "", 1.0, accuracy(session, asked, None))
         for ratio in KEEPS:
             keep = Keep(ratio=ratio)
             record = calibrate(checkpoint, work / "pictures", keep=keep, prompts=prompts)
-            for name, policy in policies(record).items():
-                with bundle_session(checkpoint, policy, work) as session:
-                    report(name, str(policy), ratio, accuracy(session, asked, ratio))
-            print(f"  {'':12s} {record.collapse_finding}\n  {'':12s} {record.recommendation}")
+            schedule = record.recommended or Schedule((Cut(record.ecl or 1, TopK()),))
+            with bundle_session(checkpoint, schedule, work) as session:
+                if record.recommended is not None:
+                    report("recommended", str(schedule), ratio, accuracy(session, asked, keep))
+                for rival in rivals(schedule):
+                    if {cut.chooser for cut in schedule.cuts} != {rival}:
+                        score = accuracy(session, asked, keep, policies=(rival.name,))
+                        report(rival.name, "at the same cuts", ratio, score)
+            print(f"  {'':14s} {record.collapse_finding}\n  {'':14s} {record.recommendation}")
     return 0
 
 
@@ -62,40 +70,45 @@ def write_pictures(directory: Path, count: int) -> dict[str, list[str]]:
     return prompts
 
 
-def policies(record: Record) -> dict[str, Policy]:
-    """The recommended policy, if any, and the paper's at the same layer."""
-    if record.recommended is None:
-        return {"paper": Policy(record.ecl or 1)}
-    found = {"recommended": record.recommended, "paper": Policy(record.recommended.layer)}
-    if found["paper"] == found["recommended"]:
-        del found["paper"]
-    return found
+def rivals(schedule: Schedule) -> tuple[Chooser, ...]:
+    """Those that can choose at its cuts: before layer 0 there are no projections to score."""
+    scores = schedule.cuts[0].layer > 0
+    return tuple(rival for rival in RIVALS if scores or not isinstance(rival, TopK))
 
 
 @contextlib.contextmanager
-def bundle_session(checkpoint: Checkpoint, policy: Policy, work: Path) -> Iterator[Session]:
-    """A bundle of that policy, open; the same layer and scorer serve every keep."""
+def bundle_session(checkpoint: Checkpoint, schedule: Schedule, work: Path) -> Iterator[Session]:
+    """A bundle of that schedule and the rivals, open."""
     with tempfile.TemporaryDirectory(dir=work) as directory:
         bundle = export_bundle(
             checkpoint,
             Path(directory),
-            policy=policy,
+            schedule=schedule,
             evidence=Evidence(EvidenceKind.TOLD, "a bench"),
             keep=Keep(ratio=1.0),
             dialect=Dialect.PORTABLE,
             precision=Precision.FP32,
             weights=WeightsMode.COPY,
+            policies=rivals(schedule),
         )
         with Session.open(bundle) as session:
             yield session
 
 
-def accuracy(session: Session, asked: list[tuple[Scene, Question]], ratio: float) -> tuple[int, int]:
-    """(exactly right, asked)."""
+def accuracy(
+    session: Session, asked: list[tuple[Scene, Question]], keep: Keep | None, policies: tuple[str, ...] = ()
+) -> tuple[int, int]:
+    """(exactly right, asked); without a keep unpruned."""
     right = 0
     for scene, question in asked:
-        keep = Keep(ratio=ratio)
-        answer = session.generate([scene.picture], question.text, max_new_tokens=MAX_NEW_TOKENS, keep=keep)
+        answer = session.generate(
+            [scene.picture],
+            question.text,
+            max_new_tokens=MAX_NEW_TOKENS,
+            keep=keep,
+            policies=policies,
+            prune=keep is not None,
+        )
         right += answer.answer.strip() == question.answer
     return right, len(asked)
 
@@ -107,7 +120,7 @@ def report(name: str, policy: str, ratio: float, score: tuple[int, int]) -> None
     middle = (share + z * z / (2 * asked)) / (1 + z * z / asked)
     half = z / (1 + z * z / asked) * math.sqrt(share * (1 - share) / asked + z * z / (4 * asked * asked))
     interval = f"[{middle - half:.1%}, {middle + half:.1%}]"
-    print(f"  {name:12s} keep {ratio:<6g} {share:6.1%} {interval}  {policy}", flush=True)
+    print(f"  {name:14s} keep {ratio:<6g} {share:6.1%} {interval}  {policy}", flush=True)
 
 
 if __name__ == "__main__":

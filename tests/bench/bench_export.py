@@ -53,7 +53,7 @@ class Limits:
     copied: float = 0
 
 
-LIMITS = {4: Limits(15, 1.2e9, 0.6e9), 28: Limits(180, 1.2e9, 1.2e9)}
+LIMITS = {4: Limits(12, 0.7e9, 0.5e9), 28: Limits(40, 0.7e9, 0.5e9)}
 
 # Measured earlier, elsewhere on the same kind of machine, on a 4-layer checkpoint of this shape (5.4 GB).
 PEERS = (
@@ -113,14 +113,14 @@ def _build(checkpoint: str, out: Path, precision: str, dialect: str) -> None:
     from ep_export.bundle import Dialect, Precision
     from ep_export.checkpoint import open_checkpoint
     from ep_export.export import export_bundle
-    from ep_export.policy import Evidence, EvidenceKind, Keep, Policy
+    from ep_export.policy import Cut, Evidence, EvidenceKind, Keep, Schedule
 
     out.mkdir()
     with _holes_not_hashed():
         export_bundle(
             open_checkpoint(checkpoint),
             out,
-            policy=Policy(1),
+            schedule=Schedule((Cut(1),)),
             evidence=Evidence(EvidenceKind.TOLD, "a benchmark"),
             keep=Keep(ratio=0.25),
             dialect=Dialect(dialect),

@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,15 +27,19 @@ import torch
 from digit_scenes import Scene, held_out
 from numpy.typing import NDArray
 
-from ep_export.calibrate.fidelity import pruned_log_probs, run_full
-from ep_export.checkpoint import Checkpoint, open_checkpoint
+from ep_export.checkpoint import open_checkpoint
 from ep_export.entropy import token_scores
 from ep_export.families.base import Picture
-from ep_export.methods import METHODS, TokenView
-from ep_export.policy import Scorer
-from ep_export.reference import load_model
-from ep_export.sweep.spelling import Speller, says
-from ep_export.sweep.view import instruction_positions, token_view
+from ep_export.measure.ask import full_pass
+from ep_export.measure.bench import Bench, Setting, make_bench
+from ep_export.measure.choosing import AtCut, Prompted
+from ep_export.measure.pictures import PictureFile
+from ep_export.measure.pruned import arrivals, pruned_log_probs
+from ep_export.measure.question import Question
+from ep_export.measure.spelling import says
+from ep_export.measure.ways import one_cut
+from ep_export.methods import METHODS
+from ep_export.policy import Keep, Random, Scorer
 
 READER = Path(__file__).parents[1] / "fixtures" / "digit-reader"
 DIGITS_FIRST, DIGITS_LAST = "digits first", "digits last"
@@ -62,9 +66,10 @@ def main() -> int:
     parser.add_argument("--share", type=float, default=0.125, help="share kept after every layer")
     parser.add_argument("--seed", type=int, default=3, help="of the held-out scenes")
     options = parser.parse_args()
-    checkpoint = open_checkpoint(str(READER))
     layers = {index: Layer() for index in options.layers}
-    used, cells = collect(checkpoint, layers, options.questions, options.share, options.seed)
+    ways = tuple(one_cut(index, "random", Keep(ratio=1.0)) for index in layers)  # names the layers to keep
+    bench = make_bench(open_checkpoint(str(READER)), Setting(ways, 1, options.seed, 8, "cpu"))
+    used, cells = collect(bench, layers, options.questions, options.share, options.seed)
     print(
         f"{used} held-out questions that the unpruned model answers; {options.share:.1%} kept after layer K"
     )
@@ -74,46 +79,32 @@ def main() -> int:
 
 
 def collect(
-    checkpoint: Checkpoint, layers: Mapping[int, Layer], questions: int, share: float, seed: int
+    bench: Bench, layers: Mapping[int, Layer], questions: int, share: float, seed: int
 ) -> tuple[int, dict[str, float]]:
     """Run the scenes; returns how many were used and the mean shares of digit and edge tokens."""
-    model = load_model(checkpoint)
-    builder = checkpoint.family.prompt_builder(checkpoint.path, checkpoint.config)
-    speller = Speller(checkpoint.path, builder.eos_token_ids)
-    decoder = checkpoint.family.decoder(model)
     shares: dict[str, list[float]] = defaultdict(list)
     rng = np.random.default_rng(seed)
     for scene, question in held_out(questions, seed=seed):
-        prompt = builder.build([scene.picture], question.text)
-        answer = speller.spell(question.answer)
-        full = run_full(
-            model,
-            checkpoint.family,
-            prompt,
-            answer,
-            layers=[0, *layers],
-            heads=checkpoint.dims.heads,
-            entropies=False,
-            projections=True,
-        )
-        if not says(full.log_probs, answer, speller.end):
+        prompt = bench.builder.build([scene.picture], question.text)
+        answer = bench.speller.spell(question.answer)
+        full = full_pass(bench, prompt, answer)
+        if not says(full.log_probs, answer, bench.speller.end):
             continue
         digit, edge = classes(scene, prompt.pictures[0])
         shares["digit"].append(float(digit.mean()))
         shares["edge"].append(float(edge.mean()))
-        instruction = instruction_positions(prompt, speller.words(question.text))
+        prompted = Prompted(Question(PictureFile("", Path()), "", question.text), prompt, full)
+        k = max(1, int(share * len(full.visual_index)))
         for index, layer in layers.items():
-            view = token_view(
-                decoder, checkpoint.dims, full, index, prompt=prompt, instruction=instruction, rng=rng
-            )
-            look(layer, view, digit, edge)
-            kept = dict(choices(view, digit, max(1, int(share * view.count)), rng))
-            for (name, chosen), log_probs in zip(
-                kept.items(), pruned_log_probs(decoder, full, index, list(kept.values())), strict=True
-            ):
-                flags = torch.isin(view.visual_index, chosen).numpy()
+            ((_, arrival),) = arrivals(bench.decoder, full, [()], index)
+            at_cut = AtCut(bench, prompted, arrival)
+            look(layer, at_cut, digit, edge)
+            kept = {name: ((index, positions),) for name, positions in choices(at_cut, digit, k, rng)}
+            said = dict(pruned_log_probs(bench.decoder, full, kept.values()))
+            for name, sets in kept.items():
+                flags = np.isin(prompt.visual_index, sets[0][1])
                 layer.digits_kept[name].append(float(flags[digit].sum() / min(digit.sum(), flags.sum())))
-                layer.right[name].append(says(log_probs, answer, speller.end))
+                layer.right[name].append(says(said[sets], answer, bench.speller.end))
     return len(shares["digit"]), {name: float(np.mean(values)) for name, values in shares.items()}
 
 
@@ -139,9 +130,9 @@ def overlap(low: float, high: float, cells: int) -> NDArray[np.float64]:
     return np.clip(np.minimum(high, starts + 1) - np.maximum(low, starts), 0, 1)
 
 
-def look(layer: Layer, view: TokenView, digit: NDArray[np.bool_], edge: NDArray[np.bool_]) -> None:
+def look(layer: Layer, at_cut: AtCut, digit: NDArray[np.bool_], edge: NDArray[np.bool_]) -> None:
     """What the scores and the heads of each class look like."""
-    states = view.inside.queries[view.visual_index]
+    states = at_cut.view.inside.queries[at_cut.view.visual_index]
     background = ~digit & ~edge
     for scorer in Scorer:
         scores = token_scores(states, scorer).numpy()
@@ -169,15 +160,17 @@ def likeness(states: torch.Tensor) -> NDArray[np.float64]:
 
 
 def choices(
-    view: TokenView, digit: NDArray[np.bool_], k: int, rng: np.random.Generator
-) -> Iterator[tuple[str, torch.Tensor]]:
+    at_cut: AtCut, digit: NDArray[np.bool_], k: int, rng: np.random.Generator
+) -> Iterator[tuple[str, tuple[int, ...]]]:
     """What every method keeps, and what one keeps who knows where the digits are."""
     for method in METHODS:
-        yield method.key, method.choose(view, k)
-    order = rng.permutation(view.count)
+        drawn = replace(method, chooser=Random(int(rng.integers(1 << 16)))) if method.chance else method
+        yield method.key, tuple(at_cut.choose(drawn, k).tolist())
+    visual = at_cut.view.visual_index
+    order = rng.permutation(len(visual))
     for name, first in ((DIGITS_FIRST, digit), (DIGITS_LAST, ~digit)):
         chosen = np.concatenate([order[first[order]], order[~first[order]]])[:k]
-        yield name, view.visual_index[torch.from_numpy(np.sort(chosen))]
+        yield name, tuple(visual[torch.from_numpy(np.sort(chosen))].tolist())
 
 
 def show(layers: Mapping[int, Layer]) -> None:

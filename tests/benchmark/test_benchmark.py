@@ -10,13 +10,13 @@ from bundles import export_tiny, two_cuts
 from command_line import ep_export
 from tiny import tiny_picture
 
-from ep_export.benchmark import Asked, measure_agreement, measure_latency
+from ep_export.benchmark import Question, measure_agreement, measure_latency
 from ep_export.errors import UsageError
 from ep_export.plan import make_plan
 from ep_export.policy import Keep, MaxMin, Nothing, Random
 from ep_export.runtime import Session, open_picture
 
-POLICIES = [(), ("divprune",), ("random",), ("nothing",)]
+POLICIES = [(), ("divprune",), ("random",), ("divprune", "nothing")]
 QUESTIONS = ["What is this", "how many are there"]
 
 
@@ -53,12 +53,8 @@ def test_all_sides_generate_the_same_number_of_tokens_from_caches_of_their_own_l
     token_bytes = 2 * dims.kv_heads * dims.head_dim * 4
     assert (found.new_tokens, found.visual_tokens, found.rounds) == (3, 12, 3)
     assert found.full.kv_bytes == dims.layers * found.prompt_tokens * token_bytes
-    assert [side.policy for side in found.pruned] == [
-        "paper-highest",
-        "divprune",
-        "random",
-        "nothing",
-    ][: len(found.pruned)]
+    names = [side.policy for side in found.pruned]
+    assert names == ["paper-highest", "divprune", "random", "divprune, nothing"]
     for names, side in zip(POLICIES, found.pruned, strict=True):
         first, second = side.visual_tokens_kept
         plan = make_plan(dims, manifest.scheduled(names), manifest.keep, visual_tokens=12, text_tokens=text)
@@ -106,10 +102,10 @@ def by_hand(session, picture, question, names, limit):
 
 
 def test_agreement_is_what_generate_and_teacher_forcing_by_hand_say(session, pictures):
-    asked = [Asked(pictures / f"{i}.png", QUESTIONS[i % 2]) for i in range(3)]
+    asked = [Question(pictures / f"{i}.png", QUESTIONS[i % 2]) for i in range(3)]
     found = measure_agreement(session, asked, keep=None, policies=POLICIES, max_new_tokens=8)
     for names, agreement in zip(POLICIES, found, strict=True):
-        rows = [by_hand(session, open_picture(one.picture), one.question, names, 8) for one in asked]
+        rows = [by_hand(session, open_picture(one.picture), one.text, names, 8) for one in asked]
         same = [value for _, tokens, _ in rows for value in tokens]
         divergence = [value for *_, values in rows for value in values]
         assert (agreement.questions, agreement.tokens) == (3, len(same))
@@ -121,7 +117,7 @@ def test_agreement_is_what_generate_and_teacher_forcing_by_hand_say(session, pic
 
 def test_keeping_everything_agrees_with_the_unpruned_bundle(session, pictures):
     """Near, not equal: rows are gathered and summed in another order."""
-    asked = [Asked(pictures / f"{i}.png", QUESTIONS[0]) for i in range(3)]
+    asked = [Question(pictures / f"{i}.png", QUESTIONS[0]) for i in range(3)]
     (found,) = measure_agreement(session, asked, keep=Keep(ratio=1.0), max_new_tokens=4)
     assert (found.exact, found.top1) == (1.0, 1.0)
     assert found.kl == pytest.approx(0, abs=1e-6)
@@ -141,9 +137,9 @@ def test_the_verb_prints_a_table_and_json(bundle):
 
 def test_the_verb_compares_policies_on_pictures_in_one_run(bundle, pictures):
     ask = ["bench", str(bundle.path), "--images", str(pictures), "--prompts", str(pictures / "asked.json")]
-    ask += ["--rounds", "3", "--max-new-tokens", "3", "--policy", "divprune", "--policy", "nothing"]
+    ask += ["--rounds", "3", "--max-new-tokens", "3", "--policy", "divprune", "--policy", "random"]
     said = json.loads(ep_export(*ask, "--json").out)
-    assert [side["policy"] for side in said["pruned"]] == ["divprune", "nothing"]
+    assert [side["policy"] for side in said["pruned"]] == ["divprune", "random"]
     assert [side["agreement"]["questions"] for side in said["pruned"]] == [6, 6]
     table = ep_export(*ask)
     assert "against the bundle's own unpruned answers" in table.out
@@ -157,6 +153,7 @@ def test_the_verb_compares_policies_on_pictures_in_one_run(bundle, pictures):
         (("--images", ".", "--image", "a.png"), "--image and --images exclude each other"),
         (("--images", ".", "--prompt", "a", "--prompts", "b"), "--prompt and --prompts exclude each other"),
         (("--policy", "norm-lowest"), "no policy 'norm-lowest'"),
+        (("--policy", "random", "--policy", "nothing"), "no visual token left to choose from"),
     ],
 )
 def test_options_that_cannot_be_are_refused_before_anything_is_measured(bundle, options, said):

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import math
+import shutil
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 from tiny import make_tiny, tiny_picture
 
-from ep_export.calibrate import calibrate, plot, read_record
-from ep_export.calibrate import run as run_module
-from ep_export.calibrate.journal import Journal, PictureResult
-from ep_export.calibrate.questions import questions_for, read_questions
+from ep_export.calibrate import calibrate, plot, read_calibration
+from ep_export.calibrate import run as calibrate_module
+from ep_export.calibrate.figure import is_our_plot
 from ep_export.checkpoint import Checkpoint, open_checkpoint
 from ep_export.errors import UsageError, UserError
-from ep_export.policy import EvidenceKind, Keep, Policy
+from ep_export.measure import run as run_module
+from ep_export.policy import Cut, EvidenceKind, Keep, Schedule
 
 KEEP = Keep(ratio=0.5)
 SETTINGS = {"keep": KEEP, "prompts": ("What is in the picture?",), "max_new_tokens": 3}
@@ -45,16 +49,17 @@ def out(checkpoint: Checkpoint, images: Path, tmp_path_factory: pytest.TempPathF
 
 
 def test_record_is_complete_and_its_journal_is_gone(checkpoint: Checkpoint, out: Path) -> None:
-    record = read_record(out)
+    record = read_calibration(out)
     assert (record.layers, record.images, record.keep) == (4, 4, KEEP)
     assert record.fingerprint == checkpoint.fingerprint
     assert record.provenance.kind is EvidenceKind.MEASURED
     assert {"torch", "transformers", "ep-export"} <= set(record.provenance.tools)
     assert len(record.query_entropy) == len(record.key_entropy) == len(record.query_spread) == 4
     assert all(0 < value < math.log(64) for value in record.query_entropy)
-    # keep 0.5 of 4 layers: K = 1 and 2; four scores, two directions and the floor at each
-    assert [c.layer for c in record.candidates] == [1] * 9 + [2] * 9
-    assert [c.scorer for c in record.candidates].count("random") == 2
+    # keep 0.5 of 4 layers: K = 1 and 2, with four scores of two ends, DivPrune and the floor; and K = 0
+    assert [c.layer for c in record.candidates] == [0] * 2 + [1] * 10 + [2] * 10
+    assert [c.policy for c in record.candidates].count("random") == 3
+    assert [c.policy for c in record.candidates].count("divprune") == 3
     for candidate in record.candidates:
         assert 0 < candidate.kl_low <= candidate.kl <= candidate.kl_high
         assert 0 <= candidate.top1_agreement <= 1
@@ -65,7 +70,7 @@ def test_record_is_complete_and_its_journal_is_gone(checkpoint: Checkpoint, out:
 
 def test_same_settings_give_the_same_record(checkpoint: Checkpoint, images: Path, out: Path) -> None:
     again = calibrate(checkpoint, images, **SETTINGS)
-    first = read_record(out)
+    first = read_calibration(out)
     assert again.candidates == first.candidates
     assert again.query_entropy == first.query_entropy
 
@@ -73,7 +78,7 @@ def test_same_settings_give_the_same_record(checkpoint: Checkpoint, images: Path
 def test_interrupted_run_goes_on_where_it_stopped(
     checkpoint: Checkpoint, images: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measure, seen = run_module._measure, []
+    measure, seen = run_module.measure, []
 
     def interrupt(*args, **kwargs):
         if len(seen) == 2:
@@ -81,7 +86,7 @@ def test_interrupted_run_goes_on_where_it_stopped(
         seen.append(1)
         return measure(*args, **kwargs)
 
-    monkeypatch.setattr(run_module, "_measure", interrupt)
+    monkeypatch.setattr(run_module, "measure", interrupt)
     target = tmp_path / "record.json"
     with pytest.raises(KeyboardInterrupt):
         calibrate(checkpoint, images, **SETTINGS, out=target)
@@ -90,10 +95,10 @@ def test_interrupted_run_goes_on_where_it_stopped(
     journal.write_bytes(journal.read_bytes()[:-20])  # as if the machine had stopped within the second line
 
     seen.clear()
-    monkeypatch.setattr(run_module, "_measure", lambda *a, **k: (seen.append(1), measure(*a, **k))[1])
+    monkeypatch.setattr(run_module, "measure", lambda *a, **k: (seen.append(1), measure(*a, **k))[1])
     record = calibrate(checkpoint, images, **SETTINGS, out=target)
     assert len(seen) == 3  # the first picture was not measured again, the second was
-    assert record.candidates == read_record(out).candidates
+    assert record.candidates == read_calibration(out).candidates
     assert not (tmp_path / ".record.json.work").exists()
 
 
@@ -120,7 +125,8 @@ def test_broken_and_repeated_pictures_are_skipped_and_named(
     assert "the same picture as a.png" in record.skipped[-1]
     assert record.ecl is None  # one picture proves nothing
     assert record.recommended is None
-    assert steps == [(i, 5) for i in range(6)]
+    # what is no picture is only seen when it is asked about; a copy never is
+    assert steps == [(i, 4) for i in range(5)]
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "unreadable"])
@@ -146,10 +152,10 @@ def test_folder_without_a_usable_picture_is_refused(
 def test_impossible_keep_and_layers_are_refused_before_the_model_is_loaded(
     checkpoint: Checkpoint, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_module, "load_on", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(run_module, "make_bench", lambda *_: pytest.fail("loaded"))
     with pytest.raises(UsageError, match=r"below the smallest possible, 0\.25"):
-        calibrate(checkpoint, images, keep=Keep(ratio=0.1))
-    with pytest.raises(UsageError, match="expected 1 to 3"):
+        calibrate(checkpoint, images, keep=Keep(ratio=0.1), layers=[1, 2])
+    with pytest.raises(UsageError, match="expected 0 to 3"):
         calibrate(checkpoint, images, keep=KEEP, layers=[4])
     with pytest.raises(UsageError, match="expected 0 < keep <= 1"):
         calibrate(checkpoint, images, keep=Keep(ratio=0.0))
@@ -161,7 +167,7 @@ def test_output_that_cannot_be_written_is_refused_before_any_measurement(
 ) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "file").write_text("in the way")
-    monkeypatch.setattr(run_module, "_measure", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(run_module, "measure", lambda *_, **__: pytest.fail("measured"))
     with pytest.raises(UserError) as caught:
         calibrate(checkpoint, images, **SETTINGS, out=tmp_path / out)
     assert caught.value.hint
@@ -177,7 +183,7 @@ def test_keep_one_compares_nothing_and_says_so(checkpoint: Checkpoint, images: P
         checkpoint, images, keep=Keep(ratio=1.0), prompts=["What?"], max_new_tokens=1, max_images=2
     )
     assert record.candidates == ()
-    assert record.recommended == Policy(1)
+    assert record.recommended == Schedule((Cut(1),))
     assert "nothing is dropped" in record.recommendation
     assert record.images == 2
 
@@ -202,7 +208,7 @@ def test_plot_shows_records_with_and_without_a_collapse(out: Path, tmp_path: Pat
 
     from PIL import Image
 
-    record = read_record(out)
+    record = read_calibration(out)
     plot(record, tmp_path / "none.png")
     plot(replace(record, ecl=2, confidence=0.97, candidates=()), tmp_path / "some.png")
     with Image.open(tmp_path / "none.png") as wide, Image.open(tmp_path / "some.png") as narrow:
@@ -211,38 +217,121 @@ def test_plot_shows_records_with_and_without_a_collapse(out: Path, tmp_path: Pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["none.png", "some.png"]
 
 
-def test_questions_come_from_a_list_in_turn_or_a_mapping_by_file(tmp_path: Path) -> None:
-    file = tmp_path / "prompts.json"
-    file.write_text(json.dumps(["a?", "b?"]))
-    listed = read_questions(file)
-    assert [questions_for(listed, "x.png", turn) for turn in range(3)] == [("a?",), ("b?",), ("a?",)]
-    file.write_text(json.dumps({"sub/x.png": "one?", "y.png": ["two?", "three?"]}))
-    mapped = read_questions(file)
-    assert questions_for(mapped, "sub/x.png", 7) == ("one?",)
-    assert questions_for(mapped, "deep/y.png", 0) == ("two?", "three?")
-    with pytest.raises(UserError, match=r"asks nothing of z\.png"):
-        questions_for(mapped, "z.png", 0)
+def test_several_questions_of_a_picture_weigh_by_their_answer_s_length(
+    checkpoint: Checkpoint, images: Path
+) -> None:
+    """Means over all answer positions of a picture, from the two questions measured apart."""
+    texts = ["What is this?", "How many are there?"]
+    setting = {"keep": KEEP, "max_new_tokens": 3, "layers": [2], "max_images": 1}
+    alone = [calibrate(checkpoint, images, **setting, prompts=[text]) for text in texts]
+    together = calibrate(checkpoint, images, **setting, prompts={f"p{i}.png": texts for i in range(4)})
+    for one, other, both in zip(*(record.candidates for record in (*alone, together)), strict=True):
+        low, high = sorted((one.kl, other.kl))
+        assert low <= both.kl <= high
+    assert together.images == 1
 
 
-@pytest.mark.parametrize(
-    "text", ["", "{", "[]", "{}", '"one"', "[1]", '{"a.png": []}', '[" "]', '{"a.png": [3]}']
-)
-def test_prompts_file_without_questions_is_refused(tmp_path: Path, text: str) -> None:
-    file = tmp_path / "prompts.json"
-    file.write_text(text)
-    with pytest.raises(UserError, match=r"prompts\.json"):
-        read_questions(file)
+def test_picture_with_a_question_that_cannot_be_asked_is_left_out_whole(
+    checkpoint: Checkpoint, images: Path
+) -> None:
+    long = "what " * 5000
+    prompts = {"p0.png": ["What?", long], "p1.png": ["What?"], "p2.png": ["What?"]}
+    record = calibrate(checkpoint, images, keep=KEEP, max_new_tokens=1, layers=[1], prompts=prompts)
+    assert record.images == 2
+    assert [line.split(":")[0] for line in record.skipped] == ["p0.png", "p3.png"]
 
 
-def test_other_settings_start_another_journal_and_damage_is_cut_off(tmp_path: Path) -> None:
-    result = PictureResult("k", 4, 2, (1.0,), (1.0,), {"1/paper/highest": 0.5}, {"1/paper/highest": 1.0})
-    journal = Journal(tmp_path, {"seed": 0})
-    journal.add(result)
-    assert Journal(tmp_path, {"seed": 0}).find("k") == result
-    assert Journal(tmp_path, {"seed": 1}).find("k") is None
-    with journal.path.open("a") as stream:
-        stream.write('{"key": "half')
-    reread = Journal(tmp_path, {"seed": 0})
-    reread.add(PictureResult("l", 4, 2, (1.0,), (1.0,), {}, {}))
-    assert Journal(tmp_path, {"seed": 0}).find("l") is not None
-    assert Journal(tmp_path, {"seed": 0}).find("k") == result
+def test_changed_processor_files_are_another_measurement(tmp_path: Path, images: Path) -> None:
+    """A smaller picture limit is no reason to take up, or to trust, what was measured before."""
+    path = make_tiny(tmp_path / "model", layers=4, heads=4, vision_depth=1, vision_full_blocks=(0,))
+    work = tmp_path / "work"
+    short = {**SETTINGS, "layers": [1], "max_images": 1}
+    before = calibrate(open_checkpoint(str(path)), images, **short, work=work)
+    config = path / "preprocessor_config.json"
+    raw = json.loads(config.read_text())
+    config.write_text(json.dumps({**raw, **_smaller(raw)}))
+    after = calibrate(open_checkpoint(str(path)), images, **short, work=work)
+    assert len(list(work.iterdir())) == 2
+    assert after.fingerprint == before.fingerprint
+    assert after.processor != before.processor
+    assert after.candidates != before.candidates
+
+
+def _smaller(raw: dict) -> dict:
+    """The largest picture cut to 6 visual tokens, under whichever name the file has it."""
+    limit = 6 * 28 * 28
+    if "size" in raw:
+        return {"size": {**raw["size"], "longest_edge": limit}}
+    return {"max_pixels": limit}
+
+
+class TestOutput:
+    """Record and plot appear together or not at all, over nothing that is not theirs."""
+
+    short: ClassVar = {**SETTINGS, "layers": [1], "max_images": 1}
+
+    def test_a_picture_that_is_no_plot_is_not_replaced(
+        self, checkpoint, images, tmp_path, monkeypatch
+    ) -> None:
+        monkeypatch.setattr(run_module, "measure", lambda *_, **__: pytest.fail("measured"))
+        photo = tmp_path / "photo.png"
+        tiny_picture(56, 56).save(photo)
+        before = photo.read_bytes()
+        with pytest.raises(UserError, match=r"would replace .*photo\.png") as caught:
+            calibrate(checkpoint, images, **self.short, out=tmp_path / "photo.json")
+        assert "--out" in caught.value.hint
+        assert photo.read_bytes() == before
+        (tmp_path / "other.png").write_bytes(b"no picture at all")
+        assert not is_our_plot(tmp_path / "other.png")
+
+    def test_an_earlier_plot_is_replaced(self, checkpoint, images, out, tmp_path) -> None:
+        plot(read_calibration(out), tmp_path / "mine.png")
+        before = (tmp_path / "mine.png").read_bytes()
+        calibrate(checkpoint, images, **self.short, out=tmp_path / "mine.json")
+        assert (tmp_path / "mine.png").read_bytes() != before
+        assert is_our_plot(tmp_path / "mine.png")
+
+    def test_a_plot_that_fails_leaves_no_record(self, checkpoint, images, tmp_path, monkeypatch) -> None:
+        def fail(record, path) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        out = tmp_path / "record.json"
+        with monkeypatch.context() as broken:
+            broken.setattr(calibrate_module, "plot", fail)
+            with pytest.raises(OSError, match="No space left"):
+                calibrate(checkpoint, images, **self.short, out=out)
+        assert [path.name for path in tmp_path.iterdir()] == [".record.json.work"]
+        monkeypatch.setattr(run_module, "measure", lambda *_, **__: pytest.fail("measured again"))
+        calibrate(checkpoint, images, **self.short, out=out)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["record.json", "record.png"]
+
+    def test_a_failure_leaves_an_earlier_record_and_plot(
+        self, checkpoint, images, out, tmp_path, monkeypatch
+    ) -> None:
+        for suffix in (".json", ".png"):
+            shutil.copy(out.with_suffix(suffix), tmp_path)
+        before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+        def fail(record, path) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(calibrate_module, "plot", fail)
+        with pytest.raises(OSError, match="No space left"):
+            calibrate(checkpoint, images, **self.short, out=tmp_path / "record.json")
+        shutil.rmtree(tmp_path / ".record.json.work")
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+    def test_a_full_disk_ends_the_run_and_blames_no_picture(
+        self, checkpoint, images, tmp_path, monkeypatch
+    ) -> None:
+        class Full(io.StringIO):
+            def write(self, _text: str) -> int:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        opened = Path.open
+        monkeypatch.setattr(
+            Path, "open", lambda path, mode="r", **kw: Full() if mode == "a" else opened(path, mode, **kw)
+        )
+        with pytest.raises(UserError, match="measurements cannot be written"):
+            calibrate(checkpoint, images, **SETTINGS, layers=[1], out=tmp_path / "record.json")
+        assert list(tmp_path.iterdir()) == []  # nothing was measured, so nothing stays to go on from

@@ -74,12 +74,15 @@ def prompt(chooser: Chooser, visual_index: np.ndarray, length: int, *, seed: int
 
 
 def session(
-    chooser: Chooser, *, dtype: ir.DataType = FLOAT, opset: int = 20, degree: int = 512, dims: DecoderDims = DIMS
+    chooser: Chooser,
+    *,
+    dtype: ir.DataType = FLOAT,
+    opset: int = 20,
+    degree: int = 512,
+    dims: DecoderDims = DIMS,
 ) -> onnxruntime.InferenceSession:
     """The chooser's prune component, checked and opened."""
-    model = build_prune(
-        chooser, dims=dims, cut_layer=2, precision_dtype=dtype, degree=degree, opset=opset
-    )
+    model = build_prune(chooser, dims=dims, cut_layer=2, precision_dtype=dtype, degree=degree, opset=opset)
     proto = ir.to_proto(model)
     onnx.checker.check_model(proto, full_check=True)
     return onnxruntime.InferenceSession(proto.SerializeToString())

@@ -207,8 +207,6 @@ class TestDifference:
 
 
 class TestBody:
-    opened = {opset: None for opset in (20, 23)}
-
     def judge(self, rows: np.ndarray, k: int, opset: int = 20) -> KeptDifference:
         at = prompt_of(rows)
         outputs = run(session(CHOOSER, opset=opset), at, k)

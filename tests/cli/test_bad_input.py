@@ -154,6 +154,45 @@ def test_keep_and_keep_tokens_exclude_each_other(refused, tiny):
     )
 
 
+@pytest.mark.parametrize(
+    ("cuts", "message"),
+    [
+        (["2"], "is not LAYER:SHARE"),
+        (["2:half"], "is not LAYER:SHARE"),
+        (["2:0.5:loudest"], "policy 'loudest' is unknown"),
+        (["2:0"], "expected 0 < share <= 1"),
+        (["2:1.5"], "expected 0 < share <= 1"),
+        (["2:nan"], "expected 0 < share <= 1"),
+        (["2:0.5", "2:0.2"], "expected a later layer"),
+        (["2:0.5", "1:0.2"], "expected a later layer"),
+        (["1:0.2", "2:0.5"], "is more than the 0.2"),
+        (["0:0.5"], "expected 1 to 3"),
+        (["4:0.5:divprune"], "expected 0 to 3"),
+        (["1:0:nothing", "2:0:nothing"], "no visual token left"),
+    ],
+)
+def test_cuts_that_cannot_be(refused, tiny, tmp_path, cuts, message):
+    given = [word for cut in cuts for word in ("--cut", cut)]
+    assert message in refused("plan", "--model", str(tiny), *given, code=2)
+    assert message in refused("build", "--model", str(tiny), *given, "--out", str(tmp_path / "out"), code=2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_keep_that_the_cuts_cannot_meet_names_the_smallest(refused, tiny):
+    cuts = ("--cut", "2:0.5:divprune", "--cut", "3:0.1:random")
+    said = refused("plan", "--model", str(tiny), *cuts, "--keep", "0.3", code=2)
+    assert "below the smallest possible, 0.5" in said
+
+
+def test_cuts_and_the_short_form_exclude_each_other(refused, tiny):
+    said = refused("plan", "--model", str(tiny), "--cut", "1:0.5", "--layer", "2", code=2)
+    assert "--cut and --layer exclude each other" in said
+
+
+def test_a_keep_that_nothing_says(refused, tiny):
+    assert "--keep 0.25" in refused("plan", "--model", str(tiny), "--layer", "2", code=2)
+
+
 @pytest.mark.parametrize("layer", ["0", "4", "-1", "99"])
 def test_layer_out_of_range(refused, tiny, layer):
     assert "layer" in refused("plan", "--model", str(tiny), "--keep", "0.5", "--layer", layer, code=2)
@@ -213,8 +252,8 @@ def test_beginning_of_a_target_suggests_all_that_begin_so(refused, tiny):
     said = refused(
         "plan", "--model", str(tiny), "--keep", "0.5", "--layer", "1", "--target", "jetson", code=2
     )
-    assert "jetson-orin-agx-64gb or" in said
-    assert "jetson-thor or" in said
+    assert "jetson-orin-agx-64gb, " in said
+    assert "jetson-thor, " in said
 
 
 def test_output_that_exists_is_refused_before_any_work(refused, tiny, tmp_path):
@@ -248,15 +287,39 @@ class TestBundle:
         assert "manifest.json" in refused("inspect", str(tmp_path))
 
     def test_changed_file(self, refused, bundle):
-        file = bundle / "decoder_head.onnx"
+        file = bundle / "decoder_0.onnx"
         raw = bytearray(file.read_bytes())
         raw[-1] ^= 1
         file.write_bytes(raw)
-        assert "decoder_head.onnx" in refused("run", str(bundle), "--prompt", "hello")
+        assert "decoder_0.onnx" in refused("run", str(bundle), "--prompt", "hello")
 
     def test_missing_file(self, refused, bundle):
-        (bundle / "decoder_tail.onnx").unlink()
-        assert "decoder_tail.onnx" in refused("run", str(bundle), "--prompt", "hello")
+        (bundle / "decoder_1.onnx").unlink()
+        assert "decoder_1.onnx" in refused("run", str(bundle), "--prompt", "hello")
+
+    def test_a_bundle_of_an_older_format_says_how_to_build_again(self, refused, bundle):
+        raw = json.loads((bundle / "manifest.json").read_text())
+        (bundle / "manifest.json").write_text(json.dumps({**raw, "format": 1}))
+        assert "ep-export build" in refused("run", str(bundle), "--prompt", "hello")
+
+    def test_a_policy_that_is_not_there_lists_those_that_are(self, refused, bundle, tmp_path):
+        picture = tmp_path / "picture.png"
+        tiny_picture(112, 84).save(picture)
+        asked = ("--image", str(picture), "--prompt", "hello", "--policy", "divprune")
+        said = refused("run", str(bundle), *asked)
+        assert "it has paper-highest" in said
+        assert "policy add" in said
+
+    def test_two_policies_of_one_name(self, refused, bundle):
+        before = (bundle / "manifest.json").read_bytes()
+        assert "paper-highest" in refused("policy", "add", str(bundle), "--policy", "paper")
+        twice = ("--policy", "divprune", "--policy", "divprune")
+        assert "two policies" in refused("policy", "add", str(bundle), *twice, code=2)
+        assert (bundle / "manifest.json").read_bytes() == before
+        assert not list(bundle.glob("prune_0.divprune*"))
+
+    def test_a_policy_that_does_not_exist(self, refused, bundle):
+        assert "is unknown" in refused("policy", "add", str(bundle), "--policy", "loudest", code=2)
 
     def test_newer_format(self, refused, bundle):
         raw = json.loads((bundle / "manifest.json").read_text())
@@ -324,8 +387,54 @@ def test_a_drawing_that_cannot_be_written_is_refused_before_the_answer(tiny_bund
 
 
 def test_questions_with_answers_serve_a_calibration_too(tmp_path):
-    from ep_export.calibrate.questions import read_questions
+    from ep_export.measure.prompts import read_questions
 
     file = tmp_path / "prompts.json"
     file.write_text('{"a.png": {"question": "What?", "answer": "a cat"}, "b.png": ["Where?", "Who?"]}')
     assert read_questions(file) == {"a.png": ["What?"], "b.png": ["Where?", "Who?"]}
+
+
+class TestOverwrite:
+    """`--overwrite` deletes what a run of ours wrote and nothing else."""
+
+    def test_a_web_app_with_a_manifest_stays(self, refused, tiny, tmp_path):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "manifest.json").write_text('{"name": "app", "icons": [], "start_url": "/"}')
+        (tmp_path / "out" / "index.html").write_text("mine")
+        assert "was not made by ep-export" in refused(*build(tiny, tmp_path, "--overwrite"))
+
+    def test_the_checkpoint_itself_stays(self, refused, tiny):
+        (tiny / "manifest.json").write_text('{"format": 1}')
+        arguments = ("--model", str(tiny), "--keep", "0.5", "--layer", "1", "--out", str(tiny), "--overwrite")
+        assert "was not made by ep-export" in refused("export", *arguments)
+
+    def test_pictures_in_an_old_bundle_stay(self, refused, tiny_bundle, tiny, tmp_path):
+        shutil.copytree(tiny_bundle.path, tmp_path / "out")
+        (tmp_path / "out" / "holiday.jpg").write_bytes(b"mine")
+        assert "holds holiday.jpg" in refused(*build(tiny, tmp_path, "--overwrite"))
+
+    def test_an_old_bundle_is_replaced(self, tiny_bundle, tiny, tmp_path):
+        out = shutil.copytree(tiny_bundle.path, tmp_path / "out")
+        before = (out / "manifest.json").read_text()
+        result = ep_export(
+            "export", "--model", str(tiny), "--keep", "0.5", "--layer", "1", "--out", str(out), "--overwrite"
+        )
+        assert result.code == 0, result.err
+        assert (out / "manifest.json").read_text() != before
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "tiny"]
+
+
+def test_a_picture_s_name_forges_no_line_of_ours(tiny_bundle, tmp_path):
+    name = "a\nerror: faked.png\x1b[31m\x07"
+    (tmp_path / name).write_text("no picture")
+    result = ep_export("run", str(tiny_bundle.path), "--prompt", "hello", "--image", str(tmp_path / name))
+    assert result.code == 1
+    lines = result.err.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["error", "hint"], result.err
+    assert all(line.isprintable() for line in lines)
+
+
+def test_postscript_called_a_photo_is_no_picture(refused, tiny_bundle, tmp_path):
+    (tmp_path / "photo.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EOF\n")
+    said = refused("run", str(tiny_bundle.path), "--prompt", "hi", "--image", str(tmp_path / "photo.png"))
+    assert "not a picture" in said

@@ -44,7 +44,7 @@ def test_build_is_the_same_build(tiny_checkpoint, tiny_bundle, tmp_path):
     assert result.stdout.strip() == str(tmp_path / "bundle")
     theirs, ours = Bundle.open(tmp_path / "bundle").manifest, tiny_bundle.manifest
     assert (theirs.files, theirs.components) == (ours.files, ours.components)
-    assert (theirs.policy, theirs.keep) == (ours.policy, ours.keep)
+    assert (theirs.schedule, theirs.keep) == (ours.schedule, ours.keep)
 
 
 def test_data_errors_and_exit_codes_are_ours():

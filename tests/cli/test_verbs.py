@@ -6,6 +6,8 @@ import pytest
 from command_line import ep_export
 from tiny import tiny_picture
 
+from ep_export.bundle import read_manifest
+
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
@@ -76,6 +78,51 @@ def test_run_keep_overrides_the_bundles(built, pictures):
     assert len(pruned["kept_index"]) < pruned["prompt_tokens"]
 
 
+def test_a_policy_is_added_without_touching_anything_else(built, pictures):
+    _, bundle = built
+
+    def checksums():
+        return {entry.path: entry.sha256 for entry in read_manifest(bundle).files}
+
+    before = checksums()
+    result = ep_export("policy", "add", str(bundle), "--policy", "divprune", "--policy", "norm-lowest")
+    assert (result.code, result.out.split()) == (0, ["divprune", "norm-lowest"]), result.err
+    after = checksums()
+    assert {path: after[path] for path in before} == before
+    assert set(after) - set(before) == {"prune_0.divprune.onnx", "prune_0.norm-lowest.onnx"}
+    listed = json.loads(ep_export("policy", "list", str(bundle), "--json").out)
+    assert listed["policies"] == ["paper-highest", "divprune", "norm-lowest"]
+    image = ("--image", str(pictures / "0.png"), "--prompt", "What", "--max-new-tokens", "1", "--json")
+    kept = {
+        name: json.loads(ep_export("run", str(bundle), *image, "--policy", name).out)["kept_index"]
+        for name in listed["policies"]
+    }
+    assert len({len(index) for index in kept.values()}) == 1
+    assert len({tuple(index) for index in kept.values()}) == 3
+    validated = ep_export("validate", str(bundle), "--images", str(pictures), "--policy", "divprune")
+    assert validated.code == 0, validated.err
+
+
+def test_two_cuts_from_plan_to_picture(tiny_checkpoint, pictures, tmp_path):
+    out, shown = tmp_path / "bundle", tmp_path / "kept.png"
+    cuts = ("--cut", "1:0.75:divprune", "--cut", "3:50%:norm-lowest")
+    planned = json.loads(ep_export("plan", "--model", str(tiny_checkpoint), *cuts, "--json").out)
+    assert [cut["policy"] for cut in planned["cuts"]] == ["divprune", "norm-lowest"]
+    assert planned["keep"] == pytest.approx((1 + 2 * 0.75 + 0.5) / 4)
+    result = ep_export(
+        "build", "--model", str(tiny_checkpoint), *cuts, "--out", str(out), "--images", str(pictures)
+    )
+    assert result.code == 0, result.err
+    image = ("--image", str(pictures / "0.png"), "--prompt", "What", "--max-new-tokens", "1", "--json")
+    said = json.loads(ep_export("run", str(out), *image, "--show", str(shown)).out)
+    visual, text = said["visual_tokens"], said["prompt_tokens"] - said["visual_tokens"]
+    assert [len(cut["kept_index"]) - text for cut in said["cuts"]] == [visual * 3 // 4, visual // 2]
+    first, second = (set(cut["kept_index"]) for cut in said["cuts"])
+    assert second < first
+    assert set(said["kept_index"]) == second
+    assert shown.is_file()
+
+
 def test_inspect_shows_shapes_and_what_was_verified(built):
     _, bundle = built
     result = ep_export("inspect", str(bundle))
@@ -111,7 +158,7 @@ def test_calibrate_writes_a_record_and_a_plot_and_build_uses_it(tiny_checkpoint,
     assert result.code == 0, result.err
     raw = json.loads(record.read_text())
     assert raw["provenance"]["kind"] == "measured"
-    assert {c["layer"] for c in raw["candidates"]} == {1, 2}
+    assert {c["layer"] for c in raw["candidates"]} == {0, 1, 2}  # DivPrune also before the decoder
     assert record.with_suffix(".png").is_file()
 
     told = ("--calibration", str(record), "--policy", "norm", "--layer", "1", "--json")

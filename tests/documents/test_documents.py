@@ -1,13 +1,14 @@
 """A dataclass survives its file; what was written by another hand is refused with the reason."""
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
 import pytest
 
-from ep_export.documents import decode, encode, read_document, write_document
+from ep_export.documents import decode, encode, parse_json, read_document, read_json, write_document
 from ep_export.errors import UserError
 
 
@@ -114,3 +115,63 @@ def test_a_file_that_holds_no_object_is_refused(tmp_path, content, reason):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"note .*nowhere\.json does not exist"):
         read(tmp_path / "nowhere.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"a":' * 100_000, "nested too deeply"),
+        (b"NaN", "NaN is no number"),
+        (b'{"weight": Infinity}', "Infinity is no number"),
+        (b"-Infinity", "no number"),
+        (b"1e999", "too large"),
+        (b"1" * 5000, "4300 digits"),
+        (rb'"\ud800"', "surrogates not allowed"),
+        (rb'{"\uDFFF": 1}', "surrogates not allowed"),
+        (b"\xff", "can't decode"),
+        (b"", "Expecting value"),
+        (b'{"a": 1} x', "Extra data"),
+    ],
+    ids=lambda value: ascii(value)[:24],
+)
+def test_json_that_cannot_be_computed_with_or_written_again_is_refused(text, reason):
+    with pytest.raises(ValueError, match=reason):
+        parse_json(text)
+
+
+@pytest.mark.parametrize("value", [{"a": [1, 2.5, None, True, "ü\n\x1b"], "😀": {}}, 10**400, "", [[]]])
+def test_other_json_means_what_it_says(value):
+    assert parse_json(json.dumps(value).encode()) == value
+    assert parse_json(json.dumps(value, ensure_ascii=False).encode()) == value
+
+
+def test_a_key_may_stand_twice_unless_it_must_not():
+    assert parse_json(b'{"a": 1, "a": 2}') == {"a": 2}
+    with pytest.raises(ValueError, match="'a' appears twice"):
+        parse_json(b'{"b": {"a": 1, "a": 2}}', unique_keys=True)
+
+
+def test_a_file_that_nobody_should_parse_is_refused(tmp_path):
+    large = tmp_path / "large.json"
+    with large.open("wb") as stream:
+        stream.truncate(1 << 29)
+    (tmp_path / "loop.json").symlink_to(tmp_path / "loop.json")
+    os.mkfifo(tmp_path / "pipe.json")
+    for name, reason in (
+        ("large.json", "over 256 MiB"),
+        ("loop.json", "is not a file"),
+        ("pipe.json", "is not a file"),
+        ("x" * 300, "name too long"),
+        (".", "is not a file"),
+    ):
+        with pytest.raises(UserError, match=f"(?i){reason}") as refused:
+            read_json(tmp_path / name, hint="get another")
+        assert refused.value.hint == "get another"
+
+
+def test_an_integer_too_large_for_a_float_field_is_refused(tmp_path):
+    file = tmp_path / "note.json"
+    file.write_text(json.dumps({**RAW, "weight": 10**400}))
+    with pytest.raises(UserError, match=r"Note\.weight"):
+        read(file)

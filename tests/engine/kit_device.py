@@ -6,53 +6,54 @@ right arguments and act on what those say; what real ones would do with them is 
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+from google.protobuf.message import DecodeError
 
 from ep_export.bundle import Bundle
 from ep_export.engine.kit import write_kit
+from ep_export.engine.placement import Placement, place_components
 from ep_export.engine.profiles import LimitsRequest, make_profiles, resolve_limits
 from ep_export.engine_record import Limits
 from ep_export.targets import find_target
 
-__all__ = ["JETPACK6", "JETPACK7", "Device", "limits_for", "make_kit"]
+__all__ = ["JETPACK6", "JETPACK7", "Device", "limits_for", "make_kit", "place"]
 
 JETPACK6 = "jetson-orin-agx-64gb"  # TensorRT 10.3: the body is stripped
 JETPACK7 = "jetson-orin-agx-64gb-jetpack7"  # TensorRT 11.4
 
-_HELP = """\
-  --onnx=<file> --saveEngine=<file> --minShapes=spec --optShapes=spec --maxShapes=spec
-  --memPoolSize=poolspec --noTF32 --stronglyTyped --timingCacheFile=<file> --device=N
-  --staticPlugins --dynamicPlugins --skipInference --help
-"""
-_TRTEXEC = f"""#!/usr/bin/env bash
-# A stand-in for trtexec: it records its arguments and writes a file where an engine would be.
-echo "&&&& RUNNING TensorRT.trtexec [TensorRT v$STANDIN_TENSORRT] [b30] # trtexec"
-if [[ $* == *--help* ]]; then printf '%s' '{_HELP}'; exit 0; fi
-(IFS=$'\\x1f'; printf '%s\\n' "$*") >>"$STANDIN_CALLS"
-for argument; do
-  case $argument in
-    --onnx=*) name=${{argument#--onnx=}}; name=${{name%%.*}} ;;
-    --saveEngine=*) engine=${{argument#--saveEngine=}} ;;
-  esac
-done
-if [[ $name == "${{STANDIN_SLOW:-}}" ]]; then echo "half an engine" >"$engine"; exec sleep 60; fi
-if [[ $name == "${{STANDIN_FAIL:-}}" ]]; then
-  echo "[E] Error[2]: [virtualMemoryBuffer.cpp::resizePhysical::154] Error Code 2: OutOfMemory"
-  exit 1
-fi
-if [[ $name != "${{STANDIN_EMPTY:-}}" ]]; then printf 'a stand-in for the engine of %s' "$name" >"$engine"; fi
-echo "&&&& PASSED TensorRT.trtexec"
-"""
+_TRTEXEC = Path(__file__).with_name("standin_trtexec.py")
 _CMAKE = """#!/usr/bin/env bash
-# A stand-in for CMake: it records its arguments and writes a file where the plugin would be.
+# A stand-in for CMake: it records its arguments and writes a file where the plugin would be. As the real one
+# it configures only a folder that holds a CMakeLists.txt, and builds only what it has configured.
 printf '%s\\n' "cmake $*" >>"$STANDIN_CALLS.cmake"
 if [[ -n ${STANDIN_CMAKE_FAIL:-} ]]; then echo "error: no such header"; exit 1; fi
-if [[ $1 == --build ]]; then mkdir -p "$2"; echo "a stand-in for the plugin" >"$2/libep_entropy_prune.so"; fi
+if [[ $1 == --build ]]; then
+  if [[ ! -f $2/CMakeCache.txt ]]; then echo "Error: could not load cache"; exit 1; fi
+  echo "a stand-in for the plugin" >"$2/libep_entropy_prune.so"
+  exit 0
+fi
+while (($#)); do
+  case $1 in
+    -S) source=$2; shift ;;
+    -B) build=$2; shift ;;
+    -D?*=* | -G) ;;
+    *) echo "CMake Error: Unknown argument $1"; exit 1 ;;
+  esac
+  shift
+done
+if [[ ! -f $source/CMakeLists.txt ]]; then echo "CMake Error: no CMakeLists.txt in $source"; exit 1; fi
+mkdir -p "$build" && touch "$build/CMakeCache.txt"
 """
 _NVIDIA_SMI = """#!/usr/bin/env bash
 # A stand-in for nvidia-smi; without STANDIN_SM it fails, as it does on machines without a GPU.
@@ -87,7 +88,7 @@ class Device:
 
     def __post_init__(self) -> None:
         programs = {
-            "trtexec": _TRTEXEC,
+            "trtexec": f"#!{sys.executable} -SE\n{_TRTEXEC.read_text()}",
             "cmake": _CMAKE,
             "nvidia-smi": _NVIDIA_SMI,
             "nvcc": "#!/bin/sh\necho nvcc stand-in\n",
@@ -95,6 +96,7 @@ class Device:
             "uname": f"#!/bin/sh\necho {self.machine}\n",
         }
         (self.folder / "bin").mkdir(parents=True)
+        (self.folder / "graphs.json").write_text("{}")
         for name, text in programs.items():
             self.install(name, text)
         tree = self.folder / "proc" / "device-tree"
@@ -120,6 +122,7 @@ class Device:
             "HOME": str(self.folder),
             "PROC": str(self.folder / "proc"),
             "STANDIN_CALLS": str(self.folder / "calls"),
+            "STANDIN_GRAPHS": str(self.folder / "graphs.json"),
             "STANDIN_TENSORRT": self.tensorrt,
             "STANDIN_SM": self.sm,
             "OMP_NUM_THREADS": "1",
@@ -130,6 +133,7 @@ class Device:
         self, kit: Path, script: str, *arguments: str, **environment: str
     ) -> subprocess.CompletedProcess[str]:
         """Run a script of a kit to its end, from another directory."""
+        self.know(kit)
         return subprocess.run(
             [str(kit / script), *arguments],
             check=False,
@@ -138,6 +142,11 @@ class Device:
             cwd="/",
             env={**self.variables, **environment},
         )
+
+    def know(self, kit: Path) -> None:
+        """Tell trtexec what the graphs of a kit take: parsing them is what it cannot do by itself."""
+        graphs = {file.name: _interface(file.read_bytes()) for file in kit.glob("*.onnx")}
+        (self.folder / "graphs.json").write_text(json.dumps(graphs))
 
     def calls(self) -> list[list[str]]:
         """Arguments of every call of trtexec that was to build something, in order; forgets them."""
@@ -154,18 +163,58 @@ class Device:
         return lines
 
 
+@cache
+def _interface(content: bytes) -> dict[str, object] | None:
+    """Inputs with None for axes that vary, and whether a node has no body; None for what is no graph."""
+    try:
+        model = ir.from_proto(onnx.ModelProto.FromString(content))
+    except DecodeError:
+        return None
+    nodes = {node.op_identifier() for node in model.graph if node.domain not in {"", "ai.onnx"}}
+    inputs = {
+        value.name: [axis if isinstance(axis, int) else None for axis in value.shape]
+        for value in model.graph.inputs
+    }
+    return {"inputs": inputs, "needs_plugin": bool(nodes - set(model.functions))}
+
+
 def limits_for(bundle: Bundle, **request: int) -> Limits:
     """Small limits that hold the first test card."""
     return resolve_limits(bundle, LimitsRequest(max_new_tokens=32, max_pixels=64 * 784, **request))
 
 
 def make_kit(
-    bundle: Bundle, out: Path, *, target: str = JETPACK6, golden: bool = False, limits: Limits | None = None
+    bundle: Bundle,
+    out: Path,
+    *,
+    target: str = JETPACK6,
+    golden: bool = False,
+    limits: Limits | None = None,
+    **placed: Any,
 ) -> Path:
-    """A kit in `out`, made in another place and moved there."""
+    """A kit in `out`, made in another place and moved there; `placed` is for `place_components`."""
     limits = limits or limits_for(bundle)
-    made = out.with_name(out.name + ".made")
-    made.mkdir(parents=True)
-    write_kit(bundle, find_target(target), limits, make_profiles(bundle, limits), made, golden=golden)
-    shutil.move(made, out)
+    aside = out.with_name(out.name + ".aside")
+    aside.mkdir(parents=True)
+    write_kit(
+        bundle,
+        find_target(target),
+        limits,
+        make_profiles(bundle, limits),
+        aside,
+        placement=place(bundle, target, limits, **placed),
+        golden=golden,
+    )
+    shutil.move(aside, out)
     return out
+
+
+def place(bundle: Bundle, target: str, limits: Limits, **placed: Any) -> Placement:
+    """Where components run, with the plugin that a kit builds."""
+    return place_components(
+        bundle.manifest,
+        find_target(target),
+        plugin=True,
+        max_kept_tokens=limits.max_kept_tokens,
+        **placed,
+    )

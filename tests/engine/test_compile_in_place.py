@@ -24,6 +24,7 @@ from ep_export.engine.profiles import LimitsRequest
 from ep_export.engine.worker import Outcome
 from ep_export.engine_record import RECORD, check_engine_files, read_record
 from ep_export.errors import UserError
+from ep_export.ownership import first_foreign
 from ep_export.policy import MaxMin, Nothing, Scorer, TopK
 from ep_export.targets import Flavour, find_target
 
@@ -328,6 +329,9 @@ def test_a_kit_in_its_bundle_is_not_listed_there_and_no_weights_are_read_again(b
     assert not [name for name in read if name.endswith(".safetensors")]
     assert (bundle.path / "manifest.json").read_bytes() == before
     Bundle.open(kit)  # it has a manifest of its own
+    assert first_foreign(bundle.path, "manifest.json") is None  # and the bundle may still be replaced
+    (kit / "mine.txt").write_text("a note")
+    assert first_foreign(bundle.path, "manifest.json") == f"engines/{JETPACK6}/mine.txt"
 
 
 def test_a_kit_after_engines_for_another_target(bundle, device, tmp_path):

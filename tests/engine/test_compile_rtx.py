@@ -1,6 +1,5 @@
 """Real engines, compiled ahead of time on a machine without a GPU."""
 
-import dataclasses
 import importlib.util
 import json
 import shutil
@@ -12,15 +11,18 @@ from command_line import ep_export
 from family_bundles import MAKERS
 from tiny import make_tiny
 
-from ep_export.bundle import Bundle, Dialect, Precision
-from ep_export.engine.compile import CompileRequest, Made, compile_bundle
-from ep_export.engine.compiler import installed_version
-from ep_export.engine.profiles import LimitsRequest, make_profiles
-from ep_export.engine_record import RECORD, bundle_fingerprint, check_engine, check_engine_files, read_record
+from ep_export.bundle import Bundle, Dialect, Precision, Role
+from ep_export.engine.compile import CompileRequest, Output, compile_bundle
+from ep_export.engine.compiler import compile_component, installed_version
+from ep_export.engine.placement import PruneOn
+from ep_export.engine.profiles import LimitsRequest, make_profiles, resolve_limits
+from ep_export.engine.worker import Job
+from ep_export.engine_record import RECORD, check_engine, check_engine_files, engine_of, read_record
 from ep_export.errors import UserError
 from ep_export.families import FAMILIES
-from ep_export.policy import Scorer
-from ep_export.targets import Flavour, find_target
+from ep_export.policy import Budget, Cut, MaxMin, Nothing, Random, Schedule, Scorer, Source, TopK
+from ep_export.runtime import OnnxRuntimeRunner
+from ep_export.targets import Flavour, find_target, load_targets
 
 needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None,
@@ -42,7 +44,7 @@ def test_every_family_is_compiled_here():
 def test_every_component_compiles_and_holds_the_profile_asked_for(family, dialect, bundle_of, tmp_path):
     bundle = bundle_of(family, dialect)
     result = compile_bundle(bundle, CompileRequest(find_target(ADA), LIMITS, out=tmp_path / "engines"))
-    assert result.made is Made.ENGINES
+    assert result.output is Output.ENGINES
     record = read_record(tmp_path / "engines")
     assert set(record.components) == {component.name for component in bundle.manifest.components}
     check_engine(record, bundle, flavour=Flavour.TENSORRT_RTX, version=record.version, sm="8.9")
@@ -51,14 +53,129 @@ def test_every_component_compiles_and_holds_the_profile_asked_for(family, dialec
     for name, engine in record.components.items():
         assert engine.profiles == profiles[name]
     # An engine opens only where a GPU is. Its profiles lie in it as plain 64-bit numbers, all the same.
-    raw = (tmp_path / "engines" / record.components["decoder_head"].file).read_bytes()
     dims = bundle.manifest.dims
-    for shape in (
-        (1, 449, dims.hidden_size),  # the longest prompt
-        (1, dims.kv_heads, 479, dims.head_dim),  # 449 + 31 - 1 in the cache
-    ):
-        assert struct.pack(f"<{len(shape)}q", *shape) in raw, shape
-    assert struct.pack("<3q", 1, 1024, dims.hidden_size) not in raw
+    for span in bundle.manifest.spans:
+        raw = (tmp_path / "engines" / record.components[span.name].file).read_bytes()
+        for shape in (
+            (1, 449, dims.hidden_size),  # the longest prompt
+            (1, dims.kv_heads, 479, dims.head_dim),  # 449 + 31 - 1 in the cache
+        ):
+            assert struct.pack(f"<{len(shape)}q", *shape) in raw, shape
+        assert struct.pack("<3q", 1, 1024, dims.hidden_size) not in raw
+
+
+POLICIES = (
+    *(TopK(scorer) for scorer in Scorer),
+    TopK(Scorer.NORM, source=Source.KEY),  # entropies of 4 heads, which keys have here, take half a minute
+    TopK(source=Source.HIDDEN),
+    TopK(budget=Budget.PER_PICTURE),
+    MaxMin(),
+    Random(7),
+    Nothing(),
+)
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory):
+    """One of two cuts, with every kind of policy at both, for every precision."""
+    folder = tmp_path_factory.mktemp("policies")
+    schedule = Schedule((Cut(1, POLICIES[0], 0.6), Cut(2, POLICIES[0], 0.3)))
+    checkpoint = make_tiny(folder / "model", layers=3, heads=8, kv_heads=4, vision_depth=2)
+    return {
+        precision: export_tiny(
+            checkpoint,
+            folder / precision.value,
+            schedule=schedule,
+            keep=0.6,
+            policies=POLICIES[1:],
+            precision=precision,
+        )
+        for precision in (Precision.FP16, Precision.FP32)
+    }
+
+
+@needs_compiler
+class TestPolicies:
+    """What target files claim about the choosers their compiler takes."""
+
+    def test_two_cuts_and_every_kind_of_policy_compile(self, bundles, tmp_path):
+        bundle = bundles[Precision.FP32]
+        names = tuple(chooser.name for chooser in POLICIES)
+        request = CompileRequest(find_target(ADA), LIMITS, policies=names, out=tmp_path / "engines")
+        record = compile_bundle(bundle, request).record
+        assert set(record.components) == {component.name for component in bundle.manifest.components}
+        assert record.on_cpu == ()
+        # two orders of magnitude below the spans of a real model
+        prunes = [engine for engine in record.components.values() if engine.role is Role.PRUNE]
+        assert max(engine.bytes for engine in prunes) < 10_000_000
+
+    @pytest.mark.parametrize("chooser", POLICIES, ids=lambda chooser: chooser.name)
+    def test_turing_takes_what_its_file_says_and_no_more(self, bundles, chooser, tmp_path):
+        """The compiler itself is asked."""
+        bundle, turing = bundles[Precision.FP16], find_target("rtx-turing")
+        prune = bundle.manifest.prune(0, chooser.name)
+        job = Job(
+            onnx=str(bundle.file(prune.file)),
+            engine=str(tmp_path / "engine"),
+            flavour=turing.flavour,
+            sm=turing.sm,
+            profiles=make_profiles(bundle, resolve_limits(bundle, LIMITS))[prune.name],
+        )
+        if turing.takes_chooser(chooser):
+            assert compile_component(job, component=prune.name, target=turing).bytes > 0
+        else:
+            with pytest.raises(UserError, match="that GPU multiplies no float32 matrices") as refused:
+                compile_component(job, component=prune.name, target=turing)
+            assert "--prune-on cpu" in refused.value.hint
+
+    def test_on_turing_the_spans_compile_whatever_the_policy_when_the_cpu_prunes(self, bundles, tmp_path):
+        bundle = bundles[Precision.FP16]
+        request = CompileRequest(
+            find_target("rtx-turing"), LIMITS, prune_on=PruneOn.CPU, out=tmp_path / "engines"
+        )
+        record = compile_bundle(bundle, request).record
+        assert {engine.role for engine in record.components.values()} == {
+            Role.VISION,
+            Role.EMBED,
+            Role.DECODER,
+        }
+        for name in record.on_cpu:
+            component = bundle.manifest.component(name)
+            assert engine_of(record, bundle, component) is None
+            OnnxRuntimeRunner(bundle.file(component.file)).close()  # it opens
+
+
+def test_prune_components_of_bfloat16_run_on_the_cpu(bundle_of):
+    """ONNX Runtime has no bfloat16 arithmetic there, and needs none: scores are float32."""
+    import numpy as np
+
+    bundle = bundle_of("qwen2_5_vl", Dialect.MODERN)
+    (prune,) = bundle.manifest.with_role(Role.PRUNE)
+    assert prune.inputs[0].dtype == "bfloat16"
+    random, dims = np.random.default_rng(0), bundle.manifest.dims
+    feeds = {
+        "states": random.normal(size=(1, 9, dims.heads, dims.head_dim)).astype(np.float32),
+        "hidden": np.round(random.normal(size=(1, 9, dims.hidden_size)) * 8).astype(np.float32),
+        "position_ids": np.tile(np.arange(9), (dims.position_axes, 1, 1)),
+        "visual_index": np.arange(2, 7),
+        "keep_slots": np.zeros(2, dtype=np.int64),
+    }
+    with OnnxRuntimeRunner(bundle.file(prune.file)) as runner:
+        outputs = {name: value.numpy() for name, value in runner.run(feeds).items()}
+    kept = outputs["kept_index"]
+    assert len(kept) == 6
+    assert set(np.setdiff1d(np.arange(9), np.arange(2, 7))) <= set(kept)
+    assert np.array_equal(outputs["kept_hidden"], feeds["hidden"][:, kept])
+
+
+def test_every_claim_of_a_compiled_target_is_one_that_is_compiled_above():
+    """Turing has its own file of claims; all others with TensorRT-RTX claim every policy."""
+    partial = {
+        target.name
+        for target in load_targets()
+        if target.flavour is Flavour.TENSORRT_RTX and not all(map(target.takes_chooser, POLICIES))
+    }
+    assert partial == {"rtx-turing"}
 
 
 @needs_compiler
@@ -82,11 +199,13 @@ class TestOneBundle:
         opened = Bundle.open(bundle.path)  # sizes and checksums of everything, engines included
         assert f"engines/{ADA}/{RECORD}" in {entry.path for entry in opened.manifest.files}
         assert "not run" in opened.manifest.verified[ADA]
-        assert bundle_fingerprint(opened.manifest) == bundle_fingerprint(bundle.manifest)
 
         again = ep_export("compile", str(bundle.path), "--target", ADA, *options)
-        assert again.code == 1
-        assert "--overwrite" in again.err
+        assert again.code == 0, again.err
+        assert set(json.loads(again.out)["reused"]) == set(said["record"]["components"])
+        other = ep_export("compile", str(bundle.path), "--target", ADA, "--max-prompt", "500")
+        assert other.code == 1
+        assert "--overwrite" in other.err
         for_another = find_target("rtx-ampere")
         record = read_record(bundle.path / "engines" / ADA)
         with pytest.raises(UserError, match=r"are for SM 8.9, expected SM 8.6"):
@@ -114,23 +233,18 @@ class TestOneBundle:
         assert "portable" in errors[1]
         assert not (bundle.path / "engines").exists()
 
-    def test_turing_takes_bfloat16_weights_as_float16_and_scores_by_norm(self, tmp_path):
+    def test_turing_takes_bfloat16_weights_as_float16(self, tmp_path):
         import torch
 
         options = {"layers": 2, "heads": 8, "kv_heads": 4, "vision_depth": 2, "dtype": torch.bfloat16}
         checkpoint = make_tiny(tmp_path / "model", **options)
-        made = export_tiny(
-            checkpoint, tmp_path / "bundle", layer=1, scorer=Scorer.NORM, precision=Precision.FP16
+        bundle = export_tiny(
+            checkpoint, tmp_path / "bundle", chooser=TopK(Scorer.NORM), precision=Precision.FP16
         )
         turing = find_target("rtx-turing")
-        result = compile_bundle(made, CompileRequest(turing, LIMITS, out=tmp_path / "engines"))
+        result = compile_bundle(bundle, CompileRequest(turing, LIMITS, out=tmp_path / "engines"))
         assert result.record.sm == "7.5"
         assert {file.suffix for file in (tmp_path / "engines").iterdir()} == {".engine", ".json"}
-        paper = dataclasses.replace(
-            made.manifest, policy=dataclasses.replace(made.manifest.policy, scorer=Scorer.PAPER)
-        )
-        with pytest.raises(UserError, match="scores tokens by paper, expected norm"):
-            compile_bundle(Bundle(made.path, paper), CompileRequest(turing, LIMITS, out=tmp_path / "other"))
 
 
 class TestWithoutCompiling:
@@ -164,6 +278,15 @@ class TestWithoutCompiling:
             bundle, "--target", ADA, "--max-prompt", "4000", "--max-new-tokens", "8", code=2
         )
         assert "fewer than 3840" in error
+
+    def test_a_policy_the_bundle_has_not(self, bundle):
+        error, hint = self.refused(bundle, "--target", ADA, "--policy", "norm")
+        assert "no policy 'norm-highest'" in error
+        assert "policy add" in hint
+
+    def test_a_policy_that_is_none(self, bundle):
+        error, _ = self.refused(bundle, "--target", ADA, "--policy", "magic", code=2)
+        assert "'magic'" in error
 
     def test_a_missing_compiler(self, bundle, monkeypatch):
         found = importlib.util.find_spec
@@ -239,9 +362,10 @@ class TestBuild:
     def test_what_the_target_cannot_take_is_refused_before_the_build(self, tiny_checkpoint, tmp_path):
         options = ("--keep", "0.75", "--layer", "1", "--out", str(tmp_path / "bundle"))
         build = ("build", "--model", str(tiny_checkpoint), *options)
-        scorer = ep_export(*build, "--target", "rtx-turing", "--policy", "paper")
-        assert scorer.code == 1
-        assert "scores tokens by paper, expected norm" in scorer.err
+        policy = ep_export(*build, "--target", "rtx-turing", "--policy", "paper")
+        assert policy.code == 1
+        assert "cannot compile policy paper-highest for rtx-turing" in policy.err
+        assert "--prune-on cpu" in policy.err
         pair = ep_export(*build, "--target", ADA, "--dialect", "modern", "--precision", "fp32")
         assert pair.code == 2
         assert "takes no modern fp32 graphs" in pair.err

@@ -12,18 +12,18 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
-from kit_device import JETPACK6, JETPACK7, limits_for, make_kit
+from kit_device import JETPACK6, JETPACK7, limits_for, make_kit, place
 from polygraphy.comparator import RunResults
 from polygraphy.json import load_json
 
 from ep_export.bundle import Bundle
-from ep_export.engine.compile import CompileRequest, Made, compile_bundle
+from ep_export.engine.compile import CompileRequest, Output, compile_bundle
 from ep_export.engine.kit import write_kit
 from ep_export.engine.kit_files import needs_of, trtexec_arguments
 from ep_export.engine.profiles import LimitsRequest, make_profiles
-from ep_export.engine_record import Profile, ShapeRange
+from ep_export.engine_record import Limits, Profile, ShapeRange
 from ep_export.errors import UsageError, UserError
-from ep_export.targets import find_target
+from ep_export.targets import Target, find_target
 
 
 @pytest.fixture(scope="module")
@@ -94,10 +94,11 @@ def test_golden_inputs_lie_within_the_profiles_of_their_case(kit):
     assert [case for case, _, _ in cases] == [
         "vision_encoder.all",
         "embed_tokens.all",
-        "decoder_head.prefill",
-        "decoder_head.decode",
-        "decoder_tail.prefill",
-        "decoder_tail.decode",
+        "decoder_0.prefill",
+        "decoder_0.decode",
+        "prune_0.paper-highest.prefill",
+        "decoder_1.prefill",
+        "decoder_1.decode",
     ]
     for case, component, index in cases:
         profile = told["profiles"][component][int(index)]
@@ -110,8 +111,8 @@ def test_golden_inputs_lie_within_the_profiles_of_their_case(kit):
 
 def test_golden_outputs_are_what_onnx_runtime_computes(kit):
     """Read by NumPy and ONNX Runtime alone, whatever the scripts do with them."""
-    for case in ("decoder_head.decode", "decoder_tail.prefill"):
-        session = onnxruntime.InferenceSession(str(kit / f"{case.split('.')[0]}.onnx"))
+    for case in ("decoder_0.decode", "prune_0.paper-highest.prefill", "decoder_1.prefill"):
+        session = onnxruntime.InferenceSession(str(kit / f"{case.rpartition('.')[0]}.onnx"))
         (feeds,) = load_json(str(kit / "golden" / f"{case}.inputs.json"))
         wanted = RunResults.load(str(kit / "golden" / f"{case}.outputs.json"))[0][1][0]
         allowed = dict(
@@ -144,55 +145,64 @@ def test_a_kit_without_golden_files_says_so_when_asked_to_verify(tiny_bundle, tm
     assert result.stderr.startswith("error: this kit has no golden files")
 
 
-def test_the_head_keeps_its_body_where_tensorrt_prefers_the_plugin(tiny_bundle, tmp_path):
+def test_the_node_keeps_its_body_where_tensorrt_prefers_the_plugin(tiny_bundle, tmp_path):
     kit = make_kit(tiny_bundle, tmp_path / "kit", target=JETPACK7)
-    assert not (kit / "decoder_head.plugin.onnx").exists()
+    assert not list(kit.glob("*.plugin.onnx"))
     assert "STRIPPED=0" in (kit / "kit" / "settings.sh").read_text()
 
 
 def test_a_bundle_that_holds_a_kit_already_makes_another_without_it(tiny_bundle, tmp_path):
     bundle = Bundle(Path(shutil.copytree(tiny_bundle.path, tmp_path / "bundle")), tiny_bundle.manifest)
     request = CompileRequest(find_target(JETPACK6), LimitsRequest(max_new_tokens=8), golden=False)
-    assert compile_bundle(bundle, request).made is Made.KIT
-    holding = Bundle.open(bundle.path)
-    assert any(entry.path.startswith("engines/") for entry in holding.manifest.files)
-    kit = make_kit(holding, tmp_path / "kit", target=JETPACK7)
+    assert compile_bundle(bundle, request).output is Output.KIT
+    kit = make_kit(Bundle.open(bundle.path), tmp_path / "kit", target=JETPACK7)
     assert Bundle.open(kit).manifest.files == tiny_bundle.manifest.files
     assert not (kit / "engines").exists()
 
 
+def write(bundle: Bundle, target: Target, out: Path, *, limits: Limits | None = None) -> None:
+    """`write_kit` with whatever a test asks for, golden files included."""
+    sound = limits_for(bundle)
+    write_kit(
+        bundle,
+        target,
+        limits or sound,
+        make_profiles(bundle, sound),
+        out,
+        placement=place(bundle, JETPACK6, sound),
+    )
+
+
 def test_a_target_that_is_no_tensorrt_is_refused(tiny_bundle, tmp_path):
-    limits = limits_for(tiny_bundle)
     with pytest.raises(UsageError, match="a kit is for TensorRT, and cpu is a onnxruntime target"):
-        write_kit(tiny_bundle, find_target("cpu"), limits, make_profiles(tiny_bundle, limits), tmp_path)
+        write(tiny_bundle, find_target("cpu"), tmp_path)
 
 
 def test_graphs_the_target_does_not_take_are_refused(tiny_bundle, tmp_path):
-    limits, target = limits_for(tiny_bundle), find_target(JETPACK6)
+    target = find_target(JETPACK6)
     only = replace(target, graphs=target.graphs[:1])
     with pytest.raises(UsageError, match="takes no portable fp32 graphs") as refused:
-        write_kit(tiny_bundle, only, limits, make_profiles(tiny_bundle, limits), tmp_path)
+        write(tiny_bundle, only, tmp_path)
     assert f"--precision {target.graphs[0].precision.value}" in refused.value.hint
 
 
 def test_a_checkpoint_that_is_gone_or_another_is_told(tiny_bundle, tmp_path):
-    limits, target = limits_for(tiny_bundle), find_target(JETPACK6)
+    target = find_target(JETPACK6)
     gone = Bundle(tiny_bundle.path, replace(tiny_bundle.manifest, model=str(tmp_path / "gone")))
     (tmp_path / "a").mkdir()
     with pytest.raises(UserError, match="the golden outputs of a kit come from the checkpoint") as refused:
-        write_kit(gone, target, limits, make_profiles(tiny_bundle, limits), tmp_path / "a")
+        write(gone, target, tmp_path / "a")
     assert "--no-golden" in refused.value.hint
     other = Bundle(tiny_bundle.path, replace(tiny_bundle.manifest, model_sha256="0" * 64))
     (tmp_path / "b").mkdir()
     with pytest.raises(UserError, match="was built from another checkpoint"):
-        write_kit(other, target, limits, make_profiles(tiny_bundle, limits), tmp_path / "b")
+        write(other, target, tmp_path / "b")
 
 
 def test_limits_below_every_test_card_are_told_with_what_would_do(tiny_bundle, tmp_path):
-    limits = limits_for(tiny_bundle)
-    small = replace(limits, max_prompt=20)
+    small = replace(limits_for(tiny_bundle), max_prompt=20)
     with pytest.raises(UserError, match="no test card fits into") as refused:
-        write_kit(tiny_bundle, find_target(JETPACK6), small, make_profiles(tiny_bundle, limits), tmp_path)
+        write(tiny_bundle, find_target(JETPACK6), tmp_path, limits=small)
     assert re.match(r"give --max-prompt \d+ or more", refused.value.hint)
 
 
@@ -222,13 +232,13 @@ def test_needs_follow_from_the_weights(tiny_bundle):
     with safe_open(shard, "np") as tensors:
         sizes = {name: tensors.get_tensor(name).nbytes for name in tensors.keys()}  # noqa: SIM118
     vision = sum(size for name, size in sizes.items() if "visual" in name)
-    needs = needs_of(tiny_bundle)
+    needs = needs_of(tiny_bundle, tiny_bundle.manifest.components)
     assert needs.memory_bytes >= 3 * vision + (1 << 30)
     assert needs.disk_bytes == pytest.approx(1.1 * sum(sizes.values()) + (256 << 20), abs=2)
 
 
 def test_an_input_name_that_trtexec_would_misread_is_refused(tiny_bundle):
-    component = tiny_bundle.manifest.component("embed_tokens")
+    component = tiny_bundle.manifest.embed
     odd = replace(component, inputs=(replace(component.inputs[0], name="input:ids"),))
     profile = Profile("all", {"input:ids": ShapeRange((1, 1), (1, 2), (1, 3))})
     with pytest.raises(UserError, match="'input:ids', which trtexec cannot be told"):

@@ -13,13 +13,17 @@ from pathlib import Path
 
 import onnx_ir as ir
 import pytest
+from bundles import export_tiny
 from kit_device import JETPACK6, JETPACK7, Device, limits_for, make_kit
 
 from ep_export.bundle import Bundle
-from ep_export.engine_record import check_engine, check_engine_files, read_record
+from ep_export.engine.placement import PruneOn
+from ep_export.engine_record import check_engine, check_engine_files, engine_of, read_record
+from ep_export.policy import MaxMin, Scorer, TopK
 from ep_export.targets import Flavour
 
-COMPONENTS = ["vision_encoder", "embed_tokens", "decoder_head", "decoder_tail"]
+PRUNE = "prune_0.paper-highest"
+COMPONENTS = ["vision_encoder", "embed_tokens", "decoder_0", "decoder_1", PRUNE]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +48,7 @@ def options(call: list[str]) -> dict[str, str]:
 
 
 def built(calls: list[list[str]]) -> list[str]:
-    return [options(call)["--onnx"].split(".")[0] for call in calls]
+    return [options(call)["--onnx"].removesuffix(".onnx").removesuffix(".plugin") for call in calls]
 
 
 def profiles_of(call: list[str]) -> list[dict[str, dict[str, list[int]]]]:
@@ -90,28 +94,30 @@ def test_the_largest_shapes_are_the_limits_asked_for(tiny_bundle, tmp_path, devi
     limits = limits_for(tiny_bundle, max_prompt=300, max_kept_tokens=40)
     kit = make_kit(tiny_bundle, tmp_path / "kit", limits=limits)
     device.run(kit, "build.sh")
-    head = device.calls()[2]
-    prefill, decode = (profile["max"] for profile in profiles_of(head))
+    calls = dict(zip(COMPONENTS, device.calls(), strict=True))
+    prefill, decode = (profile["max"] for profile in profiles_of(calls["decoder_0"]))
     assert prefill["inputs_embeds"][1] == 300
-    assert prefill["keep_slots"] == [40]
     assert prefill["past_key_values.0.key"][2] == 0
     assert decode["inputs_embeds"][1] == 1
     assert decode["past_key_values.0.key"][2] == 300 + 32 - 1
+    (prune,) = (profile["max"] for profile in profiles_of(calls[PRUNE]))
+    assert prune["hidden"][1] == prune["visual_index"][0] == 300
+    assert prune["keep_slots"] == [40]
 
 
-def test_on_tensorrt_10_3_the_head_has_no_body_and_the_plugin_is_loaded_for_it_alone(kit, device):
+def test_on_tensorrt_10_3_the_node_has_no_body_and_the_plugin_is_loaded_for_it_alone(kit, device):
     device.run(kit, "build.sh")
     calls = dict(zip(COMPONENTS, device.calls(), strict=True))
-    assert options(calls["decoder_head"])["--onnx"] == "decoder_head.plugin.onnx"
-    assert not ir.load(kit / "decoder_head.plugin.onnx").functions
-    library = options(calls["decoder_head"])["--dynamicPlugins"]
+    assert options(calls[PRUNE])["--onnx"] == f"{PRUNE}.plugin.onnx"
+    assert not ir.load(kit / f"{PRUNE}.plugin.onnx").functions
+    library = options(calls[PRUNE])["--dynamicPlugins"]
     assert (kit / library).read_text() == "a stand-in for the plugin\n"
     for name, call in calls.items():
         assert "--stronglyTyped" in call
         assert "--noTF32" in call
         assert "--skipInference" in call
         assert not any("staticPlugins" in argument for argument in call)
-        assert (name == "decoder_head") == any("dynamicPlugins" in argument for argument in call)
+        assert (name == PRUNE) == any("dynamicPlugins" in argument for argument in call)
 
 
 def test_on_tensorrt_11_the_body_stays_and_no_flag_of_old_versions_is_given(kits, tmp_path):
@@ -119,9 +125,9 @@ def test_on_tensorrt_11_the_body_stays_and_no_flag_of_old_versions_is_given(kits
     device = Device(tmp_path / "device", tensorrt="110401")
     assert device.run(kit, "build.sh").returncode == 0
     calls = dict(zip(COMPONENTS, device.calls(), strict=True))
-    assert options(calls["decoder_head"])["--onnx"] == "decoder_head.onnx"
-    assert ir.load(kit / "decoder_head.onnx").functions
-    assert "--dynamicPlugins" in options(calls["decoder_head"])
+    assert options(calls[PRUNE])["--onnx"] == f"{PRUNE}.onnx"
+    assert ir.load(kit / f"{PRUNE}.onnx").functions
+    assert "--dynamicPlugins" in options(calls[PRUNE])
     assert not any("--stronglyTyped" in call for call in calls.values())
     assert read_record(kit / "engines" / JETPACK7).version == "11.4.1"
 
@@ -135,7 +141,9 @@ def test_without_the_plugin_the_body_is_compiled_where_tensorrt_allows_it(kits, 
     assert newer.run(modern, "build.sh", "--no-plugin").returncode == 0
     assert not any("Plugins" in argument for call in newer.calls() for argument in call)
     assert not newer.cmake_calls()
-    assert read_record(modern / "engines" / JETPACK7).plugin is False
+    record = read_record(modern / "engines" / JETPACK7)
+    assert record.plugin is None
+    assert not any(engine.plugin for engine in record.components.values())
 
 
 def test_the_plugin_is_built_from_the_kits_own_sources_for_this_gpu(kit, device):
@@ -165,9 +173,11 @@ def test_the_record_beside_the_engines_is_one_that_ep_export_accepts(kit, device
     check_engine(record, opened, flavour=Flavour.TENSORRT, version="10.3.0", sm="8.7")
     check_engine(record, tiny_bundle, flavour=Flavour.TENSORRT, version="10.3.0", sm="8.7")
     check_engine_files(directory, record)
-    assert record.plugin
+    library = directory / record.plugin.file
+    assert record.plugin.sha256 == hashlib.sha256(library.read_bytes()).hexdigest()
+    assert [name for name, engine in record.components.items() if engine.plugin] == [PRUNE]
     assert record.limits == limits_for(tiny_bundle)
-    engine = record.components["decoder_tail"]
+    engine = record.components["decoder_1"]
     content = (directory / engine.file).read_bytes()
     assert engine.sha256 == hashlib.sha256(content).hexdigest()
     assert [profile.name for profile in engine.profiles] == ["prefill", "decode"]
@@ -187,9 +197,9 @@ def test_a_second_run_builds_nothing_again(kit, device):
 def test_what_an_engine_depends_on_makes_it_anew(kit, device):
     device.run(kit, "build.sh")
     device.calls()
-    (kit / "engines" / JETPACK6 / "decoder_tail.engine").write_text("somebody else's")
+    (kit / "engines" / JETPACK6 / "decoder_1.engine").write_text("somebody else's")
     device.run(kit, "build.sh")
-    assert built(device.calls()) == ["decoder_tail"]
+    assert built(device.calls()) == ["decoder_1"]
     device.run(kit, "build.sh", "--workspace", "512")
     calls = device.calls()
     assert built(calls) == COMPONENTS
@@ -197,33 +207,35 @@ def test_what_an_engine_depends_on_makes_it_anew(kit, device):
 
 
 def test_an_interrupted_build_leaves_no_half_engine_and_goes_on(kit, device):
-    engines = kit / "engines" / JETPACK6
+    engines, half = kit / "engines" / JETPACK6, kit / "engines" / JETPACK6 / "decoder_0.engine.part"
+    device.know(kit)
     running = subprocess.Popen(
         [kit / "build.sh"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**device.variables, "STANDIN_SLOW": "decoder_head"},
+        env={**device.variables, "STANDIN_SLOW": "decoder_0"},
     )
-    deadline = time.monotonic() + 30
-    while not (engines / "decoder_head.engine.part").exists() and time.monotonic() < deadline:
+    # The build itself is what ends the wait: it gets to the half engine, or it has failed.
+    while not (half.exists() and half.read_text()):
+        assert running.poll() is None, running.communicate()
         time.sleep(0.02)
     running.send_signal(signal.SIGTERM)
-    _, said = running.communicate(timeout=30)
+    _, said = running.communicate()
     assert running.returncode == 130
     assert "interrupted; what is finished is kept" in said
     assert not list(engines.glob("*.part"))
     assert not (engines / "engine.json").exists()
-    assert built(device.calls()) == ["vision_encoder", "embed_tokens", "decoder_head"]
+    assert built(device.calls()) == ["vision_encoder", "embed_tokens", "decoder_0"]
     assert device.run(kit, "build.sh").returncode == 0
-    assert built(device.calls()) == ["decoder_head", "decoder_tail"]
+    assert built(device.calls()) == ["decoder_0", "decoder_1", PRUNE]
     assert (engines / "engine.json").is_file()
 
 
 def test_a_failed_component_is_named_with_what_its_log_means(kit, device):
-    result = device.run(kit, "build.sh", STANDIN_FAIL="decoder_tail")
+    result = device.run(kit, "build.sh", STANDIN_FAIL="decoder_1")
     assert result.returncode == 1
-    assert "error: trtexec could not compile decoder_tail (exit 1)" in result.stderr
+    assert "error: trtexec could not compile decoder_1 (exit 1)" in result.stderr
     assert "hint: memory ran out" in result.stderr
     assert not (kit / "engines" / JETPACK6 / "engine.json").exists()
 
@@ -242,7 +254,9 @@ def test_a_plugin_that_does_not_compile_is_told_with_its_log(kit, device):
     assert device.calls() == []
 
 
-@pytest.mark.parametrize("name", ["decoder_head.onnx", "weights/model.safetensors", "kit/decoder_tail.args"])
+@pytest.mark.parametrize(
+    "name", ["decoder_0.onnx", f"{PRUNE}.plugin.onnx", "weights/model.safetensors", "kit/decoder_1.args"]
+)
 def test_a_tampered_file_is_refused_by_name_before_anything_runs(kit, device, name):
     file = kit / name
     content = bytearray(file.read_bytes())
@@ -257,8 +271,8 @@ def test_a_tampered_file_is_refused_by_name_before_anything_runs(kit, device, na
 
 
 def test_a_file_lost_on_the_way_is_named(kit, device):
-    (kit / "decoder_tail.onnx").unlink()
-    assert "error: decoder_tail.onnx is missing or was changed" in device.run(kit, "build.sh").stderr
+    (kit / "decoder_1.onnx").unlink()
+    assert "error: decoder_1.onnx is missing or was changed" in device.run(kit, "build.sh").stderr
 
 
 def test_settings_are_checked_even_when_checksums_are_skipped(kit, device):
@@ -341,6 +355,113 @@ def test_help_and_misuse(kit, device, script):
     misused = device.run(kit, script, "--nonsense")
     assert misused.returncode == 2
     assert misused.stderr.startswith("error: unknown option --nonsense\nhint:")
+
+
+def test_two_ways_to_have_the_plugin_exclude_each_other(kit, device):
+    misused = device.run(kit, "build.sh", "--no-plugin", "--plugin", "plugin.so")
+    assert misused.returncode == 2
+    assert "exclude each other" in misused.stderr
+
+
+@pytest.fixture(scope="module")
+def divprune_bundle(tmp_path_factory, tiny_checkpoint):
+    """DivPrune, and two policies that score beside it."""
+    out = tmp_path_factory.mktemp("policies") / "bundle"
+    return export_tiny(tiny_checkpoint, out, chooser=MaxMin(), policies=[TopK(), TopK(Scorer.NORM)])
+
+
+class TestOtherPolicies:
+    """A kit with several, with one that scores nothing, and with none on the GPU."""
+
+    def test_the_plugin_is_loaded_for_every_policy_that_scores(self, divprune_bundle, device, tmp_path):
+        kit = make_kit(divprune_bundle, tmp_path / "kit", policies=("paper-highest", "norm-highest"))
+        assert device.run(kit, "build.sh").returncode == 0
+        loaded = {options(call)["--onnx"] for call in device.calls() if "--dynamicPlugins" in options(call)}
+        assert loaded == {f"prune_0.{name}-highest.plugin.onnx" for name in ("paper", "norm")}
+        record = read_record(kit / "engines" / JETPACK6)
+        assert {name for name, engine in record.components.items() if engine.plugin} == {
+            "prune_0.paper-highest",
+            "prune_0.norm-highest",
+        }
+
+    def test_without_a_policy_that_scores_no_plugin_is_built(self, divprune_bundle, device, tmp_path):
+        (device.folder / "bin" / "nvcc").unlink()
+        kit = make_kit(divprune_bundle, tmp_path / "kit")
+        result = device.run(kit, "build.sh")
+        assert result.returncode == 0, result.stderr
+        assert "ok     plugin    not needed" in result.stdout
+        assert not device.cmake_calls()
+        assert "prune_0.divprune" in built(device.calls())
+        assert read_record(kit / "engines" / JETPACK6).plugin is None
+
+    def test_what_the_cpu_prunes_is_not_compiled_and_recorded(self, divprune_bundle, device, tmp_path):
+        kit = make_kit(divprune_bundle, tmp_path / "kit", prune_on=PruneOn.CPU)
+        assert device.run(kit, "build.sh").returncode == 0
+        assert not [name for name in built(device.calls()) if name.startswith("prune")]
+        opened, record = Bundle.open(kit), read_record(kit / "engines" / JETPACK6)
+        check_engine(record, opened, flavour=Flavour.TENSORRT, version="10.3.0", sm="8.7")
+        assert engine_of(record, opened, opened.manifest.component("prune_0.divprune")) is None
+        assert "`prune_0.divprune.onnx` become no engines" in (kit / "README.md").read_text()
+        assert json.loads((kit / "kit.json").read_text())["on_cpu"] == ["prune_0.divprune"]
+
+
+class TestTheStandIn:
+    """It refuses what the real trtexec refuses: else a kit's mistakes would show on a device first."""
+
+    @pytest.fixture
+    def trtexec(self, kit, device):
+        device.know(kit)
+
+        def run(*arguments: str) -> str:
+            command = [device.folder / "bin" / "trtexec", *arguments]
+            result = subprocess.run(
+                command, check=False, capture_output=True, text=True, cwd=kit, env=device.variables
+            )
+            assert (result.returncode == 0) == ("PASSED" in result.stdout)
+            return result.stdout
+
+        return run
+
+    @pytest.fixture
+    def arguments(self, kit):
+        """Of a span with two profiles, as the kit gives them."""
+        return (kit / "kit" / "decoder_0.args").read_text().splitlines()
+
+    def test_what_a_kit_asks_is_accepted(self, trtexec, arguments):
+        assert "PASSED" in trtexec("--onnx=decoder_0.onnx", *arguments)
+
+    @pytest.mark.parametrize(
+        ("change", "complaint"),
+        [
+            (lambda given: [*given, "--fp16Please"], "Unknown option: --fp16Please"),
+            (lambda given: [*given, "--memPoolSize=desk:512"], "Unknown memory pool"),
+            (lambda given: [*given, "--dynamicPlugins=gone.so"], "Could not load library gone.so"),
+            (lambda given: [a for a in given if "profile" not in a], "without --profile are not allowed"),
+            (lambda given: [*given, "--profile=1", given[1]], "index cannot be the same"),
+            (lambda given: [*given, "--profile=3", given[1]], "missing shape spec at profile index 2"),
+            (lambda given: [a.replace("position_ids", "positions") for a in given], 'name "positions"'),
+            (lambda given: [a.replace("position_ids:3x1", "position_ids:1x1") for a in given], "invalid"),
+            (lambda given: [given[0], given[3], given[2], given[1], *given[4:]], "PASSED"),
+            (
+                lambda given: [a.replace("minShapes", "m").replace("maxShapes", "minShapes") for a in given],
+                "m",
+            ),
+        ],
+    )
+    def test_and_what_it_must_not_ask(self, trtexec, arguments, change, complaint):
+        said = trtexec("--onnx=decoder_0.onnx", *change(arguments))
+        assert complaint in said
+        assert ("FAILED" in said) == (complaint != "PASSED")
+
+    def test_a_node_without_its_body_needs_the_plugin(self, kit, trtexec):
+        arguments = (kit / "kit" / f"{PRUNE}.args").read_text().splitlines()
+        assert "Plugin not found" in trtexec(f"--onnx={PRUNE}.plugin.onnx", *arguments)
+        assert "PASSED" in trtexec(f"--onnx={PRUNE}.onnx", *arguments)
+
+    def test_an_input_without_shapes_is_missed(self, trtexec, arguments):
+        less = [argument.replace(",position_ids:3x1x1", "") for argument in arguments]
+        less = [argument for argument in less if "position_ids" not in argument]
+        assert "FAILED" in trtexec("--onnx=decoder_0.onnx", *less)
 
 
 def test_the_gpu_is_asked_for_in_nvidia_smi_first(kit, tmp_path):

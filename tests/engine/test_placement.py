@@ -4,11 +4,14 @@ import pytest
 from bundles import export_tiny, two_cuts
 from family_bundles import MAKERS
 
-from ep_export.bundle import Role
+from ep_export.bundle import Dialect, Precision, Role
+from ep_export.engine.compile import CompileRequest, check_ahead
 from ep_export.engine.placement import TOP_K_LIMIT, PruneOn, check_chooser, place_components, takes_plugin
 from ep_export.errors import UsageError, UserError
+from ep_export.fit import VisionSize
+from ep_export.plan import average_keep, make_plan
 from ep_export.policy import MaxMin, Nothing, Random, Scorer, TopK
-from ep_export.targets import find_target
+from ep_export.targets import Graphs, find_target
 
 ADA, TURING, ORIN = map(find_target, ("rtx-ada", "rtx-turing", "jetson-orin-agx-64gb"))
 POLICIES = (TopK(Scorer.NORM), MaxMin(), Random(), Nothing())
@@ -87,7 +90,7 @@ def test_policies_that_do_not_sort_have_no_such_limit():
         check_chooser(chooser, ADA, max_kept_tokens=TOP_K_LIMIT)
 
 
-def test_the_operators_say_so_too(manifest, tmp_path):
+def test_the_operators_say_so_too(manifest):
     """TopK is in the graphs of exactly those policies that are refused above its limit."""
     import onnx_ir as ir
 
@@ -114,3 +117,30 @@ def test_the_plugin_takes_scores_alone_and_knows_no_limit(manifest):
     check_chooser(TopK(), ORIN, plugin=True, max_kept_tokens=10_000)
     with pytest.raises(UsageError):
         check_chooser(Random(), ORIN, plugin=True, max_kept_tokens=10_000)
+
+
+class TestAheadOfABuild:
+    """`check_ahead`: what cannot be compiled is told before a bundle is built."""
+
+    GRAPHS = Graphs(Dialect.PORTABLE, Precision.FP16)
+
+    def check(self, manifest, target, **changes):
+        plan = make_plan(
+            manifest.dims,
+            manifest.schedule,
+            average_keep(manifest.schedule, layers=manifest.dims.layers),
+            visual_tokens=64,
+            text_tokens=16,
+        )
+        check_ahead(CompileRequest(target, **changes), plan, VisionSize(0, 0, 0, 0, 1), self.GRAPHS)
+
+    def test_any_cut_may_be_what_the_compiler_does_not_take(self, manifest):
+        with pytest.raises(UserError, match="cannot compile policy divprune"):
+            self.check(manifest, TURING)
+        self.check(manifest, ADA)
+
+    def test_the_cpu_prunes_whatever_it_is(self, manifest):
+        self.check(manifest, TURING, prune_on=PruneOn.CPU)
+
+    def test_where_nothing_is_compiled_nothing_is_refused(self, manifest):
+        self.check(manifest, find_target("cpu"))

@@ -10,14 +10,8 @@ import torch
 from numpy.polynomial.chebyshev import chebinterpolate, chebval
 from scipy.special import entr
 
-from ep_export.entropy import (
-    approximation_spread,
-    entropy_series,
-    select_tokens,
-    series_scores,
-    token_scores,
-)
-from ep_export.policy import DEFAULT_DEGREE, DEGREES, Scorer, Select
+from ep_export.entropy import approximation_spread, entropy_series, series_scores, token_scores
+from ep_export.policy import DEFAULT_DEGREE, DEGREES, Scorer
 
 FINE = (64, 128, 256, 512)
 
@@ -46,10 +40,9 @@ def mixed_rank(tokens: int, heads: int, head_dim: int) -> torch.Tensor:
 
 
 def overlap(exact: torch.Tensor, approximate: torch.Tensor, share: float = 0.25) -> float:
-    k, index = round(share * len(exact)), torch.arange(len(exact))
-    kept = select_tokens(exact, k, select=Select.HIGHEST, visual_index=index)
-    other = select_tokens(approximate, k, select=Select.HIGHEST, visual_index=index)
-    return len(np.intersect1d(kept, other)) / k
+    k = round(share * len(exact))
+    best = [scores.argsort(descending=True, stable=True)[:k] for scores in (exact, approximate)]
+    return len(np.intersect1d(*best)) / k
 
 
 def chebyshev_scores(states: torch.Tensor, degree: int) -> torch.Tensor:
@@ -74,13 +67,15 @@ def test_series_approximates_entropy_ever_better(degree: int) -> None:
 
 def test_the_error_is_confined_to_small_eigenvalues() -> None:
     x = np.linspace(20 / DEFAULT_DEGREE, 1, 2001)
-    # measured 1.6e-5; what all large eigenvalues add is what flat tokens are told apart by
-    assert np.abs(entropy_series(DEFAULT_DEGREE)(x) - entr(x)).max() < 3e-5
+    # measured 6.7e-6; what all large eigenvalues add is what flat tokens are told apart by
+    assert np.abs(entropy_series(DEFAULT_DEGREE)(x) - entr(x)).max() < 1e-5
 
 
-def test_the_common_weight_of_the_powers_is_nearly_ln_2() -> None:
-    # theory: the integral over scales in steps of ln 2; the fit compensates for the powers left out
-    assert entropy_series(DEFAULT_DEGREE).weight == pytest.approx(math.log(2), abs=1e-3)
+def test_weights_are_nearly_those_of_the_integral_over_scales() -> None:
+    # ln 2 / (rate power) in steps of ln 2; the first also stands for y^2, the last for the powers left out
+    series = entropy_series(DEFAULT_DEGREE)
+    theory = math.log(2) / (series.rate * 2.0 ** np.arange(2, 2 + len(series.weights)))
+    np.testing.assert_allclose(series.weights[1:-2], theory[1:-2], rtol=0.15)
 
 
 @pytest.mark.parametrize("degree", [-2, 0, 1, 24, 2048])
@@ -97,14 +92,15 @@ def test_error_against_exact_falls_with_degree(heads: int, kind) -> None:
     approximate = [series_scores(states, Scorer.PAPER, degree).double() for degree in FINE]
     worst = [(scores - exact).abs().max().item() for scores in approximate]
     for finer, coarser in zip(worst[1:], worst, strict=False):
-        assert finer < 0.85 * coarser  # measured up to 0.79
+        # measured up to 0.79; eigenvalues that are exactly zero leave float32 noise, measured up to 2.9e-5
+        assert finer < max(0.85 * coarser, 4e-5)
     assert worst[-1] < (1e-4 if kind is flat else 0.02)
 
 
 @pytest.mark.parametrize("heads", [7, 28, 32])
 @pytest.mark.parametrize("kind", [flat, low_rank, mixed_rank])
 def test_tokens_move_less_against_each_other_than_with_chebyshev_of_degree_32(heads: int, kind) -> None:
-    """Nine products where that series takes nine as well, and thirty inner products."""
+    """Eight products where that series takes nine, and thirty inner products."""
     states = kind(96, heads, 128)
     exact = token_scores(states, Scorer.PAPER)
     ours = approximation_spread(exact, series_scores(states, Scorer.PAPER, DEFAULT_DEGREE))

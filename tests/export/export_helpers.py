@@ -1,4 +1,4 @@
-"""What the export tests share: a bundle run component by component, and the decoder in Hugging Face modules."""
+"""What the export tests share: a bundle run stage by stage, and the decoder in Hugging Face modules."""
 
 from __future__ import annotations
 

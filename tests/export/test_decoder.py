@@ -7,7 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
 from bundles import two_cuts
@@ -126,6 +128,20 @@ def test_the_same_layers_are_the_same_graph_in_every_schedule(bundle_of: Callabl
     assert len(first) > 20
     for other in others:
         assert [(op, tuple(n for n in names if n and "layers" in n)) for op, names in other] == named
+
+
+def test_onnx_runtime_fuses_every_norm(bundle_of: Callable[..., Bundle], tmp_path: Path) -> None:
+    """A fusion that is missed is silent, and costs a decode step five kernels a norm."""
+    bundle = bundle_of("qwen2_5_vl")
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(str(bundle.file("decoder_1.onnx")), options)
+    used = [
+        node.op_type for node in onnx.load(tmp_path / "optimized.onnx", load_external_data=False).graph.node
+    ]
+    assert used.count("SimplifiedLayerNormalization") == 2 * 2 + 1
+    assert "ReduceMean" not in used
 
 
 def test_layers_read_their_own_weights(bundle_of: Callable[..., Bundle]) -> None:

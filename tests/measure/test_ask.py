@@ -45,16 +45,16 @@ def bench():
 
 
 @pytest.fixture(scope="module")
-def asked(tmp_path_factory) -> list:
+def scenes(tmp_path_factory) -> list:
     """Three questions about small pictures, and a wrong answer, so that the model is wrong once."""
     folder = tmp_path_factory.mktemp("scenes")
-    found = []
+    about = []
     for index in range(3):
         scene = make_scene("test", index=index, seed=5, size=(224, 224))
         scene.picture.save(folder / f"{index}.png")
         question = next(q for q in questions(scene) if q.kind == READING[index])
-        found.append(question_about(folder / f"{index}.png", question.text, (question.answer,)))
-    return [*found, replace(found[0], answers=("9 9",))]
+        about.append(question_about(folder / f"{index}.png", question.text, (question.answer,)))
+    return [*about, replace(about[0], answers=("9 9",))]
 
 
 def prompted_by(bench, question, answer=(0,)) -> Prompted:
@@ -66,16 +66,14 @@ def forced(bench, prompted, way, kept) -> list[int]:
     """What Hugging Face generates when only these tokens are kept; one cut only."""
     ((_, positions),) = kept
     checkpoint = bench.checkpoint
-    with prune(
-        bench.model, PruneSpec(way.schedule, way.keep), select=lambda *_: torch.tensor(positions)
-    ):
+    with prune(bench.model, PruneSpec(way.schedule, way.keep), select=lambda *_: torch.tensor(positions)):
         return greedy(bench.model, checkpoint.family, checkpoint.config, prompted.prompt, 8)
 
 
-def test_one_forced_pass_says_what_generate_says(bench, asked) -> None:
+def test_one_forced_pass_says_what_generate_says(bench, scenes) -> None:
     """For every method and draw: counted right exactly when Hugging Face generates the right answer."""
     outcomes = []
-    for question in (asked[0], asked[3]):
+    for question in (scenes[0], scenes[3]):
         result = measure(bench, question, entropies=False)
         prompted = prompted_by(bench, question)
         kept = kept_by(bench, prompted, bench.setting.ways)
@@ -91,10 +89,10 @@ def test_one_forced_pass_says_what_generate_says(bench, asked) -> None:
 
 
 @pytest.mark.parametrize("way", TWO, ids=lambda way: way.key)
-def test_two_cuts_say_what_generate_says(bench, asked, way) -> None:
+def test_two_cuts_say_what_generate_says(bench, scenes, way) -> None:
     """The gallery's answer, Hugging Face's generate pruned twice, agrees with the forced pass."""
     marks = ""
-    for question in asked[:3]:
+    for question in scenes[:3]:
         result = measure(bench, question, entropies=False).ways[way.key]
         prompted = prompted_by(bench, question)
         for sets, mark in zip(kept_by(bench, prompted, [way])[way.key], result.right, strict=True):
@@ -104,14 +102,14 @@ def test_two_cuts_say_what_generate_says(bench, asked, way) -> None:
     assert marks
 
 
-def test_the_unpruned_model_is_judged_by_its_own_words(bench, asked) -> None:
-    right, wrong = (measure(bench, question) for question in (asked[1], asked[3]))
-    assert (right.full_right, right.full_answer) == (True, asked[1].answers[0])
+def test_the_unpruned_model_is_judged_by_its_own_words(bench, scenes) -> None:
+    right, wrong = (measure(bench, question) for question in (scenes[1], scenes[3]))
+    assert (right.full_right, right.full_answer) == (True, scenes[1].answers[0])
     assert wrong.full_right is False
     assert wrong.full_answer != "9 9"
     assert set("".join(way.right for way in wrong.ways.values())) == {"0"}
     assert len(right.query_entropy) == 12
-    unlabelled = measure(bench, replace(asked[1], answers=()), entropies=False)
+    unlabelled = measure(bench, replace(scenes[1], answers=()), entropies=False)
     assert unlabelled.full_right is None
     assert unlabelled.query_entropy == ()
     assert unlabelled.answer_tokens == right.answer_tokens
@@ -123,32 +121,32 @@ def test_the_unpruned_model_is_judged_by_its_own_words(bench, asked) -> None:
         assert way.agreement == right.ways[key].agreement
 
 
-def test_another_spelling_of_the_right_answer_counts(bench, asked) -> None:
-    both = measure(bench, replace(asked[1], answers=("9 9", *asked[1].answers)), entropies=False)
-    alone = measure(bench, asked[1], entropies=False)
+def test_another_spelling_of_the_right_answer_counts(bench, scenes) -> None:
+    both = measure(bench, replace(scenes[1], answers=("9 9", *scenes[1].answers)), entropies=False)
+    alone = measure(bench, scenes[1], entropies=False)
     assert both.full_right
     assert both.ways.keys() == alone.ways.keys()
     fixed = [key for key in alone.ways if "random" not in key]  # draws depend on the question
     assert [both.ways[key].right for key in fixed] == [alone.ways[key].right for key in fixed]
 
 
-def test_draws_are_the_same_again_and_differ_from_each_other(bench, asked) -> None:
+def test_draws_are_the_same_again_and_differ_from_each_other(bench, scenes) -> None:
     way = one_cut(1, "random", QUARTER)
-    first, second = kept_by(bench, prompted_by(bench, asked[0]), [way])[way.key]
+    first, second = kept_by(bench, prompted_by(bench, scenes[0]), [way])[way.key]
     assert first != second
-    assert kept_by(bench, prompted_by(bench, asked[0]), [way])[way.key] == [first, second]
-    assert first not in kept_by(bench, prompted_by(bench, asked[1]), [way])[way.key]
+    assert kept_by(bench, prompted_by(bench, scenes[0]), [way])[way.key] == [first, second]
+    assert first not in kept_by(bench, prompted_by(bench, scenes[1]), [way])[way.key]
 
 
-def test_gallery_answers_are_those_of_generate(bench, asked) -> None:
-    prompted = prompted_by(bench, asked[0])
+def test_gallery_answers_are_those_of_generate(bench, scenes) -> None:
+    prompted = prompted_by(bench, scenes[0])
     for way in INSIDE[:6]:
         sets = kept_by(bench, prompted, [way])[way.key][0]
         assert pruned_answer(bench, prompted, way, sets) == forced(bench, prompted, way, sets), way.key
 
 
-def test_a_view_shows_the_prompt_and_not_the_answer(bench, asked) -> None:
-    prompted = prompted_by(bench, asked[0], answer=[20, 21, 22])
+def test_a_view_shows_the_prompt_and_not_the_answer(bench, scenes) -> None:
+    prompted = prompted_by(bench, scenes[0], answer=[20, 21, 22])
     prompt, full = prompted.prompt, prompted.full
     length = prompt.input_ids.shape[1]
     assert (full.prompt_length, full.length) == (length, length + 2)
@@ -156,14 +154,14 @@ def test_a_view_shows_the_prompt_and_not_the_answer(bench, asked) -> None:
     view = AtCut(bench, prompted, arrival).view
     assert len(view.embeds) == len(view.hidden) == len(view.inside.queries) == len(view.inside.keys) == length
     words = prompt.input_ids[0][view.instruction.numpy()]
-    assert bench.builder.decode(words).replace(" ", "") == asked[0].text.replace(" ", "").casefold()
+    assert bench.builder.decode(words).replace(" ", "") == scenes[0].text.replace(" ", "").casefold()
     # not found word for word: everything after the picture
     everything = instruction_positions(prompt, [1, 2, 3])
     assert everything.tolist() == list(range(int(prompt.visual_index[-1]) + 1, length))
 
 
-def test_a_view_at_a_second_cut_shows_what_is_left(bench, asked) -> None:
-    prompted = prompted_by(bench, asked[0])
+def test_a_view_at_a_second_cut_shows_what_is_left(bench, scenes) -> None:
+    prompted = prompted_by(bench, scenes[0])
     prompt, full = prompted.prompt, prompted.full
     kept = tuple(full.visual_index[::3].tolist())
     ((_, before),) = arrivals(bench.decoder, full, [()], 3)
@@ -172,9 +170,9 @@ def test_a_view_at_a_second_cut_shows_what_is_left(bench, asked) -> None:
     assert arrival.positions[view.visual_index].tolist() == list(kept)
     texts = set(range(full.prompt_length)) - set(full.visual_index.tolist())
     assert set(arrival.positions.tolist()) == texts | set(kept)
-    asked_ids = prompt.input_ids[0][whole.instruction.numpy()]
+    question_ids = prompt.input_ids[0][whole.instruction.numpy()]
     left_ids = prompt.input_ids[0][arrival.positions[view.instruction].numpy()]
-    assert left_ids.tolist() == asked_ids.tolist()
+    assert left_ids.tolist() == question_ids.tolist()
     torch.testing.assert_close(view.embeds, whole.embeds[arrival.positions])
 
 
@@ -214,21 +212,19 @@ def test_attention_is_hugging_faces(tmp_path, after_a_cut) -> None:
         view = AtCut(bench, prompted, arrival).view
         last = len(view.hidden) - 1
         expected = weights[layer - 1][0].mean(dim=0)[last]
-        found = view.inside.attention_from(last)
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4, check_dtype=False)
+        attention = view.inside.attention_from(last)
+        torch.testing.assert_close(attention, expected, atol=1e-5, rtol=1e-4, check_dtype=False)
 
 
-def test_pruning_before_the_decoder_is_a_shorter_prompt(bench, asked) -> None:
+def test_pruning_before_the_decoder_is_a_shorter_prompt(bench, scenes) -> None:
     """K = 0 against Hugging Face's language model on the embeddings that stay, at their positions."""
-    prompted = prompted_by(bench, asked[0])
+    prompted = prompted_by(bench, scenes[0])
     prompt, full = prompted.prompt, prompted.full
     ((_, arrival),) = arrivals(bench.decoder, full, [()], 0)
     at_cut = AtCut(bench, prompted, arrival)
     kept = at_cut.choose(method_named("divprune"), 16)
-    ((_, found),) = pruned_log_probs(bench.decoder, full, [((0, tuple(kept.tolist())),)])
-    stays = np.setdiff1d(
-        np.arange(full.prompt_length), np.setdiff1d(prompt.visual_index, kept.numpy())
-    )
+    ((_, log_probs),) = pruned_log_probs(bench.decoder, full, [((0, tuple(kept.tolist())),)])
+    stays = np.setdiff1d(np.arange(full.prompt_length), np.setdiff1d(prompt.visual_index, kept.numpy()))
     with torch.inference_mode():
         hidden = bench.model.model.language_model(
             inputs_embeds=at_cut.view.embeds[None, stays],
@@ -236,12 +232,12 @@ def test_pruning_before_the_decoder_is_a_shorter_prompt(bench, asked) -> None:
             use_cache=False,
         ).last_hidden_state
         expected = bench.model.lm_head(hidden[:, -1:]).float().log_softmax(-1)[0]
-    assert gap(expected, found).kl == pytest.approx(0, abs=1e-4)
+    assert gap(expected, log_probs).kl == pytest.approx(0, abs=1e-4)
 
 
-def test_an_answer_the_tokenizer_cannot_write_is_refused(bench, asked) -> None:
+def test_an_answer_the_tokenizer_cannot_write_is_refused(bench, scenes) -> None:
     with pytest.raises(UserError, match="cannot write the answer"):
-        measure(bench, replace(asked[0], answers=("a zebra",)))
+        measure(bench, replace(scenes[0], answers=("a zebra",)))
 
 
 def test_an_answer_is_said_only_when_it_also_ends(bench) -> None:

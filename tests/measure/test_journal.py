@@ -103,6 +103,15 @@ class TestWorkplace:
             raise UserError("no")
         assert list(tmp_path.iterdir()) == []
 
+    def test_other_files_in_a_directory_of_that_name_stay(self, tmp_path: Path) -> None:
+        (tmp_path / ".record.json.work").mkdir()
+        mine = [tmp_path / ".record.json.work" / name for name in ("notes.jsonl", "thesis.txt")]
+        for file in mine:
+            file.touch()
+        with Workplace(tmp_path / "record.json") as work:
+            Journal(work, {}).add(result("k"))
+        assert sorted(work.iterdir()) == mine
+
     def test_a_directory_that_was_given_always_stays(self, tmp_path: Path) -> None:
         with Workplace(tmp_path / "record.json", tmp_path / "mine") as work:
             Journal(work, {}).add(result("k"))

@@ -59,9 +59,7 @@ def oracle_log_probs(case, way=None) -> torch.Tensor:
     """Log-probabilities at the answer's positions from Hugging Face's forward over prompt and answer."""
     bench, _, prompt, answer = case
     fed = np.concatenate([prompt.input_ids, np.array([answer[:-1]], dtype=np.int64)], axis=1)
-    inputs = bench.checkpoint.family.reference_inputs(
-        replace(prompt, input_ids=fed), bench.checkpoint.config
-    )
+    inputs = bench.checkpoint.family.reference_inputs(replace(prompt, input_ids=fed), bench.checkpoint.config)
     with torch.inference_mode():
         if way is None:
             logits = bench.model(**inputs).logits
@@ -90,8 +88,7 @@ def test_the_second_cut_chooses_from_what_the_first_one_left(case, way) -> None:
     with prune(bench.model, PruneSpec(way.schedule, way.keep)) as trace, torch.inference_mode():
         bench.model(**inputs)
     expected = tuple(
-        (cut.layer, tuple(seen.kept_visual.tolist()))
-        for cut, seen in zip(way.cuts, trace.cuts, strict=True)
+        (cut.layer, tuple(seen.kept_visual.tolist())) for cut, seen in zip(way.cuts, trace.cuts, strict=True)
     )
     assert kept == [expected]
     assert set(expected[1][1]) < set(expected[0][1])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from measuring import question_about
@@ -62,7 +61,12 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_every_question_has_a_result_or_a_reason(checkpoint, questions, tmp_path) -> None:
     steps = []
     outcomes = measure_all(
-        checkpoint, SETTING, questions, work=tmp_path, stage="asking", progress=lambda *step: steps.append(step)
+        checkpoint,
+        SETTING,
+        questions,
+        work=tmp_path,
+        stage="asking",
+        progress=lambda *step: steps.append(step),
     )
     assert [type(outcome) for outcome in outcomes] == [QuestionResult] * 3 + [Skipped]
     assert [outcome.key for outcome in outcomes[:3]] == [question.key for question in questions[:3]]
@@ -127,7 +131,7 @@ def test_a_model_that_no_process_can_open_is_told_in_one_line(checkpoint, questi
 
 
 def test_a_process_that_dies_is_told_in_one_line(checkpoint, questions, tmp_path) -> None:
-    unusable = Setting((one_cut(1, "no such method", Keep(ratio=0.5)),), 1, 0, 1, device=None)
+    unusable = replace(SETTING, ways=None)  # no mistake of a person: the process ends with it
     with pytest.raises(UserError, match="one of 2 processes died") as raised:
         list(run_module._ask_in_processes(checkpoint.path, unusable, questions, 2))
     assert "fewer --jobs" in raised.value.hint

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from ep_export.methods import LayerStates, TokenView
@@ -23,14 +22,15 @@ def make_view(
     queries: torch.Tensor | None = None,
     keys: torch.Tensor | None = None,
     instruction: list[int] | None = None,
-    seed: int = 0,
 ) -> TokenView:
     """A view of `len(embeds)` positions; without keys there is no layer before (K = 0)."""
     states = None
     if keys is not None:
-        asked = queries if queries is not None else torch.zeros_like(keys)
         states = LayerStates(
-            queries=asked, keys=keys, values=torch.zeros_like(keys), rotate=unturned, scale=1.0
+            queries=torch.zeros_like(keys) if queries is None else queries,
+            keys=keys,
+            rotate=unturned,
+            scale=1.0,
         )
     return TokenView(
         visual_index=torch.tensor(visual),
@@ -39,5 +39,4 @@ def make_view(
         hidden=embeds if hidden is None else hidden,
         final_norm=lambda states: states,
         states=states,
-        rng=np.random.default_rng(seed),
     )

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from bundles import export_tiny
+from bundles import export_tiny, two_cuts
 from command_line import ep_export
 from digit_scenes import held_out
 from tiny import tiny_picture
@@ -22,24 +22,56 @@ from triton_schema import MESSAGES, parse_config, schema
 from triton_standin import StandIn
 
 from ep_export.bundle import Bundle, Precision
-from ep_export.engine_record import ENGINES, EngineFile, EngineRecord, bundle_fingerprint, write_record
+from ep_export.engine_record import (
+    ENGINES,
+    EngineFile,
+    EngineRecord,
+    PluginFile,
+    read_record,
+    source_sha256,
+    write_record,
+)
 from ep_export.engine_record import Limits as EngineLimits
 from ep_export.errors import UsageError, UserError
 from ep_export.families.base import Video
 from ep_export.package import write_repository
 from ep_export.package.triton_model import TextStream
-from ep_export.policy import Keep, Scorer, Select
+from ep_export.policy import Keep, MaxMin, Nothing, Scorer, Select, TopK
 from ep_export.runtime import Sampling, Session
 from ep_export.targets import find_target
 
 READER = Path(__file__).parents[1] / "fixtures" / "digit-reader"
-COMPONENTS = ("vision_encoder", "embed_tokens", "decoder_head", "decoder_tail")
+COMPONENTS = (
+    "vision_encoder",
+    "embed_tokens",
+    "decoder_0",
+    "decoder_1",
+    "decoder_2",
+    "prune_0.paper-highest",
+    "prune_0.nothing",
+    "prune_0.divprune",
+    "prune_1.nothing",
+    "prune_1.paper-highest",
+    "prune_1.divprune",
+)
 TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "int64": "TYPE_INT64"}
 
 
 @pytest.fixture(scope="module")
-def repository(tiny_bundle, tmp_path_factory):
-    return write_repository(tiny_bundle, tmp_path_factory.mktemp("triton") / "repository")
+def bundle(tiny_checkpoint, tmp_path_factory):
+    """Cuts before layers 1 and 3 of 4, and three policies at each."""
+    return export_tiny(
+        tiny_checkpoint,
+        tmp_path_factory.mktemp("twice") / "bundle",
+        schedule=two_cuts(1, 3),
+        keep=0.6,
+        policies=(Nothing(), MaxMin()),
+    )
+
+
+@pytest.fixture(scope="module")
+def repository(bundle, tmp_path_factory):
+    return write_repository(bundle, tmp_path_factory.mktemp("triton") / "repository")
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +81,8 @@ def server(repository):
 
 
 @pytest.fixture(scope="module")
-def session(tiny_bundle):
-    with Session.open(tiny_bundle) as opened:
+def session(bundle):
+    with Session.open(bundle) as opened:
         yield opened
 
 
@@ -73,9 +105,12 @@ def question(prompt: str, *pictures, **numbers) -> dict[str, np.ndarray]:
     return asked
 
 
+FRAMES = {"frames": np.array([png(tiny_picture(84, 84, seed=i)) for i in range(2)], dtype=np.object_)}
+
+
 def test_every_config_agrees_with_its_onnx_file(repository):
     models = repository.path / "models"
-    assert repository.models == ("ep_export", *(f"ep_export_{name}" for name in COMPONENTS))
+    assert sorted(repository.models) == sorted(["ep_export", *(f"ep_export_{name}" for name in COMPONENTS)])
     for name in COMPONENTS:
         folder = models / f"ep_export_{name}"
         config = parse_config((folder / "config.pbtxt").read_text())
@@ -96,12 +131,13 @@ def test_the_front_model_streams_and_pictures_are_optional(repository):
     assert [port.name for port in config.input if not port.optional] == ["prompt"]
 
 
-def test_weights_lie_below_each_model_as_links(repository, tiny_bundle):
+def test_weights_lie_below_each_model_as_links(repository, bundle):
     assert repository.linked
-    shard = next((tiny_bundle.path / "weights").iterdir())
+    shard = next((bundle.path / "weights").iterdir())
     for name in COMPONENTS:
         folder = repository.path / "models" / f"ep_export_{name}" / "1"
-        assert (folder / "weights" / shard.name).samefile(shard)
+        weights = folder / "weights" / shard.name
+        assert weights.samefile(shard) if not name.startswith("prune") else not weights.exists()
         assert not [path for path in folder.rglob("*") if path.is_symlink()]
 
 
@@ -172,17 +208,38 @@ def test_streamed_pieces_are_the_answer(server, session):
     assert answer.outputs(0)["token_ids"].size == 0
 
 
-def test_caches_are_empty_at_first_and_have_two_lengths_then(server):
+@pytest.mark.parametrize("policies", [("divprune",), ("divprune", "nothing")], ids=["for all", "one a cut"])
+def test_policies_are_those_of_ep_export_run(server, session, policies):
+    picture = tiny_picture(112, 112, seed=5)
+    request = question("Name the colour.", picture, max_new_tokens=6)
+    request["policy"] = np.array([name.encode() for name in policies], dtype=np.object_)
+    server.requests.clear()
+    answer = server.ask(request).outputs()
+    wanted = session.generate([picture], "Name the colour.", max_new_tokens=6, policies=policies)
+    assert tuple(answer["token_ids"]) == wanted.token_ids
+    assert tuple(answer["kept_index"]) == wanted.kept_index
+    names = [name for name, _ in server.requests]
+    assert [name for name in names if "prune" in name] == [
+        f"ep_export_prune_{cut}.{name}" for cut, name in enumerate(wanted.policies)
+    ]
+
+
+def test_every_span_has_caches_as_long_as_what_reached_it(server):
     server.requests.clear()
     answer = server.ask(question("What is this?", tiny_picture(112, 112, seed=2), max_new_tokens=3)).outputs()
-    head, tail = (
-        [shapes[f"past_key_values.{layer}.key"][2] for name, shapes in server.requests if name.endswith(kind)]
-        for kind, layer in (("head", 0), ("tail", 2))
-    )
     full = server.requests[1][1]["input_ids"][1]
-    assert head == [0, full, full + 1]
-    assert tail == [0, len(answer["kept_index"]), len(answer["kept_index"]) + 1]
-    assert tail[1] < head[1]
+    reached = [
+        next(shapes["inputs_embeds"][1] for name, shapes in server.requests if name.endswith(f"_{span}"))
+        for span in range(3)
+    ]
+    assert reached[0] == full > reached[1] > reached[2] == len(answer["kept_index"])
+    for span, layer in ((0, 0), (1, 1), (1, 2), (2, 3)):
+        lengths = [
+            shapes[f"past_key_values.{layer}.key"][2]
+            for name, shapes in server.requests
+            if name.endswith(f"decoder_{span}")
+        ]
+        assert lengths == [0, reached[span], reached[span] + 1]
 
 
 def test_frames_are_shown_as_one_video(server, session):
@@ -217,6 +274,13 @@ def test_a_picture_may_come_in_base64(server):
         ({"max_new_tokens": np.array([0], dtype=np.int32)}, "max-new-tokens is 0"),
         ({"keep": np.array([1.5], dtype=np.float32)}, "keep is 1.5, expected 0 < keep <= 1"),
         ({"temperature": np.array([0], dtype=np.float32)}, "temperature is 0.0"),
+        ({"top_p": np.array([np.nan], dtype=np.float32)}, "top_p is nan, expected a finite number"),
+        ({"keep": np.array([np.inf], dtype=np.float32)}, "keep is inf, expected a finite number"),
+        ({"fps": np.array([np.nan], dtype=np.float32), **FRAMES}, "fps is nan, expected a finite number"),
+        ({"fps": np.array([0], dtype=np.float32), **FRAMES}, "fps is 0, expected a number above 0"),
+        ({"policy": text("norm-lowest")}, "no policy 'norm-lowest' at cut 0"),
+        ({"policy": text(b"\xff\xfe")}, "policy is not UTF-8 text"),
+        ({"seed": np.array([-1], dtype=np.int64), "top_k": np.array([2], dtype=np.int32)}, "seed is -1"),
         ({"prompt": text("hello " * 5000)}, "prompt has"),
     ],
 )
@@ -228,12 +292,50 @@ def test_a_wrong_request_gets_one_sentence_and_the_next_an_answer(server, change
     assert server.ask(question("What is this?", max_new_tokens=2)).error == ""
 
 
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"temperature": np.array([], dtype=np.float32)}, "temperature has 0 values, expected 1"),
+        ({"max_new_tokens": np.array([], dtype=np.int32)}, "max_new_tokens has 0 values, expected 1"),
+        ({"stream": np.array([], dtype=np.bool_)}, "stream has 0 values, expected 1"),
+        ({"prompt": np.array([], dtype=np.object_)}, "the request has no prompt"),
+        ({"keep": np.array([0.5, 0.6], dtype=np.float32)}, "keep has 2 values, expected 1"),
+    ],
+)
+def test_a_shape_that_triton_should_have_refused_is_answered_in_one_sentence(server, changes, complaint):
+    answer = server.ask({**question("What is this?", max_new_tokens=2), **changes}, checked=False)
+    assert len(answer.responses) == 1
+    assert complaint in answer.error
+
+
+def test_empty_lists_of_pictures_and_policies_are_as_good_as_none(server, session):
+    request = question("What is this?", max_new_tokens=2)
+    request |= {name: np.array([], dtype=np.object_) for name in ("image", "frames", "policy")}
+    wanted = session.generate([], "What is this?", max_new_tokens=2)
+    assert tuple(server.ask(request).outputs()["token_ids"]) == wanted.token_ids
+
+
+def test_whatever_goes_wrong_inside_is_answered_too(server, monkeypatch, caplog):
+    """Triton waits for a final response: without one the request, and in the end the model, hangs."""
+
+    def fail(*_arguments, **_options):
+        raise MemoryError("out of\nmemory")
+
+    monkeypatch.setattr(server._model._session, "generate", fail)
+    answer = server.ask(question("What is this?", max_new_tokens=2))
+    assert answer.error == "MemoryError: out of memory"
+    assert answer.responses[-1].failed.code == server.codes.INTERNAL
+    assert "a request failed" in caplog.text
+    monkeypatch.undo()
+    assert server.ask(question("What is this?", max_new_tokens=2)).error == ""
+
+
 def test_generation_ends_when_the_client_leaves(server):
     server.requests.clear()
     asked = question("Say hello.", tiny_picture(112, 84, seed=1), max_new_tokens=10, stream=True)
     answer = server.ask(asked, leaves_after=2)
     assert len(answer.responses) == 2
-    assert sum(name.endswith("tail") for name, _ in server.requests) < 10
+    assert sum(name.endswith("decoder_2") for name, _ in server.requests) < 10
 
 
 def test_a_component_that_fails_is_named(server):
@@ -246,9 +348,8 @@ def test_a_component_that_fails_is_named(server):
 
 
 def test_the_shipped_model_answers_as_the_command_line_does(tmp_path):
-    bundle = export_tiny(
-        READER, tmp_path / "bundle", layer=2, keep=0.25, scorer=Scorer.NORM, select=Select.LOWEST
-    )
+    chooser = TopK(Scorer.NORM, Select.LOWEST)
+    bundle = export_tiny(READER, tmp_path / "bundle", layer=2, keep=0.25, chooser=chooser)
     out = tmp_path / "repository"
     result = ep_export("package", str(bundle.path), "--triton", str(out))
     assert result.code == 0, result.err
@@ -276,14 +377,14 @@ def test_the_shipped_model_answers_as_the_command_line_does(tmp_path):
             assert answer["kept_index"].tolist() == wanted["kept_index"]
 
 
-def test_package_prints_what_it_wrote_as_json(tiny_bundle, tmp_path):
+def test_package_prints_what_it_wrote_as_json(bundle, tmp_path):
     out = tmp_path / "repository"
-    result = ep_export("package", str(tiny_bundle.path), "--triton", str(out), "--json")
+    result = ep_export("package", str(bundle.path), "--triton", str(out), "--json")
     told = json.loads(result.out)
     assert (told["path"], told["runtime"], told["target"]) == (str(out), "onnxruntime", None)
-    assert told["models"] == ["ep_export", *(f"ep_export_{name}" for name in COMPONENTS)]
+    assert sorted(told["models"]) == sorted(["ep_export", *(f"ep_export_{name}" for name in COMPONENTS)])
     assert json.loads((out / "repository.json").read_text())["models"] == told["models"]
-    again = ep_export("package", str(tiny_bundle.path), "--triton", str(out))
+    again = ep_export("package", str(bundle.path), "--triton", str(out))
     assert again.code == 1
     assert "exists already" in again.err
 
@@ -301,58 +402,77 @@ def test_a_gpu_is_asked_for_only_where_components_run(tiny_bundle, tmp_path):
 
 def test_bfloat16_is_refused_with_what_to_do(tiny_bundle, tmp_path):
     manifest = tiny_bundle.manifest
-    head = manifest.component("decoder_head")
-    inputs = (replace(head.inputs[0], dtype="bfloat16"), *head.inputs[1:])
-    others = tuple(c for c in manifest.components if c is not head)
-    brain = replace(manifest, precision=Precision.BF16, components=(*others, replace(head, inputs=inputs)))
-    with pytest.raises(UserError, match="decoder_head has bfloat16 tensors") as refused:
+    span = manifest.component("decoder_0")
+    inputs = (replace(span.inputs[0], dtype="bfloat16"), *span.inputs[1:])
+    others = tuple(c for c in manifest.components if c is not span)
+    brain = replace(manifest, precision=Precision.BF16, components=(*others, replace(span, inputs=inputs)))
+    with pytest.raises(UserError, match="decoder_0 has bfloat16 tensors") as refused:
         write_repository(Bundle(tiny_bundle.path, brain), tmp_path / "out")
     assert "--precision fp16" in refused.value.hint
     assert not (tmp_path / "out").exists()
 
 
-def engines_in(bundle: Bundle, name: str) -> None:
+def engines_in(bundle: Bundle, name: str, on_cpu: tuple[str, ...] = ()) -> Path:
     """Files where engines would be; nothing here loads them."""
     target = find_target(name)
     folder = bundle.path / ENGINES / name
     folder.mkdir(parents=True)
     components = {}
     for component in bundle.manifest.components:
+        if component.name in on_cpu:
+            continue
         (folder / f"{component.name}.engine").write_text("a stand-in")
-        components[component.name] = EngineFile(f"{component.name}.engine", "", 10, 0.0, ())
-    write_record(
-        folder,
-        EngineRecord(
-            target=name,
-            sm=target.sm,
-            flavour=target.flavour,
-            version="1.7.1",
-            cuda="12",
-            bundle=bundle_fingerprint(bundle.manifest),
-            model="tiny",
-            dialect=bundle.manifest.dialect,
-            precision=bundle.manifest.precision,
-            limits=EngineLimits(64, 8, 50176, 32),
-            components=components,
-            plugin=False,
-            made_by={},
-        ),
+        source = source_sha256(bundle.manifest, component)
+        components[component.name] = EngineFile(
+            component.role, f"{component.name}.engine", "", 10, 0.0, (), source
+        )
+    (folder / "plugin.so").write_text("a stand-in")
+    record = EngineRecord(
+        target=name,
+        sm=target.sm,
+        flavour=target.flavour,
+        version="1.7.1",
+        cuda="12",
+        model="tiny",
+        dialect=bundle.manifest.dialect,
+        precision=bundle.manifest.precision,
+        limits=EngineLimits(64, 8, 50176, 32),
+        components=components,
+        on_cpu=on_cpu,
+        plugin=PluginFile("plugin.so", "", 10),
+        made_by={},
     )
+    write_record(folder, record)
+    return folder
 
 
-def test_engines_are_served_by_one_model_in_its_own_process(tiny_bundle, tmp_path):
-    bundle = Bundle.open(shutil.copytree(tiny_bundle.path, tmp_path / "bundle"))
-    engines_in(bundle, "rtx-ada")
-    made = write_repository(bundle, tmp_path / "repository", target=find_target("rtx-ada"))
+def test_engines_are_served_by_one_model_in_its_own_process(bundle, tmp_path):
+    beside = ("prune_0.divprune", "prune_1.divprune")
+    copy = Bundle.open(Path(shutil.copytree(bundle.path, tmp_path / "bundle")))
+    engines_in(copy, "rtx-ada", beside)
+    made = write_repository(copy, tmp_path / "repository", target=find_target("rtx-ada"))
     assert made.models == ("ep_export",)
     folder = made.path / "models" / "ep_export"
     config = parse_config((folder / "config.pbtxt").read_text())
     parameters = {key: value.string_value for key, value in config.parameters.items()}
     assert parameters == {"runtime": "tensorrt", "target": "rtx-ada"}
-    linked = folder / "1" / "bundle" / ENGINES / "rtx-ada"
-    assert {f.name for f in linked.iterdir()} == {"engine.json", *(f"{c}.engine" for c in COMPONENTS)}
+    served = folder / "1" / "bundle"
+    engines = {f"{name}.engine" for name in COMPONENTS if name not in beside}
+    linked = {file.name for file in (served / ENGINES / "rtx-ada").iterdir()}
+    assert linked == {"engine.json", "plugin.so", *engines}
+    assert {file.name for file in served.glob("*.onnx")} == {f"{name}.onnx" for name in beside}
     with pytest.raises(UserError), StandIn(made.path / "models").running():
         pass  # no GPU, or no TensorRT: said in a sentence when the model is loaded
+
+
+def test_engines_whose_record_leaves_their_folder_are_not_packaged(bundle, tmp_path):
+    copy = Bundle.open(Path(shutil.copytree(bundle.path, tmp_path / "bundle")))
+    folder = engines_in(copy, "rtx-ada")
+    record = read_record(folder)
+    write_record(folder, replace(record, plugin=PluginFile("../../manifest.json", "", 10)))
+    with pytest.raises(UserError, match="names a path outside itself"):
+        write_repository(copy, tmp_path / "repository", target=find_target("rtx-ada"))
+    assert not (tmp_path / "repository").exists()
 
 
 def test_a_target_without_engines_or_with_gpu_is_refused(tiny_bundle, tmp_path):
@@ -376,7 +496,7 @@ def test_texts_have_no_gaps_and_say_what_was_not_run(repository):
     readme = (repository.path / "README.md").read_text()
     assert "Not run: no Triton server" in readme
     assert "docker run" in readme
-    assert "    models/ep_export_decoder_head/" in readme
+    assert "    models/ep_export_decoder_0/" in readme
     docker = (repository.path / "Dockerfile").read_text()
     assert "FROM nvcr.io/nvidia/tritonserver:${TAG}-py3" in docker
 

@@ -69,20 +69,20 @@ def _model(heads: int, kv_heads: int, head_dim: int, layers: int, seed: int) -> 
     return model, family, family.prompt_builder(path, model.config)
 
 
-def whole_sequence(made: Case, answer: list[int]) -> tuple[np.ndarray, np.ndarray]:
+def whole_sequence(oracle: Case, answer: list[int]) -> tuple[np.ndarray, np.ndarray]:
     """Embeddings [S + T, d] and positions [3, S + T] of the prompt followed by generated ids."""
-    inputs, model = made.inputs, made.model
+    inputs, model = oracle.inputs, oracle.model
     with torch.inference_mode():
         embeds = model.get_input_embeddings()(inputs["input_ids"])[0].clone()
-        if len(made.prompt.visual_index):
+        if len(oracle.prompt.visual_index):
             features = model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
-            embeds[torch.from_numpy(made.prompt.visual_index)] = torch.cat(tuple(features.pooler_output))
+            embeds[torch.from_numpy(oracle.prompt.visual_index)] = torch.cat(tuple(features.pooler_output))
             positions, _ = model.model.get_rope_index(
                 inputs["input_ids"], inputs["mm_token_type_ids"], image_grid_thw=inputs["image_grid_thw"]
             )
         else:
             positions = torch.arange(len(embeds)).expand(3, 1, -1)
-        tail = model.get_input_embeddings()(torch.tensor(answer, dtype=torch.int64))
+        appended = model.get_input_embeddings()(torch.tensor(answer, dtype=torch.int64))
     following = int(positions.max()) + 1 + np.arange(len(answer))
     positions = np.concatenate([positions[:, 0].numpy(), np.tile(following, (3, 1))], axis=1)
-    return torch.cat([embeds, tail]).numpy(), positions
+    return torch.cat([embeds, appended]).numpy(), positions

@@ -31,24 +31,26 @@ def one_cut(layer, **chooser):
     return Schedule((Cut(layer, TopK(**chooser)),))
 
 
-def assert_follows_hand(made, schedule, keep=None, tokens=4):
+def assert_follows_hand(oracle, schedule, keep=None, tokens=4):
     """Kept sets, scores, prefill logits and every decode step's logits agree; so do the caches' lengths."""
-    layers = made.model.config.text_config.num_hidden_layers
+    layers = oracle.model.config.text_config.num_hidden_layers
     keep = keep or average_keep(schedule, layers=layers)
-    n = len(made.prompt.visual_index)
+    n = len(oracle.prompt.visual_index)
     counts = kept_tokens(keep, schedule, layers=layers, visual_tokens=n)
-    with prune(made.model, PruneSpec(schedule, keep)) as trace, torch.inference_mode():
-        out = made.model.generate(
-            **made.inputs,
+    with prune(oracle.model, PruneSpec(schedule, keep)) as trace, torch.inference_mode():
+        out = oracle.model.generate(
+            **oracle.inputs,
             max_new_tokens=tokens,
             do_sample=False,
             eos_token_id=-1,
             output_logits=True,
             return_dict_in_generate=True,
         )
-    prompt_length = made.prompt.input_ids.shape[1]
+    prompt_length = oracle.prompt.input_ids.shape[1]
     answer = out.sequences[0, prompt_length:].tolist()
-    hand = run_by_hand(made.model, *whole_sequence(made, answer), made.prompt.visual_index, schedule, counts)
+    hand = run_by_hand(
+        oracle.model, *whole_sequence(oracle, answer), oracle.prompt.visual_index, schedule, counts
+    )
     assert [len(cut.kept_visual) for cut in trace.cuts] == list(counts)
     for cut, kept, scores in zip(trace.cuts, hand.kept_index, hand.scores, strict=True):
         np.testing.assert_array_equal(cut.kept_index, kept[kept < prompt_length])
@@ -74,9 +76,9 @@ def assert_follows_hand(made, schedule, keep=None, tokens=4):
     ],
 )
 def test_odd_shapes_match_decoder_by_hand(heads, kv_heads, head_dim, layers, split):
-    made = case(heads=heads, kv_heads=kv_heads, head_dim=head_dim, layers=layers)
+    oracle = case(heads=heads, kv_heads=kv_heads, head_dim=head_dim, layers=layers)
     least = split / layers
-    assert_follows_hand(made, one_cut(split), Keep(ratio=least + 0.4 * (1 - least)))
+    assert_follows_hand(oracle, one_cut(split), Keep(ratio=least + 0.4 * (1 - least)))
 
 
 @pytest.mark.parametrize("split", [1, 2, 3])
@@ -98,17 +100,17 @@ def test_every_source_matches_decoder_by_hand(source):
 
 @pytest.mark.parametrize("budget", Budget)
 def test_two_pictures_match_decoder_by_hand(budget):
-    made = case(sizes=((140, 112), (84, 168)))
-    assert len(made.prompt.pictures) == 2
-    assert_follows_hand(made, one_cut(1, budget=budget), Keep(ratio=0.4))
+    oracle = case(sizes=((140, 112), (84, 168)))
+    assert len(oracle.prompt.pictures) == 2
+    assert_follows_hand(oracle, one_cut(1, budget=budget), Keep(ratio=0.4))
 
 
 def test_one_kept_token_matches_decoder_by_hand():
-    made = case()
-    n = len(made.prompt.visual_index)
+    oracle = case()
+    n = len(oracle.prompt.visual_index)
     keep = Keep(ratio=(n + 3 * 1.5) / (4 * n))  # (L r N - K N) / (L - K) = 1.5 for L = 4, K = 1
     assert kept_tokens(keep, one_cut(1), layers=4, visual_tokens=n) == (1,)
-    assert_follows_hand(made, one_cut(1), keep)
+    assert_follows_hand(oracle, one_cut(1), keep)
 
 
 @pytest.mark.parametrize(
@@ -134,6 +136,6 @@ def test_one_cut_on_hidden_states_matches_decoder_by_hand(layer, chooser):
 
 def test_two_cuts_of_two_pictures_match_decoder_by_hand():
     """Pictures are told apart by the text between them, also after tokens were dropped."""
-    made = case(sizes=((140, 112), (84, 168)))
+    oracle = case(sizes=((140, 112), (84, 168)))
     share_alike = TopK(budget=Budget.PER_PICTURE)
-    assert_follows_hand(made, Schedule((Cut(1, share_alike, 0.5), Cut(2, share_alike, 0.2))))
+    assert_follows_hand(oracle, Schedule((Cut(1, share_alike, 0.5), Cut(2, share_alike, 0.2))))

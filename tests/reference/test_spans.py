@@ -27,16 +27,16 @@ TOLERANCE = 1e-4
 
 
 @pytest.fixture(scope="module")
-def made():
+def oracle():
     return case()
 
 
-def recorded(made, layers, *, arguments=False):
+def recorded(oracle, layers, *, arguments=False):
     """What a plain forward without a cache shows at these layers, and its outputs."""
-    recorder = SpanRecorder(made.family.decoder(made.model), layers, arguments=arguments)
+    recorder = SpanRecorder(oracle.family.decoder(oracle.model), layers, arguments=arguments)
     with ExitStack() as undo, torch.inference_mode():
         recorder.install(undo)
-        output = made.model(**made.inputs, use_cache=False, output_hidden_states=True)
+        output = oracle.model(**oracle.inputs, use_cache=False, output_hidden_states=True)
     return recorder, output
 
 
@@ -46,11 +46,11 @@ def test_text_and_kept_tokens_stay_in_order():
     assert staying(4, torch.tensor([1, 2]), torch.tensor([], dtype=torch.int64)).tolist() == [0, 3]
 
 
-def test_the_recorder_sees_what_enters_layers_and_leaves_projections(made):
-    recorder, output = recorded(made, [0, 2, 4])
+def test_the_recorder_sees_what_enters_layers_and_leaves_projections(oracle):
+    recorder, output = recorded(oracle, [0, 2, 4])
     for layer in (0, 2):
         torch.testing.assert_close(recorder.hidden[layer], output.hidden_states[layer], atol=0, rtol=0)
-    decoder = made.family.decoder(made.model)
+    decoder = oracle.family.decoder(oracle.model)
     torch.testing.assert_close(decoder.norm(recorder.hidden[4]), output.hidden_states[4], atol=0, rtol=0)
     attention = decoder.layers[1].self_attn
     normed = decoder.layers[1].input_layernorm(output.hidden_states[1])
@@ -62,12 +62,12 @@ def test_the_recorder_sees_what_enters_layers_and_leaves_projections(made):
     assert recorder.arguments == {}
 
 
-def test_the_recorder_leaves_no_hooks_and_can_forget(made):
+def test_the_recorder_leaves_no_hooks_and_can_forget(oracle):
     def hooks():
-        return [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in made.model.modules()]
+        return [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in oracle.model.modules()]
 
     before = hooks()
-    recorder, _ = recorded(made, [1], arguments=True)
+    recorder, _ = recorded(oracle, [1], arguments=True)
     assert hooks() == before
     recorder.clear()
     assert not recorder.hidden
@@ -75,22 +75,22 @@ def test_the_recorder_leaves_no_hooks_and_can_forget(made):
     assert not recorder.arguments
 
 
-def test_layers_run_by_themselves_as_in_the_model(made):
-    recorder, output = recorded(made, [1, 4], arguments=True)
-    decoder = made.family.decoder(made.model)
+def test_layers_run_by_themselves_as_in_the_model(oracle):
+    recorder, output = recorded(oracle, [1, 4], arguments=True)
+    decoder = oracle.family.decoder(oracle.model)
     with torch.inference_mode():
         hidden = run_layers(decoder, recorder.hidden[1], range(1, 4), recorder.arguments)
     torch.testing.assert_close(hidden, recorder.hidden[4], atol=0, rtol=0)
     assert output.hidden_states[1].shape == hidden.shape
 
 
-def test_a_batch_of_row_sets_through_two_cuts_equals_prune(made):
+def test_a_batch_of_row_sets_through_two_cuts_equals_prune(oracle):
     """Two ways of pruning, cut twice, as rows of one batch: the hidden states of `prune` for each."""
-    keeps = [torch.from_numpy(made.prompt.visual_index[start::2].copy()) for start in (0, 1)]
+    keeps = [torch.from_numpy(oracle.prompt.visual_index[start::2].copy()) for start in (0, 1)]
     again = [kept[::2] for kept in keeps]
-    recorder, _ = recorded(made, [1], arguments=True)
-    decoder = made.family.decoder(made.model)
-    length, visual = made.prompt.input_ids.shape[1], torch.from_numpy(made.prompt.visual_index)
+    recorder, _ = recorded(oracle, [1], arguments=True)
+    decoder = oracle.family.decoder(oracle.model)
+    length, visual = oracle.prompt.input_ids.shape[1], torch.from_numpy(oracle.prompt.visual_index)
     rows = [staying(length, visual, kept) for kept in keeps]
     rows_after = [staying(length, visual, kept) for kept in again]
     with torch.inference_mode():
@@ -109,8 +109,8 @@ def test_a_batch_of_row_sets_through_two_cuts_equals_prune(made):
             arrived = torch.arange(length) if cut == 0 else staying(length, visual, sets[0])
             return torch.isin(arrived, sets[cut]).nonzero()[:, 0]
 
-        with prune(made.model, spec, select=select), torch.inference_mode():
-            expected = made.model(**made.inputs, use_cache=False).logits
+        with prune(oracle.model, spec, select=select), torch.inference_mode():
+            expected = oracle.model(**oracle.inputs, use_cache=False).logits
         torch.testing.assert_close(logits[number], expected[0], atol=TOLERANCE, rtol=0)
 
 
@@ -131,13 +131,13 @@ def test_masks_are_cut_by_rows_and_by_columns_of_the_cache():
     ("source", "shape"),
     [(Source.QUERY, (4, 16)), (Source.KEY, (2, 16)), (Source.VALUE, (2, 16)), (Source.HIDDEN, (4, 16))],
 )
-def test_a_cut_sees_its_source_as_heads(made, source, shape):
-    recorder, _ = recorded(made, [2])
-    visual = torch.from_numpy(made.prompt.visual_index)
+def test_a_cut_sees_its_source_as_heads(oracle, source, shape):
+    recorder, _ = recorded(oracle, [2])
+    visual = torch.from_numpy(oracle.prompt.visual_index)
     hidden = recorder.hidden[2][0]
     tokens = cut_tokens(
         Cut(2, TopK(source=source)),
-        made.family.dims(made.model.config),
+        oracle.family.dims(oracle.model.config),
         hidden=hidden,
         projections=recorder.projected(2),
         visual_index=visual,
@@ -148,6 +148,6 @@ def test_a_cut_sees_its_source_as_heads(made, source, shape):
     np.testing.assert_array_equal(tokens.hidden, hidden[visual])
 
 
-def test_a_chooser_that_reads_no_projections_gets_none(made):
-    states = capture(made.model, made.prompt, PruneSpec(Schedule((Cut(2, MaxMin()),)), Keep(ratio=0.75)))
+def test_a_chooser_that_reads_no_projections_gets_none(oracle):
+    states = capture(oracle.model, oracle.prompt, PruneSpec(Schedule((Cut(2, MaxMin()),)), Keep(ratio=0.75)))
     assert states.cuts[0].tokens.states is None

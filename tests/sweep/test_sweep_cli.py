@@ -24,14 +24,18 @@ def verb(tmp_path):
     [
         (["--keep", "2"], 2, "keep is 2, expected 0 < keep <= 1"),
         (["--keep", "nan"], 2, "keep is nan"),
-        (["--keep", "0.5", "--layer", "12"], 2, "layer is 12, expected 1 to 11"),
+        (["--keep", "0.5", "--layer", "12"], 2, "layer is 12, expected 0 to 11"),
         (["--keep", "0.25", "--layer", "5"], 2, "keep 0.25 is impossible at every layer"),
         (["--keep", "0.5", "--methods", "fastvv"], 2, "hint: did you mean fastv"),
+        (["--keep", "0.5", "--methods", ","], 2, "--methods names no method"),
         (["--keep", "0.5", "--calibration-prompts", "x.json"], 2, "add --calibration-images"),
         (["--keep", "0.5", "--prompts", "none.json"], 1, "none.json does not exist"),
         (["--keep", "0.5", "--calibration", "none.json"], 1, "none.json does not exist"),
         (["--keep", "0.5", "--device", "abacus"], 1, "device abacus cannot be used"),
-        ([], 2, "Missing option '--keep'"),
+        ([], 2, "how much to keep is not given"),
+        (["--cut", "2:0.5", "--cut", "1:0.2"], 2, "expected a later layer"),
+        (["--cut", "two"], 2, "is not LAYER:SHARE"),
+        (["--keep", "0.5", "--cut", "2:0.5:fastv"], 2, "policy 'fastv' is unknown"),
     ],
 )
 def test_mistakes_get_one_line_and_the_right_code(verb, arguments, code, said) -> None:
@@ -46,7 +50,7 @@ def test_a_folder_of_broken_pictures_says_so(verb) -> None:
     result = ep_export(*verb, "--keep", "0.5", "--methods", "random")
     assert result.code == 1
     assert "none of the 1 questions can be used" in result.err
-    assert "is not a picture Pillow can read" in result.err
+    assert "is not a picture" in result.err
 
 
 def test_methods_are_listed_with_their_sources() -> None:

@@ -9,43 +9,45 @@ import pytest
 
 from ep_export.dims import DecoderDims
 from ep_export.errors import UserError
-from ep_export.policy import Policy, Scorer, Select
+from ep_export.measure.question import Skipped
+from ep_export.measure.ways import WayCut
+from ep_export.policy import Cut, MaxMin, Schedule
+from ep_export.runtime.kept import KeptPicture
 from ep_export.sweep import read_sweep, write_sweep
 from ep_export.sweep.record import (
     SWEEP_FILE,
-    Asked,
+    AnsweredQuestion,
     Dataset,
     Difference,
     Entropies,
-    Estimate,
     GalleryAnswer,
     GalleryEntry,
-    GalleryPart,
     MethodInfo,
     Prefill,
     Recommended,
     Row,
-    Skipped,
     SweepRecord,
     Unpruned,
 )
+from ep_export.sweep.statistics import MeanInterval
 
-ESTIMATE = Estimate(0.5, 0.4, 0.6, "wilson")
+MEAN = MeanInterval(0.5, 0.4, 0.6, "wilson")
 ROW = Row(
     method="random",
     layer=1,
     keep=0.5,
+    cuts=(WayCut(1, "random"),),
     published=None,
     seeds=2,
-    accuracy=ESTIMATE,
-    agreement=ESTIMATE,
-    kl=ESTIMATE,
-    kept_tokens=3.0,
+    accuracy=MEAN,
+    agreement=MEAN,
+    kl=MEAN,
+    kept_tokens=(3.0,),
     flops=1e9,
     kv_bytes=1e6,
     prefill=Prefill(2.0, 1.0, 2.0, 1.9, 2.1, 6),
     right=("10", "11"),
-    versus=(Difference("random", None, ESTIMATE),),
+    over_random=Difference(None, MEAN),
 )
 RECORD = SweepRecord(
     model="m",
@@ -61,26 +63,27 @@ RECORD = SweepRecord(
     keeps=(0.5,),
     swept_layers=(1,),
     methods=(MethodInfo("random", "Random", "floor", "draws", False),),
-    unpruned=Unpruned(ESTIMATE, "11", 4.0, 2.0, 2e9, 2e6, None),
+    unpruned=Unpruned(MEAN, "11", 4.0, 2.0, 2e9, 2e6, None),
     entropies=Entropies((1.0, 2.0), (1.0, 2.0), (0.1, 0.1), (0.1, 0.1), 2, None, 0.5, "none"),
-    recommended=(Recommended(0.5, Policy(1, Scorer.NORM, Select.LOWEST), "why", 24, "other", held_out=True),),
+    recommended=(Recommended(0.5, Schedule((Cut(1, MaxMin()),)), "why", 24, "other", held_out=True),),
     rows=(ROW,),
-    questions=(Asked("a.png", "What?", "1", "1"), Asked("b.png", "What?", "2", "2")),
+    questions=(AnsweredQuestion("a.png", "What?", "1", "1"), AnsweredQuestion("b.png", "What?", "2", "2")),
     gallery=(
         GalleryEntry(
             picture="pictures/00.png",
             sha256="0",
-            size=(8, 8),
             question="What?",
             answer="1",
             full_answer="1",
             full_right=True,
-            parts=(GalleryPart((2, 2), None),),
-            answers=(GalleryAnswer("random", 1, 0.5, "2", False, ((0, 3),)),),
+            answers=(GalleryAnswer("random", 1, 0.5, "2", False, (KeptPicture((2, 2), (0, 3)),)),),
         ),
     ),
     seconds=1.0,
 )
+
+
+BEYOND = GalleryAnswer("random", 1, 0.5, "2", False, (KeptPicture((2, 2), (4,)),))
 
 
 def test_it_reads_back_what_was_written(tmp_path) -> None:
@@ -101,7 +104,7 @@ def test_it_reads_back_what_was_written(tmp_path) -> None:
         ({"rows": (replace(ROW, right=("12",)),)}, "do not fit the questions"),
         ({"layers": 3}, "entropies.query"),
         ({"gallery": (replace(RECORD.gallery[0], picture="../x.png"),)}, "outside the record's directory"),
-        ({"gallery": (replace(RECORD.gallery[0], parts=()),)}, "do not fit its grids"),
+        ({"gallery": (replace(RECORD.gallery[0], answers=(BEYOND,)),)}, "do not fit its grids"),
     ],
 )
 def test_contradictions_are_refused(tmp_path, changed, reason) -> None:
@@ -119,9 +122,10 @@ def test_broken_missing_and_newer_files_are_refused(tmp_path) -> None:
     for text, reason in (
         (file.read_text()[:-20], "not readable JSON"),
         (json.dumps({**raw, "format": 99}), "has format 99"),
+        (json.dumps({**raw, "format": 1}), "has format 1"),
         (json.dumps({**raw, "rows": 3}), "not a valid sweep record"),
         (json.dumps([]), "not a valid sweep record"),
-        (json.dumps(raw).replace("0.4", "NaN"), "not finite"),
+        (json.dumps(raw).replace("0.4", "NaN"), "NaN is no number"),
     ):
         file.write_text(text)
         with pytest.raises(UserError, match=reason):

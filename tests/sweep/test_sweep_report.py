@@ -1,7 +1,6 @@
 """The report of a sweep: sentences that follow from the numbers, and a page that needs nothing else."""
 
 import re
-from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,69 +11,73 @@ from PIL import Image
 from ep_export.bundle import hash_file
 from ep_export.dims import DecoderDims
 from ep_export.errors import UserError
-from ep_export.sweep.findings import findings, standing
+from ep_export.measure.question import Skipped
+from ep_export.measure.ways import WayCut
+from ep_export.runtime.kept import KeptPicture
+from ep_export.sweep.findings import findings
 from ep_export.sweep.record import (
-    Asked,
+    AnsweredQuestion,
     Dataset,
     Difference,
     Entropies,
-    Estimate,
     GalleryAnswer,
     GalleryEntry,
-    GalleryPart,
     MethodInfo,
     Row,
-    Skipped,
     SweepRecord,
     Unpruned,
 )
 from ep_export.sweep.report import write_report
+from ep_export.sweep.statistics import MeanInterval
 
 QUESTION = 'Is <b>1</b> & "2" there?'
 
 
-def estimate(value: float, spread: float = 0.1) -> Estimate:
-    return Estimate(value, value - spread, value + spread, "wilson")
+def mean(value: float, spread: float = 0.1) -> MeanInterval:
+    return MeanInterval(value, value - spread, value + spread, "wilson")
 
 
-def row(method: str, layer: int, keep: float, accuracy: float, versus: float | None = None) -> Row:
-    """`versus`: the paired difference to random, its interval 0.1 wide on both sides."""
-    differences = (
-        () if versus is None else (Difference("random", estimate(versus), Estimate(0, -1, 1, "bootstrap")),)
-    )
+def row(method: str, layer: int, keep: float, accuracy: float, over_random: float | None = None) -> Row:
+    """`over_random`: the paired difference to random, its interval 0.1 wide on both sides."""
+    difference = Difference(mean(over_random), MeanInterval(0, -1, 1, "bootstrap")) if over_random else None
+    policy = {"recommended": "norm-lowest", "schedule": "divprune"}.get(method, method)
+    second = (WayCut(3, "random", 0.1),) if method == "schedule" else ()
     return Row(
         method=method,
         layer=layer,
         keep=keep,
+        cuts=(WayCut(layer, policy, 0.5 if second else None), *second),
         published=None,
         seeds=1,
-        accuracy=estimate(accuracy),
-        agreement=estimate(0.9),
-        kl=estimate(0.5),
-        kept_tokens=4,
+        accuracy=mean(accuracy),
+        agreement=mean(0.9),
+        kl=mean(0.5),
+        kept_tokens=(4,),
         flops=50.0,
         kv_bytes=10.0,
         prefill=None,
         right=("10",),
-        versus=differences,
-        found_by="layer 2, norm, lowest" if method == "recommended" else "",
+        over_random=difference,
     )
 
 
 @pytest.fixture
 def record(tmp_path: Path) -> SweepRecord:
     Image.new("RGB", (64, 32), (200, 30, 30)).save(tmp_path / "seen.png")
-    titles = ("paper-highest", "Paper, highest"), ("recommended", "Recommended"), ("random", "Random")
+    titles = (
+        ("recommended", "Recommended"),
+        ("schedule", "Your schedule"),
+        ("paper-highest", "Paper, highest"),
+        ("random", "Random"),
+    )
     entry = GalleryEntry(
         picture="seen.png",
         sha256=hash_file(tmp_path / "seen.png"),
-        size=(64, 32),
         question=QUESTION,
         answer="yes",
         full_answer="yes",
         full_right=True,
-        parts=(GalleryPart((2, 4), None),),
-        answers=(GalleryAnswer("recommended", 2, 0.5, "<script>no", False, ((0, 5),)),),
+        answers=(GalleryAnswer("recommended", 2, 0.5, "<script>no", False, (KeptPicture((2, 4), (0, 5)),)),),
     )
     return SweepRecord(
         model="some/where/tiny",
@@ -90,39 +93,37 @@ def record(tmp_path: Path) -> SweepRecord:
         keeps=(0.5,),
         swept_layers=(1, 2),
         methods=tuple(MethodInfo(key, title, "a paper", "an idea", True) for key, title in titles),
-        unpruned=Unpruned(estimate(0.95), "11", 8, 6, 100.0, 20.0, None),
+        unpruned=Unpruned(mean(0.95), "11", 8, 6, 100.0, 20.0, None),
         entropies=Entropies((1, 2, 3, 4), (1, 1, 1, 1), (0.1,) * 4, (0.1,) * 4, 5, None, 0.5, "none found"),
         recommended=(),
         rows=(
-            row("paper-highest", 1, 0.5, 0.8, versus=0.3),
-            row("paper-highest", 2, 0.5, 0.2, versus=-0.3),
-            row("recommended", 2, 0.5, 0.7, versus=0.05),
+            row("paper-highest", 1, 0.5, 0.8, over_random=0.3),
+            row("paper-highest", 2, 0.5, 0.2, over_random=-0.3),
+            row("recommended", 2, 0.5, 0.7, over_random=0.05),
+            row("schedule", 1, 0.5, 0.6, over_random=0.3),
             row("random", 1, 0.5, 0.5),
             row("random", 2, 0.5, 0.5),
         ),
-        questions=(Asked("seen.png", QUESTION, "yes", "yes"),) * 2,
+        questions=(AnsweredQuestion("seen.png", QUESTION, "yes", "yes"),) * 2,
         gallery=(entry,),
         seconds=60,
     )
 
 
 def test_a_row_stands_above_or_below_only_where_the_interval_leaves_out_zero(record):
-    better, worse, equal = (
-        record.row(*key, 0.5) for key in (("paper-highest", 1), ("paper-highest", 2), ("recommended", 2))
-    )
-    assert [standing(each, "random") for each in (better, worse, equal)] == [1, -1, 0]
-    assert standing(better, "fastv") is None
+    keys = (("paper-highest", 1), ("paper-highest", 2), ("recommended", 2))
+    assert [record.row(*key, 0.5).over_random.standing for key in keys] == [1, -1, 0]
 
 
-def test_without_answers_a_smaller_kl_stands_above(record):
-    closer = replace(record.rows[0], versus=(Difference("random", None, Estimate(-2, -3, -1, "bootstrap")),))
-    assert standing(closer, "random") == 1
+def test_without_answers_a_smaller_kl_stands_above():
+    assert Difference(None, MeanInterval(-2, -3, -1, "bootstrap")).standing == 1
 
 
 def test_the_findings_follow_from_the_numbers(record):
     said = " ".join(findings(record))
     assert "best in hindsight is Paper, highest at layer 1, 80.0% [70.0%, 90.0%]" in said
-    assert "(layer 2, norm, lowest), chosen beforehand, 70.0%" in said
+    assert "(layer 2 norm-lowest), chosen beforehand, 70.0%" in said
+    assert "Your schedule at keep 0.5 (layer 1 divprune, layer 3 random): 60.0%" in said
     assert "for 50% fewer FLOPs; there Paper, highest 20.0% and Random 50.0%" in said
     assert "better at 1 (layer 1 keep 0.5) and worse at 1 (layer 2 keep 0.5)" in said
     assert "Collapse: none found." in said

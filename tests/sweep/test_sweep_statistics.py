@@ -5,16 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ep_export.sweep.statistics import Sampling, wilson
+from ep_export.sweep.statistics import MeanInterval, Sampling, wilson
 
 
 @pytest.mark.parametrize(
-    ("right", "asked", "low", "high"),
+    ("right", "trials", "low", "high"),
     # Newcombe 1998 (Statistics in Medicine 17), table I, method 3
     [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
 )
-def test_wilson_gives_the_published_intervals(right, asked, low, high) -> None:
-    assert wilson(right, asked) == pytest.approx((low, high), abs=1e-4)
+def test_wilson_gives_the_published_intervals(right, trials, low, high) -> None:
+    assert wilson(right, trials) == pytest.approx((low, high), abs=1e-4)
 
 
 def test_one_question_a_picture_gives_wilson_and_several_are_drawn_by_picture() -> None:
@@ -30,11 +30,11 @@ def test_one_question_a_picture_gives_wilson_and_several_are_drawn_by_picture() 
 
 def test_bootstrap_agrees_with_the_normal_interval() -> None:
     values = np.random.default_rng(1).normal(size=(400, 1))
-    found = Sampling(np.arange(400)).mean(values)
+    mean = Sampling(np.arange(400)).mean(values)
     half = 1.96 * values.std() / 20
-    assert found.value == pytest.approx(values.mean())
-    assert found.low == pytest.approx(values.mean() - half, abs=0.15 * half)
-    assert found.high == pytest.approx(values.mean() + half, abs=0.15 * half)
+    assert mean.value == pytest.approx(values.mean())
+    assert mean.low == pytest.approx(values.mean() - half, abs=0.15 * half)
+    assert mean.high == pytest.approx(values.mean() + half, abs=0.15 * half)
 
 
 def test_a_seed_that_does_better_everywhere_widens_the_interval() -> None:
@@ -54,3 +54,9 @@ def test_paired_differences_are_sharper_than_two_intervals() -> None:
     sampling = Sampling(np.arange(100))
     assert sampling.mean(one).high > sampling.mean(other).low  # the two intervals overlap
     assert sampling.mean(other - one).low > 0.5  # and yet the difference is beyond doubt
+
+
+def test_a_mean_is_on_a_side_only_where_its_interval_leaves_out_zero() -> None:
+    sides = [MeanInterval(value, value - 0.1, value + 0.1, "bootstrap").side for value in (0.3, -0.3, 0.05)]
+    assert sides == [1, -1, 0]
+    assert str(MeanInterval(0.5, 0.4, 0.625, "wilson")) == "50.0% [40.0%, 62.5%]"

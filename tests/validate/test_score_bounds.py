@@ -57,8 +57,10 @@ def test_scores_stay_within_the_bound_and_near_it(scorer, heads, width, degree):
     error = float((series_scores(torch.from_numpy(states), scorer, degree).double() - exact).abs().max())
     assert error < bound
     if scorer in {Scorer.PAPER, Scorer.RELEASED}:
-        assert error > bound / 100  # a bound nothing comes near to would catch nothing
         assert f"degree {degree}" in reason
+        # a bound nothing comes near to would catch nothing; two centred heads have eigenvalues 0 and 1 alone,
+        # where the series is at its best
+        assert heads == 2 or error > bound / 100
 
 
 @pytest.mark.parametrize("scorer", Scorer)

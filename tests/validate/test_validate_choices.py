@@ -81,7 +81,7 @@ def test_a_draw_has_no_near_ties():
 
 
 def test_the_tolerance_grows_with_what_half_precision_moves():
-    """Scores of the paper are entropies below ln 4; rounding to 8 bits moves them by 1e-3, distances by 1e-4."""
+    """Rounding states to 8 bits moves entropies by 1e-3, distances by 1e-4."""
     dims = DecoderDims(4, 64, 4, 2, 16, 128, 100, 1000, 3)
     random = torch.Generator().manual_seed(0)
     states = torch.randn(8, 4, 16, generator=random)

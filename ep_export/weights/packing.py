@@ -1,0 +1,64 @@
+"""Where quantised layers come from: rounded here, one tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ep_export.numerics import Weights
+from ep_export.weights.packed import PackedLinear
+from ep_export.weights.rounding import round_nearest
+
+if TYPE_CHECKING:
+    from ep_export.checkpoint import Checkpoint, TensorRef
+
+__all__ = ["Packing", "nearest", "read_weight", "scale_type"]
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How the decoder's linear layers are quantised.
+
+    Attributes:
+        weights: What they become.
+        layers: (names of weights in the Hugging Face model) -> each name with its layer, in any order.
+    """
+
+    weights: Weights
+    layers: Callable[[Sequence[str]], Iterator[tuple[str, PackedLinear]]]
+
+
+def nearest(checkpoint: Checkpoint, weights: Weights, *, compute: str) -> Packing:
+    """Round the checkpoint's own weights without data.
+
+    Args:
+        checkpoint: Unquantised.
+        weights: Kind and group.
+        compute: What graphs compute in: "fp32", "fp16" or "bf16".
+    """
+
+    def layers(names: Sequence[str]) -> Iterator[tuple[str, PackedLinear]]:
+        for name in names:
+            weight = read_weight(checkpoint.tensors[name])
+            yield name, round_nearest(weight, weights, scale_type=scale_type(compute), name=name)
+
+    return Packing(weights, layers)
+
+
+def scale_type(compute: str) -> str:
+    """What scales are rounded to, so that graphs hold them exactly."""
+    return "bfloat16" if compute == "bf16" else "float16"
+
+
+def read_weight(ref: TensorRef) -> NDArray[np.float32]:
+    """A linear layer's weight as W [in, out]; stored [out, in], of any float type."""
+    import ml_dtypes
+
+    kind = np.dtype(ml_dtypes.bfloat16 if ref.dtype == "bfloat16" else ref.dtype)
+    stored = np.memmap(ref.file, dtype=np.uint8, mode="r", offset=ref.offset, shape=(ref.length,))
+    values: NDArray[np.float32] = stored.view(kind).reshape(ref.shape).astype(np.float32)
+    return np.ascontiguousarray(values.T)
