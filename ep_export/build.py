@@ -202,7 +202,7 @@ def _packing(prepared: Prepared) -> Packing | None:
     if request.images is None or request.weights.kind is WeightKind.FP8:
         from ep_export.weights.packing import nearest
 
-        return nearest(checkpoint, request.weights, compute=request.precision.value)
+        return nearest(checkpoint.tensors, request.weights, compute=request.precision.value)
     from ep_export.calibrate.weights import calibrated
 
     pictures, questions = pictures_and_questions(request.images, request.prompts, ROUNDING_PICTURES)

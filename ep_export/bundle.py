@@ -315,7 +315,7 @@ def hash_file(path: Path) -> str:
 
 
 def list_files(path: Path, known: Mapping[str, str] | None = None) -> tuple[FileEntry, ...]:
-    """Every file below `path` but the manifest, with size and checksum.
+    """Every file below `path` but the manifest and other bundles, with size and checksum.
 
     Args:
         path: The bundle's directory.
@@ -323,9 +323,11 @@ def list_files(path: Path, known: Mapping[str, str] | None = None) -> tuple[File
     """
     known = known or {}
     entries = []
+    # A kit inside a bundle is a bundle of its own, with its own list.
+    others = {file.parent for file in path.rglob(MANIFEST)} - {path}
     for file in sorted(p for p in path.rglob("*") if p.is_file()):
         relative = file.relative_to(path).as_posix()
-        if relative != MANIFEST:
+        if relative != MANIFEST and others.isdisjoint(file.parents):
             entries.append(FileEntry(relative, file.stat().st_size, known.get(relative) or hash_file(file)))
     return tuple(entries)
 

@@ -55,13 +55,18 @@ def first_foreign(directory: Path, marker: str) -> str | None:
         directory: Ours, see `is_ours`.
         marker: As there.
     """
-    index = _index(directory, marker)
-    ours = {marker}
-    if index is not None:
-        kind = _KINDS[marker]
-        ours.update(kind.beside)
-        ours.update(name for name in kind.named(directory, index) if isinstance(name, str))
+    ours = _named(directory, marker)
     return next((name for name in _files(directory) if name not in ours and _written(name) not in ours), None)
+
+
+def _named(directory: Path, marker: str) -> set[str]:
+    """Paths of what a run wrote; none where the directory is not ours."""
+    index = _index(directory, marker)
+    if index is None:
+        return set()
+    kind = _KINDS[marker]
+    names = {name for name in kind.named(directory, index) if isinstance(name, str)}
+    return {marker, *kind.beside, *names}
 
 
 def _index(directory: Path, marker: str) -> Mapping[str, Any] | None:
@@ -103,10 +108,10 @@ def _entries(value: Any, key: str) -> Iterator[Any]:
 def _bundle(directory: Path, index: Mapping[str, Any]) -> Iterator[Any]:
     yield from _entries(index["files"], "path")
     yield from _entries(index["components"], "file")
-    for kit in directory.glob("engines/*/kit.json"):  # not in the manifest: it has checksums of its own
-        inside = kit.parent.relative_to(directory).as_posix()
-        names = [kit.name, *_KINDS[kit.name].beside, *_kit(kit.parent, {})]
-        yield from (f"{inside}/{name}" for name in names)
+    # What was compiled into it: a kit is not in the manifest, engines are from when they are taken in.
+    for folder in directory.glob("engines/*"):
+        for marker in ("kit.json", "engine.json"):
+            yield from (f"engines/{folder.name}/{name}" for name in _named(folder, marker))
 
 
 def _kit(directory: Path, _: Mapping[str, Any]) -> Iterator[Any]:

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from ep_export.checkpoint.meta_model import meta_model
 from ep_export.checkpoint.opening import Checkpoint, ModelConfig, open_checkpoint, open_config
-from ep_export.checkpoint.safetensors_index import TensorRef
+from ep_export.safetensors_index import TensorRef
 
 __all__ = ["Checkpoint", "ModelConfig", "TensorRef", "meta_model", "open_checkpoint", "open_config"]

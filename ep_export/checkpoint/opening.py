@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ep_export.aliases import ALIASES, find_alias
-from ep_export.checkpoint.safetensors_index import TensorRef, read_tensors
+from ep_export.checkpoint.packed_layers import PACKED, PackedLayer, split_layers
 from ep_export.dims import DecoderDims
 from ep_export.documents import read_json_object
 from ep_export.errors import UserError, as_user_error, near_matches
@@ -24,9 +24,11 @@ from ep_export.families import family_of
 from ep_export.families.base import Family
 from ep_export.families.bounds import check_dims, check_sizes
 from ep_export.garbage import collector_paused
+from ep_export.safetensors_index import TensorRef, read_tensors
+from ep_export.weights.published import Published, read_published
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 __all__ = ["Checkpoint", "ModelConfig", "open_checkpoint", "open_config"]
 
@@ -62,6 +64,7 @@ class ModelConfig:
         config: transformers' own config object.
         family: The model family.
         dims: The decoder's dimensions.
+        published: Layout of a quantised checkpoint; None where it is none.
     """
 
     source: str
@@ -69,6 +72,7 @@ class ModelConfig:
     config: PreTrainedConfig
     family: Family
     dims: DecoderDims
+    published: Published | None
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,7 @@ class Checkpoint(ModelConfig):
         path: Its directory.
         dtype: Type most of its bytes have: "bfloat16", "float16" or "float32".
         tensors: Parameter name in today's Hugging Face model -> where its data lies.
+        packed: Likewise for weights of linear layers that are stored quantised.
         fingerprint: SHA-256 over the config, every tensor's name, dtype and shape, and samples of its data
             (the whole of small tensors; first, middle and last 4 KiB of large ones): tells checkpoints
             apart in milliseconds at any size, whatever the sharding. It is no integrity check; bundles
@@ -89,6 +94,7 @@ class Checkpoint(ModelConfig):
     path: Path
     dtype: str
     tensors: Mapping[str, TensorRef]
+    packed: Mapping[str, PackedLayer]
     fingerprint: str
     processor_files: tuple[Path, ...]
 
@@ -132,7 +138,16 @@ def _open(model: str, revision: str | None) -> Checkpoint:
     from ep_export.checkpoint.meta_model import meta_model
     from ep_export.checkpoint.tensor_names import match_tensors
 
-    tensors = match_tensors(on_disk, meta_model(config.config))
+    published = config.published
+    plain, found = split_layers(on_disk, published) if published else (on_disk, {})
+    model = meta_model(config.config)
+    matched = match_tensors(plain, model)
+    tensors = {name: ref for name, ref in matched.items() if ref.dtype != PACKED}
+    packed = {
+        name: PackedLayer(ref.name.removesuffix(".weight"), published, found[ref.name], _in_out(model, name))
+        for name, ref in matched.items()
+        if ref.dtype == PACKED and published is not None
+    }
     return Checkpoint(
         source=config.source,
         revision=config.revision,
@@ -141,8 +156,13 @@ def _open(model: str, revision: str | None) -> Checkpoint:
         dims=config.dims,
         path=path,
         dtype=_main_dtype(tensors),
+        published=published,
         tensors=tensors,
-        fingerprint=_fingerprint(read_json_object(path / "config.json", hint=_FETCH), tensors),
+        packed=packed,
+        fingerprint=_fingerprint(
+            read_json_object(path / "config.json", hint=_FETCH),
+            {**tensors, **{ref.name: ref for layer in packed.values() for ref in layer.parts.values()}},
+        ),
         processor_files=tuple(path / name for name in _PROCESSOR_FILES if (path / name).is_file()),
     )
 
@@ -157,8 +177,8 @@ def _model_config(source: str, revision: str | None, file: Path) -> ModelConfig:
     if not isinstance(model_type, str):
         raise UserError(f"{file} names no model_type", hint="give the directory of a Hugging Face checkpoint")
     family = family_of(model_type)
-    if raw.get("quantization_config"):
-        raise UserError(f"{file} describes a quantized checkpoint", hint="give the unquantized checkpoint")
+    quantization = raw.pop("quantization_config", None)
+    published = read_published(quantization, source=source) if quantization else None
     from transformers import CONFIG_MAPPING
 
     check_sizes(raw, str(file))
@@ -166,7 +186,13 @@ def _model_config(source: str, revision: str | None, file: Path) -> ModelConfig:
         config = CONFIG_MAPPING[model_type].from_dict(raw)
     dims = family.dims(config)
     check_dims(dims, str(file))
-    return ModelConfig(source, revision, config, family, dims)
+    return ModelConfig(source, revision, config, family, dims, published)
+
+
+def _in_out(model: PreTrainedModel, name: str) -> tuple[int, int]:
+    """(inputs, outputs) of a linear layer by the name of its weight."""
+    outputs, inputs = model.get_parameter(name).shape
+    return int(inputs), int(outputs)
 
 
 def _locate(model: str, revision: str | None) -> Path:

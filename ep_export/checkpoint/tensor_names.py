@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ep_export.checkpoint.safetensors_index import TensorRef
+from ep_export.checkpoint.packed_layers import PACKED
 from ep_export.errors import UserError
+from ep_export.safetensors_index import TensorRef
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,6 +44,8 @@ def match_tensors(tensors: Mapping[str, TensorRef], model: PreTrainedModel) -> d
         raise _lacks(missing, expected)
     matched = {name: ref for name, ref in renamed.items() if name in expected}
     for name, ref in matched.items():
+        if ref.dtype == PACKED:
+            continue
         if ref.shape != expected[name]:
             raise UserError(
                 f"tensor {name} has shape {list(ref.shape)}, expected {list(expected[name])}", hint=_HINT
@@ -50,7 +53,7 @@ def match_tensors(tensors: Mapping[str, TensorRef], model: PreTrainedModel) -> d
         if ref.dtype not in _WEIGHT_DTYPES:
             raise UserError(
                 f"tensor {name} has dtype {ref.dtype}, expected {', '.join(_WEIGHT_DTYPES)}",
-                hint="quantized checkpoints are not exported; give the unquantized one",
+                hint="its config.json names no quantization; fetch the checkpoint again",
             )
     return matched
 

@@ -30,7 +30,7 @@ from ep_export.bundle import (
 from ep_export.errors import UserError
 from ep_export.export.checks import refuse_unsupported
 from ep_export.export.components import save_component
-from ep_export.export.packing import BLOCKS_OPSET, linear_names, pack
+from ep_export.export.packing import BLOCKS_OPSET, linear_names, pack, published_packing
 from ep_export.export.policies import OPSETS, check_choosers, chooser_notes, save_policies
 from ep_export.export.shards import Shards
 from ep_export.numerics import Numerics
@@ -92,8 +92,15 @@ def export_bundle(
     choosers = {i: tuple(dict.fromkeys((cut.chooser, *policies))) for i, cut in enumerate(schedule.cuts)}
     check_choosers(schedule, choosers, checkpoint.dims)
     steps = 4
+    if checkpoint.published is not None:
+        if packing is not None:
+            raise UserError(
+                f"{checkpoint.source} is quantized already, by {checkpoint.published.layout}",
+                hint="leave out --weights: its layers are taken as they are",
+            )
+        packing = published_packing(checkpoint)
     opset = max(OPSETS[dialect], BLOCKS_OPSET if packing else 0)
-    names = linear_names(checkpoint) if packing else ()
+    names = tuple(checkpoint.packed) or (linear_names(checkpoint) if packing else ())
     shards = Shards([ref for name, ref in checkpoint.tensors.items() if name not in names], out, weights)
     try:
         packed = pack(checkpoint, names, packing, shards, precision, progress) if packing else {}
@@ -216,7 +223,7 @@ def _parameter_names(model: torch.nn.Module, checkpoint: Checkpoint) -> dict[int
 
     names: dict[int, str] = {}
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
-        if name not in checkpoint.tensors:
+        if name not in checkpoint.tensors and name not in checkpoint.packed:
             continue
         own = parameter
         if id(parameter) in names:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from ep_export.bundle import Precision
@@ -13,16 +13,41 @@ from ep_export.progress import Progress
 if TYPE_CHECKING:
     from ep_export.checkpoint import Checkpoint
     from ep_export.export.shards import Shards
+    from ep_export.weights.packed import PackedLinear
     from ep_export.weights.packing import Packing
     from ep_export.weights.store import StoredLinear
 
-__all__ = ["BLOCKS_OPSET", "linear_names", "pack"]
+__all__ = ["BLOCKS_OPSET", "linear_names", "pack", "published_packing"]
 
 BLOCKS_OPSET = 21
 """The first with INT4 and DequantizeLinear over blocks."""
 
 _COMPUTE = {Precision.FP32: "float32", Precision.FP16: "float16", Precision.BF16: "bfloat16"}
 _STAGE = "quantise"
+
+
+def published_packing(checkpoint: Checkpoint) -> Packing:
+    """The layers of a quantised checkpoint as they were published.
+
+    Raises:
+        UserError: A layer is quantised that no graph reads so: of the vision tower, say.
+    """
+    from ep_export.checkpoint.packed_layers import read_packed
+    from ep_export.weights.packing import Packing
+
+    assert checkpoint.published is not None  # noqa: S101 - the caller looked
+    other = set(checkpoint.packed) - set(linear_names(checkpoint)) - {_lm_head(checkpoint)}
+    if other:
+        raise UserError(
+            f"{checkpoint.source} has {min(other)} quantized, expected layers of the decoder alone",
+            hint="give a checkpoint whose vision tower is not quantized",
+        )
+
+    def layers(names: Sequence[str]) -> Iterator[tuple[str, PackedLinear]]:
+        for name in names:
+            yield name, read_packed(checkpoint.packed[name])
+
+    return Packing(checkpoint.published.weights, layers)
 
 
 def linear_names(checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -80,10 +105,10 @@ def pack(
         missing = set(names) - set(stored)
         if missing:
             raise UserError(f"layer {min(missing)} was not quantised", hint="fetch the checkpoint again")
-        if packing.weights.kind is not WeightKind.FP8:
-            last = _lm_head(checkpoint)
+        last = _lm_head(checkpoint)
+        if packing.weights.kind is not WeightKind.FP8 and last not in stored:
             eight = Weights(WeightKind.INT8, None, "nearest")
-            for name, linear in nearest(checkpoint, eight, compute=precision.value).layers([last]):
+            for name, linear in nearest(checkpoint.tensors, eight, compute=precision.value).layers([last]):
                 stored[name] = writer.add(name, linear)
     shards.add(file)
     return stored
@@ -98,6 +123,6 @@ def _lm_head(checkpoint: Checkpoint) -> str:
     own: list[str] = [
         name
         for name, parameter in model.named_parameters(remove_duplicate=False)
-        if parameter is decoder.lm_head.weight and name in checkpoint.tensors
+        if parameter is decoder.lm_head.weight and (name in checkpoint.tensors or name in checkpoint.packed)
     ]
     return own[-1]

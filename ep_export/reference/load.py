@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ep_export.checkpoint.packed_layers import read_packed
 from ep_export.errors import UserError
 from ep_export.weights.store import StoredLinear, read_layer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ep_export.checkpoint import Checkpoint
+    from ep_export.checkpoint import Checkpoint, TensorRef
 
 __all__ = ["load_model"]
 
@@ -43,6 +44,8 @@ def load_model(
     Raises:
         UserError: A weight the model needs is missing or has another shape.
     """
+    if checkpoint.published is not None:
+        return _assembled(checkpoint, dtype, quantised)
     from transformers import AutoModelForImageTextToText
 
     with _no_progress_bar():
@@ -67,6 +70,37 @@ def load_model(
     if quantised:
         _dequantise(model, checkpoint, quantised)
     return model.eval().requires_grad_(requires_grad=False)
+
+
+def _assembled(
+    checkpoint: Checkpoint, dtype: torch.dtype, quantised: Mapping[str, StoredLinear] | None
+) -> PreTrainedModel:
+    """A quantised checkpoint with its dequantised weights, without the packages that would run it packed."""
+    from transformers import AutoModelForImageTextToText, GenerationConfig
+
+    model = AutoModelForImageTextToText.from_config(
+        checkpoint.config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
+    )
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters |= dict(model.named_buffers())
+    with torch.no_grad():
+        for name, ref in checkpoint.tensors.items():
+            parameters[name].copy_(_tensor(ref))
+        for name, layer in checkpoint.packed.items():
+            parameters[name].copy_(torch.from_numpy(read_packed(layer).dequantised()).T)
+    if (checkpoint.path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
+    if quantised:
+        _dequantise(model, checkpoint, quantised)
+    loaded: PreTrainedModel = model.eval().requires_grad_(requires_grad=False)
+    return loaded
+
+
+def _tensor(ref: TensorRef) -> torch.Tensor:
+    with ref.file.open("rb") as stream:
+        stream.seek(ref.offset)
+        data = bytearray(stream.read(ref.length))
+    return torch.frombuffer(data, dtype=getattr(torch, ref.dtype)).reshape(ref.shape)
 
 
 def _dequantise(

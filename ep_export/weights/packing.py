@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ep_export.numerics import Weights
+from ep_export.safetensors_index import TensorRef
 from ep_export.weights.packed import PackedLinear
 from ep_export.weights.rounding import round_nearest
-
-if TYPE_CHECKING:
-    from ep_export.checkpoint import Checkpoint, TensorRef
 
 __all__ = ["Packing", "nearest", "read_weight", "scale_type"]
 
@@ -32,18 +29,18 @@ class Packing:
     layers: Callable[[Sequence[str]], Iterator[tuple[str, PackedLinear]]]
 
 
-def nearest(checkpoint: Checkpoint, weights: Weights, *, compute: str) -> Packing:
+def nearest(tensors: Mapping[str, TensorRef], weights: Weights, *, compute: str) -> Packing:
     """Round the checkpoint's own weights without data.
 
     Args:
-        checkpoint: Unquantised.
+        tensors: Of an unquantised checkpoint, by name of the weight.
         weights: Kind and group.
         compute: What graphs compute in: "fp32", "fp16" or "bf16".
     """
 
     def layers(names: Sequence[str]) -> Iterator[tuple[str, PackedLinear]]:
         for name in names:
-            weight = read_weight(checkpoint.tensors[name])
+            weight = read_weight(tensors[name])
             yield name, round_nearest(weight, weights, scale_type=scale_type(compute), name=name)
 
     return Packing(weights, layers)

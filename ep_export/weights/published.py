@@ -79,7 +79,7 @@ class Published:
         return from_channels(name, tensors, shape=shape, kind=self.weights.kind)
 
 
-def read_published(config: Mapping[str, Any], *, source: str) -> Published:
+def read_published(config: Any, *, source: str) -> Published:
     """The layout that a `quantization_config` names.
 
     Args:
@@ -89,6 +89,8 @@ def read_published(config: Mapping[str, Any], *, source: str) -> Published:
     Raises:
         UserError: A method, number of bits, group or version that is not read; says the way out.
     """
+    if not isinstance(config, Mapping):
+        raise UserError(f"{source} has a quantization_config that is no object", hint=_WAY_OUT)
     method = str(config.get("quant_method", "")).lower()
     if method in _REFUSED:
         raise UserError(f"{source} is quantized with {method}: {_REFUSED[method]}", hint=_WAY_OUT)

@@ -20,10 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ep_export.bundle import Bundle
-from ep_export.checkpoint import TensorRef
-from ep_export.checkpoint.safetensors_index import read_shard
 from ep_export.errors import UserError
 from ep_export.numerics import TYPES, WeightKind
+from ep_export.safetensors_index import TensorRef, read_shard
 from ep_export.weights.packed import PackedLinear, nibbles, unpack_nibbles
 
 __all__ = ["FILE", "LayerWriter", "StoredLinear", "bundle_layers", "read_layer", "stored_layers"]

@@ -25,12 +25,12 @@ from ep_export.aliases import ALIASES
 from ep_export.bundle import MANIFEST, Bundle
 from ep_export.calibrate.record import Record, read_calibration
 from ep_export.checkpoint import open_checkpoint, open_config
-from ep_export.checkpoint.safetensors_index import read_tensors
 from ep_export.engine_record import RECORD, EngineRecord, read_record
 from ep_export.errors import UserError
 from ep_export.measure.prompts import read_prompts, read_questions
 from ep_export.ownership import first_foreign, is_ours
 from ep_export.runtime import open_picture, open_video
+from ep_export.safetensors_index import read_tensors
 from ep_export.sweep.record import SWEEP_FILE, SweepRecord, read_sweep
 from ep_export.targets import read_target
 

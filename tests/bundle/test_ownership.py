@@ -65,6 +65,25 @@ def test_a_bundle_of_the_first_format_is_ours_too(tmp_path):
     assert first_foreign(tmp_path, MANIFEST) == "weights/photo.png"
 
 
+def test_a_kit_in_a_bundle_is_ours_and_what_was_built_with_it_is_not(bundle):
+    kit = bundle / "engines" / "jetson"
+    kit.mkdir(parents=True)
+    (kit / KIT).write_text(json.dumps({"target": "t", "limits": {}, "profiles": {}}))
+    (kit / "SHA256SUMS").write_text(f"{'0' * 64}  build.sh\n{'0' * 64}  {KIT}\n")
+    (kit / "build.sh").touch()
+    assert first_foreign(bundle, MANIFEST) is None
+    (kit / "decoder.engine").touch()  # on the device, in hours
+    assert first_foreign(bundle, MANIFEST) == "engines/jetson/decoder.engine"
+
+
+@pytest.mark.parametrize("name", [KIT, RECORD])
+@pytest.mark.parametrize("content", ["{}", '{"target": "t"}', "[]", "x"])
+def test_another_index_in_a_bundle_makes_nothing_ours(bundle, name, content):
+    (bundle / "engines" / "mine").mkdir(parents=True)
+    (bundle / "engines" / "mine" / name).write_text(content)
+    assert first_foreign(bundle, MANIFEST) == f"engines/mine/{name}"
+
+
 def test_a_manifest_that_names_other_things_than_paths_claims_nothing(tmp_path):
     named = [{"path": 7}, {"path": ["a.png"]}, "a.png", None, {"file": "a.png"}, {"path": "../a.png"}]
     index = {"format": 1, "model": "x", "components": {"path": "a.png"}, "files": named}

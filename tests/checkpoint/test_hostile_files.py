@@ -8,8 +8,8 @@ import pytest
 from tiny import make_tiny
 
 from ep_export.checkpoint import open_checkpoint, open_config
-from ep_export.checkpoint.safetensors_index import read_shard, read_tensors
 from ep_export.errors import UserError
+from ep_export.safetensors_index import read_shard, read_tensors
 
 INDEX = "model.safetensors.index.json"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from published_layouts import AWQ_ORDER, along_columns, along_rows
 
 from ep_export.errors import UserError
 from ep_export.numerics import WeightKind
@@ -23,22 +24,6 @@ def layer():
     return codes, zeros, scales
 
 
-def word(codes) -> int:
-    """Eight codes as one int32, the first in the lowest bits."""
-    value = sum(int(code) << (4 * place) for place, code in enumerate(codes))
-    return value - (1 << 32) if value >= 1 << 31 else value
-
-
-def along_columns(matrix, order=range(8)):
-    rows, columns = matrix.shape
-    words = [[word([row[8 * i + j] for j in order]) for i in range(columns // 8)] for row in matrix]
-    return np.array(words, dtype=np.int32).reshape(rows, columns // 8)
-
-
-def along_rows(matrix):
-    return np.ascontiguousarray(along_columns(matrix.T).T)
-
-
 def half(codes, zeros, scales, groups):
     """(code - zero) scale in float16, as the formats define it."""
     rows = [(codes[i] - zeros[g]).astype(np.float16) * scales[g] for i, g in enumerate(groups)]
@@ -50,10 +35,9 @@ PLAIN = np.arange(INPUTS) // GROUP
 
 def test_awq_is_its_definition_bit_for_bit(layer):
     codes, zeros, scales = layer
-    order = [0, 2, 4, 6, 1, 3, 5, 7]
     tensors = {
-        "qweight": along_columns(codes, order),
-        "qzeros": along_columns(zeros, order),
+        "qweight": along_columns(codes, AWQ_ORDER),
+        "qzeros": along_columns(zeros, AWQ_ORDER),
         "scales": scales,
     }
     linear = from_awq("layer", tensors, shape=SHAPE)

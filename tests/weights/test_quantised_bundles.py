@@ -52,7 +52,7 @@ def packing_of(kind: str, checkpoint) -> Packing:
     if kind == "uneven":
         return uneven(checkpoint)
     weights = INT4 if kind == "int4" else Weights(WeightKind(kind), None, "nearest")
-    return nearest(checkpoint, weights, compute="fp32")
+    return nearest(checkpoint.tensors, weights, compute="fp32")
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_only_what_is_not_quantised_is_linked_or_read(bundle, checkpoint):
 @pytest.mark.parametrize("dialect", Dialect)
 def test_float8_is_written_for_compilers(checkpoint, tmp_path, dialect):
     """ONNX Runtime's CPU provider is not asked to run it."""
-    packing = nearest(checkpoint, Weights(WeightKind.FP8, None, "nearest"), compute="fp32")
+    packing = nearest(checkpoint.tensors, Weights(WeightKind.FP8, None, "nearest"), compute="fp32")
     bundle = export_tiny(
         checkpoint.path,
         tmp_path / "bundle",
