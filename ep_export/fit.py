@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ep_export.bundle import Dialect, Precision
+from ep_export.numerics import WeightKind, Weights
 from ep_export.plan import Plan, layer_flops, span_tokens
 from ep_export.policy import MaxMin, Scorer, TopK
 from ep_export.targets import Graphs, Target
@@ -25,6 +26,7 @@ __all__ = ["FORMULAS", "Estimate", "Figures", "VisionSize", "estimate", "vision_
 
 FORMULAS: Mapping[str, str] = {
     "weights": "parameters of decoder layers, vision encoder, embedding table and lm_head x bytes of each; "
+    "quantised layers take their bits and a scale a group, lm_head 8 bits then; "
     "the last two lie in an engine each, so a tied table is there twice",
     "KV cache": "2 (a step's caches go in and come out) x 2 x KV heads x head_dim x bytes, for every layer "
     "and token of prompt and answer",
@@ -36,6 +38,7 @@ FORMULAS: Mapping[str, str] = {
 }
 """How each figure is made, for people and for scripts."""
 
+_BITS = {WeightKind.INT4: 4, WeightKind.INT8: 8, WeightKind.FP8: 8}
 _BYTES = {Precision.FP32: 4, Precision.FP16: 2, Precision.BF16: 2}
 _FLOAT32 = 4
 _CACHES_LIVE = 2
@@ -143,6 +146,7 @@ def estimate(
     *,
     new_tokens: int,
     graphs: Graphs | None = None,
+    weights: Weights | None = None,
 ) -> Estimate | None:
     """Memory and roofline of a plan on a target.
 
@@ -152,6 +156,7 @@ def estimate(
         vision: From `vision_size`.
         new_tokens: Length of the answer.
         graphs: Dialect and precision; the target's best when None.
+        weights: What the decoder's linear layers are stored in; None: in the graphs' precision.
 
     Returns:
         None for a target without published figures (cpu).
@@ -160,8 +165,7 @@ def estimate(
         return None
     graphs = graphs or target.graphs[0]
     dims, schedule, visual = plan.dims, plan.schedule, plan.visual_tokens
-    parameters = dims.layers * _layer_parameters(dims) + 2 * _table(dims) + vision.parameters
-    case = _Case(plan, target, vision, graphs, new_tokens, weight_bytes=_BYTES[graphs.precision] * parameters)
+    case = _Case(plan, target, vision, graphs, new_tokens, weights)
     nothing_dropped = (visual,) * len(schedule.cuts)
     full, pruned = (
         tuple(span_tokens(schedule, dims.layers, visual, kept))
@@ -191,12 +195,34 @@ class _Case:
     vision: VisionSize
     graphs: Graphs
     new_tokens: int
-    weight_bytes: int
+    weights: Weights | None
 
     @property
     def size(self) -> int:
         """Bytes of one number."""
         return _BYTES[self.graphs.precision]
+
+    @property
+    def layer_bytes(self) -> int:
+        """Weights of one decoder layer, scales included."""
+        parameters = _layer_parameters(self.plan.dims)
+        if self.weights is None:
+            return self.size * parameters
+        scales = parameters * self.size // self.weights.group if self.weights.group else 0
+        return parameters * _BITS[self.weights.kind] // 8 + scales
+
+    @property
+    def lm_head_bytes(self) -> int:
+        """In 8 bits beside integer weights."""
+        eight = self.weights is not None and self.weights.kind is not WeightKind.FP8
+        return _table(self.plan.dims) * (1 if eight else self.size)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of all components; embedding table and vision encoder are in the graphs' precision."""
+        dims = self.plan.dims
+        rest = self.size * (_table(dims) + self.vision.parameters)
+        return dims.layers * self.layer_bytes + self.lm_head_bytes + rest
 
     def lengths(self, spans: _Spans) -> Iterator[tuple[int, int]]:
         """Of every span: how many layers, and the prompt's tokens there."""
@@ -208,7 +234,7 @@ def _figures(case: _Case, spans: _Spans) -> Figures:
     dims = case.plan.dims
     kv = _CACHES_LIVE * _kv_bytes(case, spans, case.new_tokens)
     activations = _activations(case, spans)
-    read = case.size * (dims.layers * _layer_parameters(dims) + _table(dims))
+    read = dims.layers * case.layer_bytes + case.lm_head_bytes
     read += _kv_bytes(case, spans, case.new_tokens // 2)
     return Figures(
         kv_bytes=kv,
@@ -282,10 +308,10 @@ def _prefill(case: _Case, spans: _Spans) -> float:
     peak = case.target.peak_flops[case.graphs.precision.value]
     seconds = 0.0
     for number, (layers, tokens) in enumerate(case.lengths(spans)):
-        table = _table(dims) if number == len(spans) - 1 else 0
-        flops = layers * layer_flops(dims, tokens) + 2 * table
-        cache = 2 * dims.kv_heads * dims.head_dim * tokens * layers
-        moved = case.size * (layers * _layer_parameters(dims) + table + cache)
+        last = number == len(spans) - 1
+        flops = layers * layer_flops(dims, tokens) + (2 * _table(dims) if last else 0)
+        cache = 2 * dims.kv_heads * dims.head_dim * tokens * layers * case.size
+        moved = layers * case.layer_bytes + (case.lm_head_bytes if last else 0) + cache
         seconds += max(flops / peak, moved / _bandwidth(case.target))
     return seconds
 

@@ -12,10 +12,16 @@ from click.core import ParameterSource
 from ep_export.bundle import Dialect, Precision, WeightsMode
 from ep_export.cli.compile import compile_json, compile_request, limit_options, print_compiled
 from ep_export.cli.console import note, print_json, print_table, progress_bar
-from ep_export.cli.options import export_options, json_option, keep_options, model_option, optional_keep
+from ep_export.cli.options import (
+    export_options,
+    json_option,
+    keep_options,
+    model_option,
+    optional_keep,
+    weights_from,
+)
 from ep_export.cli.plan import plan_json, plan_rows
 from ep_export.cli.schedule import schedule_options, schedule_request
-from ep_export.numerics import WeightKind, Weights
 from ep_export.targets import find_target
 
 if TYPE_CHECKING:
@@ -103,18 +109,11 @@ def build_request(options: dict[str, Any]) -> BuildRequest:
         dialect=Dialect(options["dialect"]),
         precision=Precision(options["precision"]),
         shards=WeightsMode(options["shards"]),
-        weights=_weights(options["weights"], options["group"]),
+        weights=weights_from(options["weights"], options["group"]),
         degree=options["degree"],
         images=options.get("images"),
         prompts=options.get("prompts"),
     )
-
-
-def _weights(kind: str, group: int) -> Weights | None:
-    if kind == "none":
-        return None
-    stored = WeightKind(kind)
-    return Weights(stored, group if stored is WeightKind.INT4 else None, "nearest")
 
 
 def show_plan(prepared: Prepared) -> None:

@@ -11,7 +11,7 @@ import click
 
 from ep_export.bundle import Dialect, Precision, WeightsMode
 from ep_export.errors import UsageError
-from ep_export.numerics import DEFAULT_GROUP, GROUPS, WeightKind
+from ep_export.numerics import DEFAULT_GROUP, GROUPS, WeightKind, Weights
 from ep_export.policy import DEFAULT_DEGREE, DEGREES, Keep
 
 __all__ = [
@@ -25,6 +25,8 @@ __all__ = [
     "optional_keep",
     "policies_option",
     "values",
+    "weights_from",
+    "weights_options",
 ]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -131,8 +133,42 @@ def optional_keep(ratio: float | None, tokens: int | None) -> Keep | None:
     return Keep(ratio=ratio, tokens=tokens)
 
 
+def weights_options(function: _F) -> _F:
+    """`--weights` and `--group`."""
+    for option in reversed(
+        (
+            click.option(
+                "--weights",
+                type=click.Choice(["none", *(kind.value for kind in WeightKind)]),
+                default="none",
+                show_default=True,
+                help="Store the decoder's linear layers in fewer bits; calibrated on --images where given.",
+            ),
+            click.option(
+                "--group",
+                type=click.Choice([str(group) for group in GROUPS]),
+                callback=lambda _context, _option, value: int(value),
+                default=str(DEFAULT_GROUP),
+                show_default=True,
+                help="Inputs that share a scale, for --weights int4.",
+            ),
+        )
+    ):
+        function = option(function)
+    return function
+
+
+def weights_from(kind: str, group: int) -> Weights | None:
+    """What `weights_options` collected."""
+    if kind == "none":
+        return None
+    stored = WeightKind(kind)
+    return Weights(stored, group if stored is WeightKind.INT4 else None, "nearest")
+
+
 def export_options(function: _F) -> _F:
     """How the graphs are written."""
+    function = weights_options(function)
     for option in reversed(
         (
             click.option(
@@ -148,21 +184,6 @@ def export_options(function: _F) -> _F:
                 default=Precision.FP32.value,
                 show_default=True,
                 help="Arithmetic of the graphs; fp32 for a CPU, bf16 or fp16 for a GPU.",
-            ),
-            click.option(
-                "--weights",
-                type=click.Choice(["none", *(kind.value for kind in WeightKind)]),
-                default="none",
-                show_default=True,
-                help="Store the decoder's linear layers in fewer bits; calibrated on --images where given.",
-            ),
-            click.option(
-                "--group",
-                type=click.Choice([str(group) for group in GROUPS]),
-                callback=lambda _context, _option, value: int(value),
-                default=str(DEFAULT_GROUP),
-                show_default=True,
-                help="Inputs that share a scale, for --weights int4.",
             ),
             click.option(
                 "--shards",

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ep_export.cli.console import note, print_json, print_table
-from ep_export.cli.options import json_option, keep_options, model_option, optional_keep
+from ep_export.cli.options import (
+    json_option,
+    keep_options,
+    model_option,
+    optional_keep,
+    weights_from,
+    weights_options,
+)
 from ep_export.cli.schedule import schedule_options, schedule_request
 from ep_export.documents import encode
 from ep_export.plan import span_tokens
@@ -59,6 +66,7 @@ _BYTES_PER_ELEMENT = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1}
     metavar="T",
     help="Length of an answer, for --target.",
 )
+@weights_options
 @json_option
 def plan(
     model: str,
@@ -69,6 +77,8 @@ def plan(
     kv_dtype: str,
     target_name: str | None,
     new_tokens: int,
+    weights: str,
+    group: int,
     as_json: bool,
     **schedule_choice: Any,
 ) -> None:
@@ -92,7 +102,11 @@ def plan(
         text_tokens=text_tokens,
         kv_bytes_per_element=_BYTES_PER_ELEMENT[kv_dtype],
     )
-    guess = estimate(planned, target, vision_size(config.config), new_tokens=new_tokens) if target else None
+    stored = weights_from(weights, group)
+    if config.published is not None:
+        stored = config.published.weights
+    vision = vision_size(config.config)
+    guess = estimate(planned, target, vision, new_tokens=new_tokens, weights=stored) if target else None
     if as_json:
         fit = plan_fit_json(guess) if target else {}
         print_json({**plan_json(planned), **fit})

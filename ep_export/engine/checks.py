@@ -60,7 +60,14 @@ def estimate_limits(bundle: Bundle, target: Target, limits: Limits) -> Estimate 
         text_tokens=limits.max_prompt - visual,
     )
     vision = vision_size(open_config(str(bundle.file("processor"))).config)
-    return estimate(plan, target, vision, new_tokens=limits.max_new_tokens, graphs=_graphs(manifest))
+    return estimate(
+        plan,
+        target,
+        vision,
+        new_tokens=limits.max_new_tokens,
+        graphs=_graphs(manifest),
+        weights=manifest.numerics.weights if manifest.numerics else None,
+    )
 
 
 def check_fit(target: Target, prompt_tokens: int, guessed: Estimate | None) -> None:

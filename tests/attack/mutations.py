@@ -55,10 +55,11 @@ def sample(kind: Any) -> Any:
         return {"a": sample(args[1])}
     if dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
-        return {field.name: sample(hints[field.name]) for field in dataclasses.fields(kind)}
+        required = (field for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING)
+        return {field.name: sample(hints[field.name]) for field in required}
     if issubclass(kind, Enum):
         return next(iter(kind)).value
-    return {int: 1, float: 0.5, bool: True, str: "x"}.get(kind)
+    return {int: 2, float: 0.5, bool: True, str: "x"}.get(kind)
 
 
 class Hung(BaseException):
