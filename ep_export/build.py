@@ -292,9 +292,18 @@ def validate_bundle(
 
 
 def relist(bundle: Bundle) -> Bundle:
-    """The bundle with small files that were added or changed since taken into its manifest."""
-    known = {entry.path: entry.sha256 for entry in bundle.manifest.files if entry.path.startswith("weights/")}
-    manifest = replace(bundle.manifest, files=list_files(bundle.path, known))
+    """The bundle with its report, and with listed files that changed, taken into its manifest.
+
+    What somebody else put into the bundle is not taken in: listed files may be replaced and deleted.
+    """
+    listed = {entry.path: entry.sha256 for entry in bundle.manifest.files}
+    known = {path: digest for path, digest in listed.items() if path.startswith("weights/")}
+    files = tuple(
+        entry
+        for entry in list_files(bundle.path, known)
+        if entry.path in listed or entry.path.startswith(f"{REPORT}/")
+    )
+    manifest = replace(bundle.manifest, files=files)
     write_manifest(bundle.path, manifest)
     return Bundle(bundle.path, manifest)
 

@@ -10,7 +10,7 @@ from typing import Any
 from ep_export.documents import encode
 from ep_export.runtime import KeptPicture
 
-__all__ = ["Case", "Report", "Stage", "Verdict", "text_lines", "to_json"]
+__all__ = ["Case", "Report", "RoundingCost", "Stage", "Verdict", "text_lines", "to_json"]
 
 
 class Verdict(str, Enum):
@@ -83,6 +83,23 @@ class Case:
 
 
 @dataclass(frozen=True)
+class RoundingCost:
+    """How far a variant of the model is from the unquantised, unpruned one.
+
+    Attributes:
+        variant: "quantised", "pruned" or "quantised and pruned".
+        kl: Mean KL over the positions of its own answers, nats.
+        agreement: Share of these positions with the same top token.
+        positions: How many there were.
+    """
+
+    variant: str
+    kl: float
+    agreement: float
+    positions: int
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything `validate` found.
 
@@ -92,6 +109,8 @@ class Report:
         policies: Choosers that were validated, cut by cut; empty where nothing was chosen.
         stages: In the order of the pipeline.
         cases: The prompts.
+        rounding: What quantised weights cost beside pruning; empty where none are, or where the checkpoint
+            was published quantised.
     """
 
     subject: str
@@ -99,6 +118,7 @@ class Report:
     stages: tuple[Stage, ...]
     cases: tuple[Case, ...] = ()
     policies: tuple[str, ...] = ()
+    rounding: tuple[RoundingCost, ...] = ()
 
     @property
     def verdict(self) -> Verdict:
@@ -137,6 +157,10 @@ def text_lines(report: Report) -> list[str]:
     for s in report.stages:
         figures = f"{s.max_abs_error:>9.2e}  {s.tolerance:>9.2e}"
         lines.append(f"{s.name:<{width}}  {s.verdict.value:<9}  {figures}  {s.note}".rstrip())
+    lines += [
+        f"{each.variant}: KL {each.kl:.2g}, top-1 agreement {each.agreement:.1%} with the model as it was"
+        for each in report.rounding
+    ]
     return [*lines, report.sentence]
 
 

@@ -9,15 +9,17 @@ import numpy as np
 
 from ep_export.bundle import Bundle
 from ep_export.choosers import choose
+from ep_export.numerics import Numerics
 from ep_export.policy import Schedule
 from ep_export.progress import Progress, silent
-from ep_export.reference import load_model
+from ep_export.reference import PruneSpec, load_model
 from ep_export.runtime import Session
 from ep_export.runtime.kept import kept_pictures
 from ep_export.validate.comparison import Finding
 from ep_export.validate.observe import Observation, Oracle, observe
 from ep_export.validate.questions import check_asked, questions
-from ep_export.validate.report import Case, Report
+from ep_export.validate.report import Case, Report, RoundingCost
+from ep_export.validate.rounding import rounding_costs
 from ep_export.validate.setting import HALF_TYPES, Setting, check_checkpoint, vision_layers
 from ep_export.validate.stages import find, fold_stages
 from ep_export.weights.store import bundle_layers
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ep_export.checkpoint import Checkpoint
+    from ep_export.families.base import PromptInputs
     from ep_export.policy import Keep
 
 __all__ = ["validate"]
@@ -66,6 +69,7 @@ def validate(
     setting = Setting(manifest, schedule, vision_layers(checkpoint.config))
     findings: list[tuple[Finding, ...]] = []
     cases: list[Case] = []
+    prompted: list[PromptInputs] = []
     quantised = bundle_layers(bundle)
     with Session.open(bundle, exact=True) as session:
         every, no_video = questions(manifest, session.prompts, len(pictures), prompts)
@@ -81,6 +85,7 @@ def validate(
             keep = observation.generation.keep
             findings.append(find(setting, observation))
             cases.append(_case(observation, schedule))
+            prompted.append(observation.prompt)
             progress("validate", len(cases), len(every))
     return Report(
         subject=manifest.model,
@@ -88,7 +93,20 @@ def validate(
         stages=fold_stages(findings),
         cases=tuple(cases),
         policies=tuple(cut.chooser.name for cut in schedule.cuts),
+        rounding=_rounding(checkpoint, oracle, prompted, PruneSpec(schedule, keep), max_new_tokens)
+        if quantised and checkpoint.published is None  # else nothing is there to compare with
+        else (),
     )
+
+
+def _rounding(
+    checkpoint: Checkpoint,
+    oracle: Oracle,
+    prompts: Sequence[PromptInputs],
+    spec: PruneSpec,
+    max_new_tokens: int,
+) -> tuple[RoundingCost, ...]:
+    return rounding_costs(load_model(checkpoint), oracle.exact, checkpoint, prompts, spec, max_new_tokens)
 
 
 def _settings(bundle: Bundle, schedule: Schedule, keep: Keep, no_video: str) -> dict[str, str]:
@@ -102,6 +120,7 @@ def _settings(bundle: Bundle, schedule: Schedule, keep: Keep, no_video: str) -> 
         "policies": str(schedule),
         "evidence": evidence,
         "precision": manifest.precision.value,
+        **_weights(manifest.numerics),
         "dialect": f"{manifest.dialect.value}, opset {manifest.opset}",
         "scores": f"entropy series of degree {manifest.degree}",
         "kept sets": "hidden states, logits, caches and answers are compared given the bundle's own",
@@ -109,6 +128,14 @@ def _settings(bundle: Bundle, schedule: Schedule, keep: Keep, no_video: str) -> 
         "bundle run by": "ONNX Runtime, CPU",
         "oracle": "Hugging Face transformers, pruned alike: float32, exact float64 scores",
     }
+
+
+def _weights(numerics: Numerics | None) -> dict[str, str]:
+    stored = numerics.weights if numerics else None
+    if stored is None:
+        return {}
+    group = f", groups of {stored.group}" if stored.group else ""
+    return {"weights": f"{stored.kind.value}{group}, {stored.rounding}; the oracle has them dequantised"}
 
 
 def _layers(layers: range) -> str:

@@ -161,3 +161,13 @@ def test_watching_a_template_leaves_no_trace(directory):
     refused(directory, "memory")
     assert (sys.gettrace(), resource.getrlimit(resource.RLIMIT_AS)) == before
     assert np.isfinite(prompt.pictures[0].pixel_values).all()
+
+
+def test_a_template_is_watched_in_other_threads_too(directory, monkeypatch):
+    """As a server calls it; a signal would reach the main thread alone."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    monkeypatch.setattr("ep_export.families.template_limits._MOST_SECONDS", 0.5)
+    template(directory, "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}")
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(refused, directory, "takes over").result()

@@ -57,4 +57,4 @@ def test_a_weight_that_hugging_face_would_make_up_is_an_error(saved, tmp_path, w
         tensors[name] = tensors[name][:-1].contiguous()
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj"):
-        load_model(SimpleNamespace(path=broken))
+        load_model(SimpleNamespace(published=None, path=broken))

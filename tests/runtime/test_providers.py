@@ -193,8 +193,9 @@ def test_a_provider_that_does_not_start_is_not_replaced(graph, monkeypatch):
     ("choice", "sentence"),
     [
         ({"runtime": Runtime.ONNXRUNTIME, "target": "h100"}, "--target chooses engines"),
-        ({"runtime": Runtime.TENSORRT, "providers": ("cpu",)}, "--provider and --threads are ONNX Runtime's"),
-        ({"runtime": Runtime.TENSORRT, "threads": 2}, "--provider and --threads are ONNX Runtime's"),
+        ({"runtime": Runtime.TENSORRT, "providers": ("cpu",)}, "--provider, --threads and --exact are"),
+        ({"runtime": Runtime.TENSORRT, "threads": 2}, "--threads and --exact are ONNX Runtime's"),
+        ({"runtime": Runtime.TENSORRT, "exact": True}, "--threads and --exact are ONNX Runtime's"),
     ],
 )
 def test_options_of_the_other_runtime_are_refused(choice, sentence):

@@ -161,7 +161,6 @@ def lying(bundle, chooser, cut=0):
         (TopK(select=Select.LOWEST), {"node", "kept"}),
     ],
     ids=["norm", "lowest"],
-    ids=str,
 )
 def test_a_component_that_does_other_than_the_manifest_says_fails_there(
     tiny_bundle, checkpoint, chooser, wrong

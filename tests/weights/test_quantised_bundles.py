@@ -16,10 +16,11 @@ from tiny import tiny_picture
 from ep_export.bundle import Bundle, Dialect, WeightsMode
 from ep_export.checkpoint import open_checkpoint
 from ep_export.numerics import WeightKind, Weights
-from ep_export.policy import Keep, MaxMin
+from ep_export.policy import Cut, Keep, MaxMin, Schedule
 from ep_export.reference import PruneSpec, greedy_answer, load_model
 from ep_export.runtime import Session
 from ep_export.validate import validate
+from ep_export.validate.rounding import rounding_costs
 from ep_export.weights.packed import PackedLinear
 from ep_export.weights.packing import Packing, nearest, read_weight
 from ep_export.weights.store import bundle_layers
@@ -110,6 +111,21 @@ def test_a_quantised_bundle_passes_every_stage(bundle, checkpoint):
     pictures = [tiny_picture(112, 84, seed=1)]
     report = validate(bundle, checkpoint, pictures=pictures, prompts=["what is this"], max_new_tokens=6)
     assert report.verdict.value in {"PASS", "AMBIGUOUS"}, report.sentence
+    costs = {cost.variant: cost for cost in report.rounding}
+    assert list(costs) == ["quantised", "pruned", "quantised and pruned"]
+    assert all(cost.kl > 0 and 0 <= cost.agreement <= 1 for cost in costs.values())
+
+
+def test_what_rounding_costs_is_measured_against_the_model_as_it_was(checkpoint):
+    """By Hugging Face's own forward: nothing is lost where nothing is rounded or pruned."""
+    model = load_model(checkpoint)
+    builder = checkpoint.family.prompt_builder(checkpoint.path, checkpoint.config)
+    prompts = [builder.build([tiny_picture(112, 84)], "what is this"), builder.build([], "what is this")]
+    everything = PruneSpec(Schedule((Cut(2, MaxMin()),)), Keep(ratio=1.0))
+    costs = rounding_costs(model, model, checkpoint, prompts, everything, 4)
+    assert [cost.agreement for cost in costs] == [1.0] * 3
+    assert all(cost.kl < 1e-6 and 0 < cost.positions <= 4 for cost in costs)
+    assert rounding_costs(model, model, checkpoint, prompts[1:], everything, 4) == ()
 
 
 def test_only_what_is_not_quantised_is_linked_or_read(bundle, checkpoint):
