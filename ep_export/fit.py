@@ -42,7 +42,8 @@ _BITS = {WeightKind.INT4: 4, WeightKind.INT8: 8, WeightKind.FP8: 8}
 _BYTES = {Precision.FP32: 4, Precision.FP16: 2, Precision.BF16: 2}
 _FLOAT32 = 4
 _CACHES_LIVE = 2
-# Matrices of [H, H] a token that the entropy series of degree 512 keeps: 9 squares, the Gram, base and sum.
+# Matrices of [H, H] a token for the entropy series of degree 512 if nothing were freed: 8 squares and what
+# stands around them. A bound: runtimes free most of them on the way.
 _SERIES_MATRICES = 12
 
 

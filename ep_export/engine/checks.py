@@ -15,6 +15,7 @@ from ep_export.engine.profiles import max_visual_tokens
 from ep_export.engine_record import Limits
 from ep_export.errors import UserError
 from ep_export.fit import Estimate, estimate, vision_size
+from ep_export.numerics import WeightKind
 from ep_export.plan import make_plan
 from ep_export.policy import Keep, Nothing, Schedule
 from ep_export.targets import Graphs, Target
@@ -23,12 +24,14 @@ __all__ = [
     "check_fit",
     "check_graphs",
     "check_machine",
+    "check_weights",
     "estimate_limits",
     "free_memory",
 ]
 
 # Peak memory of TensorRT-RTX 1.7 over the size of an engine, rounded up: 2.9 measured on one of 1.9 GB.
 _COMPILER_MEMORY = 4
+_FLOAT8_SM = (8, 9)  # Ada: the first with float8 products
 _MEMINFO = Path("/proc/meminfo")
 
 
@@ -45,6 +48,24 @@ def check_graphs(bundle: Bundle, target: Target) -> None:
             f"{bundle.path} has {found} graphs, expected for {target.name} one of: {takes}",
             hint=f"build it again with --dialect {best.dialect.value} --precision {best.precision.value}, "
             f"or with --target {target.name}, which chooses them",
+        )
+
+
+def check_weights(bundle: Bundle, target: Target) -> None:
+    """Refuse weights that the target cannot multiply.
+
+    Raises:
+        UserError: float8 on a GPU without it.
+    """
+    numerics = bundle.manifest.numerics
+    stored = numerics.weights if numerics else None
+    if stored is None or stored.kind is not WeightKind.FP8 or target.sm is None:
+        return
+    if tuple(map(int, target.sm.split("."))) < _FLOAT8_SM:
+        raise UserError(
+            f"{bundle.path} stores weights in fp8, which {target.name} (SM {target.sm}) cannot multiply, "
+            f"expected SM {'.'.join(map(str, _FLOAT8_SM))} or newer",
+            hint="build it with --weights int8 or int4",
         )
 
 

@@ -14,7 +14,13 @@ from enum import Enum
 from pathlib import Path
 
 from ep_export.bundle import Bundle, FileEntry, Role, hash_file, write_manifest
-from ep_export.engine.checks import check_fit, check_graphs, check_machine, estimate_limits
+from ep_export.engine.checks import (
+    check_fit,
+    check_graphs,
+    check_machine,
+    check_weights,
+    estimate_limits,
+)
 from ep_export.engine.compiler import installed_version, require_compiler
 from ep_export.engine.device import find_gpu
 from ep_export.engine.engines import Earlier, EngineJob, find_earlier, write_engines
@@ -114,6 +120,7 @@ def compile_bundle(bundle: Bundle, request: CompileRequest, progress: Progress =
     """
     target = request.target
     check_graphs(bundle, target)
+    check_weights(bundle, target)
     if target.flavour is Flavour.ONNXRUNTIME:
         return CompileResult(Output.NOTHING, None, "ONNX Runtime runs the bundle as it is")
     if request.plugin and not target.takes_plugins:

@@ -19,14 +19,14 @@ DIMS = DecoderDims(
     layers=4,
     hidden_size=48,
     heads=6,
-    kv_heads=2,
+    kv_heads=3,
     head_dim=16,
     ffn_size=32,
     vocab_size=64,
     max_positions=512,
     position_axes=3,
 )
-HEADS = {Source.QUERY: 6, Source.KEY: 2, Source.VALUE: 2}
+HEADS = {Source.QUERY: DIMS.heads, Source.KEY: DIMS.kv_heads, Source.VALUE: DIMS.kv_heads}
 FLOAT = ir.DataType.FLOAT
 
 

@@ -61,7 +61,7 @@ def test_interface(name: str, dtype: ir.DataType, opset: int) -> None:
     float_type, int64 = TYPES[dtype], onnx.TensorProto.INT64
     expected: dict[str, tuple[int, list[object]]] = {}
     if isinstance(chooser, TopK) and chooser.source is not Source.HIDDEN:
-        heads = 6 if chooser.source is Source.QUERY else 2
+        heads = 6 if chooser.source is Source.QUERY else 3
         expected["states"] = (float_type, [1, "S", heads, 16])
     expected["hidden"] = (float_type, [1, "S", 48])
     expected["position_ids"] = (int64, [3, 1, "S"])

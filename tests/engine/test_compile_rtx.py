@@ -12,6 +12,7 @@ from family_bundles import MAKERS
 from tiny import make_tiny
 
 from ep_export.bundle import Bundle, Dialect, Precision, Role
+from ep_export.checkpoint import open_checkpoint
 from ep_export.engine.compile import CompileRequest, Output, compile_bundle
 from ep_export.engine.compiler import compile_component, installed_version
 from ep_export.engine.placement import PruneOn
@@ -20,9 +21,11 @@ from ep_export.engine.worker import Job
 from ep_export.engine_record import RECORD, check_engine, check_engine_files, engine_of, read_record
 from ep_export.errors import UserError
 from ep_export.families import FAMILIES
+from ep_export.numerics import WeightKind, Weights
 from ep_export.policy import Budget, Cut, MaxMin, Nothing, Random, Schedule, Scorer, Source, TopK
 from ep_export.runtime import OnnxRuntimeRunner
 from ep_export.targets import Flavour, find_target, load_targets
+from ep_export.weights.packing import nearest
 
 needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None,
@@ -62,6 +65,29 @@ def test_every_component_compiles_and_holds_the_profile_asked_for(family, dialec
         ):
             assert struct.pack(f"<{len(shape)}q", *shape) in raw, shape
         assert struct.pack("<3q", 1, 1024, dims.hidden_size) not in raw
+
+
+def quantised(kind, folder):
+    checkpoint = make_tiny(folder / "model", layers=2, heads=8, kv_heads=4, vision_depth=2)
+    weights = Weights(kind, 32 if kind is WeightKind.INT4 else None, "nearest")
+    packing = nearest(open_checkpoint(str(checkpoint)).tensors, weights, compute="fp16")
+    return export_tiny(checkpoint, folder / "bundle", precision=Precision.FP16, packing=packing)
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", WeightKind)
+def test_quantised_weights_compile(kind, tmp_path):
+    bundle = quantised(kind, tmp_path)
+    request = CompileRequest(find_target(ADA), LIMITS, out=tmp_path / "engines")
+    record = compile_bundle(bundle, request).record
+    assert {span.name for span in bundle.manifest.spans} <= set(record.components)
+
+
+def test_float8_is_refused_where_a_gpu_cannot_multiply_it(tmp_path):
+    bundle = quantised(WeightKind.FP8, tmp_path)
+    with pytest.raises(UserError, match=r"stores weights in fp8.*SM 8\.6") as caught:
+        compile_bundle(bundle, CompileRequest(find_target("rtx-ampere"), LIMITS, out=tmp_path / "engines"))
+    assert "int4" in caught.value.hint
 
 
 POLICIES = (
