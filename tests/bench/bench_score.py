@@ -101,13 +101,17 @@ def main() -> int:
 
 
 def interleaved(methods: dict[str, Callable[[], object]], repeat: int) -> dict[str, float]:
-    """Median milliseconds of each method, taken in turns so that a noisy machine disturbs all alike."""
-    for method in methods.values():
-        method()
+    """Median milliseconds of each method, taken in turns so that a noisy machine disturbs all alike.
+
+    Each is called twice in its turn and timed the second time: what the method before it left in caches, and
+    threads that slept through the pause, would cost a short one a third of its time and a long one nothing.
+    In a prefill the scores come straight after a span of layers, on threads that are awake.
+    """
     samples: dict[str, list[float]] = {name: [] for name in methods}
     for _ in range(repeat):
         for name, method in methods.items():
             time.sleep(PAUSE_SECONDS)
+            method()
             start = time.perf_counter()
             method()
             samples[name].append(1e3 * (time.perf_counter() - start))
