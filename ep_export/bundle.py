@@ -18,7 +18,7 @@ from ep_export.documents import read_document, write_document
 from ep_export.errors import UsageError, UserError
 from ep_export.numerics import Numerics
 from ep_export.plan import check_schedule
-from ep_export.policy import Chooser, Evidence, Keep, Schedule
+from ep_export.policy import Chooser, Evidence, Keep, Nothing, Schedule
 
 __all__ = [
     "ENGINES",
@@ -248,6 +248,17 @@ class Manifest:
         names = policies if len(policies) == count else [policies[0]] * count
         choosers = [self.prune(cut, name).chooser for cut, name in enumerate(names)]
         return self.schedule.with_choosers([chooser for chooser in choosers if chooser is not None])
+
+    def keep_for(self, schedule: Schedule) -> Keep:
+        """The bundle's keep, or where a schedule drops everything at its only cut, what that comes to.
+
+        Args:
+            schedule: From `scheduled`.
+        """
+        (first, *others) = schedule.cuts
+        if not others and isinstance(first.chooser, Nothing):
+            return Keep(ratio=first.layer / self.dims.layers)
+        return self.keep
 
     def stages(self, schedule: Schedule) -> tuple[Component, ...]:
         """What a prefill runs after the embeddings, in order: spans, and a prune component at every cut.

@@ -1,7 +1,7 @@
 """What lies where in a checkpoint's safetensors shards, read from their headers alone.
 
 Enters: a directory. Leaves: one `TensorRef` a tensor, every one checked against the size of its file, so
-that later stages may point into the shards without looking again. No tensor data is read. Format:
+that later stages may point into the shards without looking again. Only `read_tensor` reads data. Format:
 https://huggingface.co/docs/safetensors (8-byte little-endian header length, JSON header, raw data).
 """
 
@@ -12,26 +12,19 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ep_export.documents import parse_json, read_json_object
 from ep_export.errors import UserError, reason
+from ep_export.numerics import TYPES
 
-__all__ = ["DTYPES", "TensorRef", "find_shards", "read_shard", "read_tensors"]
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["DTYPES", "TensorRef", "find_shards", "read_shard", "read_tensor", "read_tensors"]
 
 DTYPES: Mapping[str, tuple[str, int]] = {
-    "F64": ("float64", 8),
-    "F32": ("float32", 4),
-    "F16": ("float16", 2),
-    "BF16": ("bfloat16", 2),
-    "I64": ("int64", 8),
-    "I32": ("int32", 4),
-    "I16": ("int16", 2),
-    "I8": ("int8", 1),
-    "U8": ("uint8", 1),
-    "BOOL": ("bool", 1),
-    "F8_E4M3": ("float8_e4m3fn", 1),
-    "F8_E5M2": ("float8_e5m2", 1),
+    kind.safetensors: (kind.name, kind.bits // 8) for kind in TYPES.values() if kind.safetensors
 }
 """dtype of the format -> (our name, bytes per element)."""
 
@@ -137,6 +130,18 @@ def read_shard(file: Path) -> tuple[TensorRef, ...]:
     refs.sort(key=lambda ref: (ref.offset, ref.length))
     _check_layout(file, refs, start, size)
     return tuple(refs)
+
+
+def read_tensor(ref: TensorRef) -> NDArray[Any]:
+    """A tensor's values; bfloat16 as ml_dtypes has it, the bits of float8 as uint8."""
+    import ml_dtypes
+    import numpy as np
+
+    special = {"bfloat16": ml_dtypes.bfloat16, "float8_e4m3fn": np.uint8, "float8_e5m2": np.uint8}
+    kind = np.dtype(special.get(ref.dtype, ref.dtype))
+    with ref.file.open("rb") as stream:
+        stream.seek(ref.offset)
+        return np.fromfile(stream, dtype=kind, count=ref.length // kind.itemsize).reshape(ref.shape)
 
 
 def _weight_map(directory: Path) -> dict[str, str]:

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from ep_export.safetensors_index import TensorRef
+from ep_export.safetensors_index import TensorRef, read_tensor
 from ep_export.weights.packed import PackedLinear
 from ep_export.weights.published import Published, layer_and_part
 
@@ -65,16 +61,5 @@ def read_packed(layer: PackedLayer) -> PackedLinear:
     Raises:
         UserError: See `ep_export.weights.layouts`.
     """
-    arrays = {part: _array(ref) for part, ref in layer.parts.items()}
+    arrays = {part: read_tensor(ref) for part, ref in layer.parts.items()}
     return layer.published.read(layer.name, arrays, shape=layer.shape)
-
-
-def _array(ref: TensorRef) -> NDArray[Any]:
-    import ml_dtypes
-
-    special = {"bfloat16": ml_dtypes.bfloat16, "float8_e4m3fn": np.uint8, "float8_e5m2": np.uint8}
-    kind = np.dtype(special.get(ref.dtype, ref.dtype))
-    with ref.file.open("rb") as stream:
-        stream.seek(ref.offset)
-        values = np.fromfile(stream, dtype=kind, count=ref.length // kind.itemsize).reshape(ref.shape)
-    return values.astype(np.float32) if ref.dtype == "bfloat16" else values

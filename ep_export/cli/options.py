@@ -23,6 +23,7 @@ __all__ = [
     "keep_options",
     "model_option",
     "optional_keep",
+    "parse_share",
     "policies_option",
     "values",
     "weights_from",
@@ -66,6 +67,15 @@ policies_option = click.option(
 )
 
 
+def parse_share(text: str) -> float:
+    """0.25, or 25%.
+
+    Raises:
+        ValueError: Neither.
+    """
+    return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+
+
 class _Share(click.ParamType):  # type: ignore[type-arg]  # generic only in newer releases
     """0.25 or 25%."""
 
@@ -75,7 +85,7 @@ class _Share(click.ParamType):  # type: ignore[type-arg]  # generic only in newe
         if isinstance(value, float):
             return value
         try:
-            return float(value[:-1]) / 100 if value.endswith("%") else float(value)
+            return parse_share(value)
         except ValueError:
             self.fail(f"{value!r} is no share: give a number such as 0.25, or 25%", param, ctx)
 

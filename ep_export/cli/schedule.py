@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ep_export.cli.options import values
+from ep_export.cli.options import parse_share, values
 from ep_export.errors import UsageError
 from ep_export.policy import Budget, Chooser, Cut, Nothing, Scorer, Select, Source, TopK, chooser_named
 
@@ -122,7 +122,7 @@ def parse_cut(text: str) -> Cut:
     share, _, name = rest.partition(":")
     chooser = parse_chooser(name) if name else TopK()
     try:
-        cut = Cut(int(layer), chooser, float(share[:-1]) / 100 if share.endswith("%") else float(share))
+        cut = Cut(int(layer), chooser, parse_share(share))
     except ValueError:
         raise UsageError(
             f"--cut {text!r} is not LAYER:SHARE or LAYER:SHARE:NAME", hint="e.g. --cut 2:0.25:divprune"

@@ -9,16 +9,11 @@ from typing import Any
 import onnx_ir as ir
 
 from ep_export.bundle import Component, Precision, Role, TensorSpec
+from ep_export.numerics import TYPES
 
 __all__ = ["IR_DTYPES", "PRECISION_DTYPES", "save_component"]
 
-IR_DTYPES: Mapping[str, ir.DataType] = {
-    "float32": ir.DataType.FLOAT,
-    "float16": ir.DataType.FLOAT16,
-    "bfloat16": ir.DataType.BFLOAT16,
-    "int64": ir.DataType.INT64,
-    "bool": ir.DataType.BOOL,
-}
+IR_DTYPES: Mapping[str, ir.DataType] = {kind.name: ir.DataType[kind.onnx] for kind in TYPES.values()}
 PRECISION_DTYPES: Mapping[Precision, ir.DataType] = {
     Precision.FP32: ir.DataType.FLOAT,
     Precision.FP16: ir.DataType.FLOAT16,

@@ -6,16 +6,18 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from ep_export.checkpoint.packed_layers import read_packed
 from ep_export.errors import UserError
+from ep_export.safetensors_index import read_tensor
 from ep_export.weights.store import StoredLinear, read_layer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ep_export.checkpoint import Checkpoint, TensorRef
+    from ep_export.checkpoint import Checkpoint
 
 __all__ = ["load_model"]
 
@@ -85,7 +87,7 @@ def _assembled(
     parameters |= dict(model.named_buffers())
     with torch.no_grad():
         for name, ref in checkpoint.tensors.items():
-            parameters[name].copy_(_tensor(ref))
+            parameters[name].copy_(torch.from_numpy(read_tensor(ref).astype(np.float32)))
         for name, layer in checkpoint.packed.items():
             parameters[name].copy_(torch.from_numpy(read_packed(layer).dequantised()).T)
     if (checkpoint.path / "generation_config.json").is_file():
@@ -94,13 +96,6 @@ def _assembled(
         _dequantise(model, checkpoint, quantised)
     loaded: PreTrainedModel = model.eval().requires_grad_(requires_grad=False)
     return loaded
-
-
-def _tensor(ref: TensorRef) -> torch.Tensor:
-    with ref.file.open("rb") as stream:
-        stream.seek(ref.offset)
-        data = bytearray(stream.read(ref.length))
-    return torch.frombuffer(data, dtype=getattr(torch, ref.dtype)).reshape(ref.shape)
 
 
 def _dequantise(

@@ -15,7 +15,7 @@ from ep_export.families import family_named
 from ep_export.families.base import PromptBuilder, PromptInputs, Visual
 from ep_export.families.bounds import check_dims
 from ep_export.plan import kept_tokens
-from ep_export.policy import Keep, Nothing, Schedule
+from ep_export.policy import Keep, Schedule
 from ep_export.runtime.base import Feed, Runner, RunnerFactory
 from ep_export.runtime.components import Components
 from ep_export.runtime.generate import (
@@ -215,10 +215,7 @@ class Session:
         """As told, else the bundle's, where there is anything to choose."""
         if schedule is None:
             return Keep(ratio=1.0)
-        (first, *others) = schedule.cuts
-        if keep is None and not others and isinstance(first.chooser, Nothing):
-            return Keep(ratio=first.layer / self.bundle.manifest.dims.layers)
-        return keep or self.bundle.manifest.keep
+        return keep or self.bundle.manifest.keep_for(schedule)
 
     def _prefill(self, prompt: PromptInputs, schedule: Schedule | None, keep: Keep, timer: Timer) -> Prefill:
         manifest = self.bundle.manifest

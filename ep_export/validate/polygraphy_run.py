@@ -31,7 +31,7 @@ from ep_export.validate.polygraphy_bisect import Bisection, bisect
 from ep_export.validate.polygraphy_compare import ORACLE, Oracles, compare_component, quiet
 from ep_export.validate.questions import check_asked, questions
 from ep_export.validate.report import Report, Verdict, text_lines, to_json
-from ep_export.validate.setting import HALF_TYPES, check_checkpoint, usable_keep, vision_layers
+from ep_export.validate.setting import HALF_TYPES, check_checkpoint, vision_layers
 from ep_export.weights.store import bundle_layers
 
 if TYPE_CHECKING:
@@ -192,7 +192,7 @@ def _feeds(
     return component_feeds(
         manifest,
         schedule,
-        usable_keep(manifest, schedule),
+        manifest.keep_for(schedule),
         family=family,
         config=checkpoint.config,
         oracle=oracle,

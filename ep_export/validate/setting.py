@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ep_export.bundle import Bundle, Manifest, Precision
 from ep_export.errors import UserError
-from ep_export.policy import Keep, Nothing, Schedule
+from ep_export.policy import Schedule
 from ep_export.reference import PrefillStates
 from ep_export.validate.observe import Observation
 from ep_export.validate.tolerance import Tolerance, tolerance_of
@@ -26,7 +26,6 @@ __all__ = [
     "check_checkpoint",
     "half_noise",
     "to_numpy",
-    "usable_keep",
     "vision_layers",
 ]
 
@@ -71,14 +70,6 @@ def check_checkpoint(bundle: Bundle, checkpoint: Checkpoint) -> None:
             f"bundle {bundle.path} was built from another checkpoint than {checkpoint.source}",
             hint=f"give the checkpoint it names: {bundle.manifest.model}",
         )
-
-
-def usable_keep(manifest: Manifest, schedule: Schedule) -> Keep:
-    """The bundle's keep, or where a policy drops everything at the only cut, what that comes to."""
-    (first, *others) = schedule.cuts
-    if not others and isinstance(first.chooser, Nothing):
-        return Keep(ratio=first.layer / manifest.dims.layers)
-    return manifest.keep
 
 
 def vision_layers(config: Any) -> int:

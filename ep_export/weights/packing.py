@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ep_export.numerics import Weights
-from ep_export.safetensors_index import TensorRef
+from ep_export.safetensors_index import TensorRef, read_tensor
 from ep_export.weights.packed import PackedLinear
 from ep_export.weights.rounding import round_nearest
 
@@ -53,9 +53,5 @@ def scale_type(compute: str) -> str:
 
 def read_weight(ref: TensorRef) -> NDArray[np.float32]:
     """A linear layer's weight as W [in, out]; stored [out, in], of any float type."""
-    import ml_dtypes
-
-    kind = np.dtype(ml_dtypes.bfloat16 if ref.dtype == "bfloat16" else ref.dtype)
-    stored = np.memmap(ref.file, dtype=np.uint8, mode="r", offset=ref.offset, shape=(ref.length,))
-    values: NDArray[np.float32] = stored.view(kind).reshape(ref.shape).astype(np.float32)
+    values: NDArray[np.float32] = read_tensor(ref).astype(np.float32)
     return np.ascontiguousarray(values.T)

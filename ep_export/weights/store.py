@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from ep_export.bundle import Bundle
 from ep_export.errors import UserError
 from ep_export.numerics import TYPES, WeightKind
-from ep_export.safetensors_index import TensorRef, read_shard
+from ep_export.safetensors_index import DTYPES, TensorRef, read_shard, read_tensor
 from ep_export.weights.packed import PackedLinear, nibbles, unpack_nibbles
 
 __all__ = ["FILE", "LayerWriter", "StoredLinear", "bundle_layers", "read_layer", "stored_layers"]
@@ -32,6 +32,7 @@ FILE = "weights/quantised.safetensors"
 
 _PARTS = ("codes", "scales", "zeros", "order")
 _CODES = {WeightKind.INT4: "U8", WeightKind.INT8: "I8", WeightKind.FP8: "F8_E4M3"}
+_KINDS = {DTYPES[code][0]: kind for kind, code in _CODES.items()}
 _HEADER_BYTES = 512
 """Kept a layer: four entries of a header with names of up to 80 characters."""
 
@@ -121,8 +122,7 @@ class LayerWriter:
         self._stream.write(data.view(np.uint8).data)
         first, self._end = self._end, self._end + data.nbytes
         self._entries[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [first, self._end]}
-        names = {t.safetensors: t.name for t in TYPES.values()}
-        return TensorRef(name, self.file, self._start + first, data.nbytes, names[kind], tuple(shape))
+        return TensorRef(name, self.file, self._start + first, data.nbytes, DTYPES[kind][0], tuple(shape))
 
     def _write_header(self, stream: BinaryIO) -> None:
         text = json.dumps(self._entries, separators=(",", ":")).encode()
@@ -167,15 +167,15 @@ def bundle_layers(bundle: Bundle) -> dict[str, StoredLinear]:
 
 def read_layer(stored: StoredLinear) -> PackedLinear:
     """Read one layer back."""
-    codes = _array(stored.codes)
+    codes = read_tensor(stored.codes)
     if stored.kind is WeightKind.INT4:
         codes = unpack_nibbles(codes.reshape(-1), stored.shape)
     return PackedLinear(
         stored.kind,
         codes,
-        _array(stored.scales).astype(np.float32),
-        None if stored.zeros is None else _array(stored.zeros),
-        None if stored.order is None else _array(stored.order),
+        read_tensor(stored.scales).astype(np.float32),
+        None if stored.zeros is None else read_tensor(stored.zeros),
+        None if stored.order is None else read_tensor(stored.order),
     )
 
 
@@ -186,8 +186,7 @@ def _stored(name: str, parts: Mapping[str, TensorRef]) -> StoredLinear:
     if "codes" not in parts or "scales" not in parts or len(parts["codes"].shape) != 2:
         raise UserError(f"layer {name} has {', '.join(sorted(parts))}, expected codes and scales", hint=_HINT)
     codes, scales = parts["codes"], parts["scales"]
-    kinds = {TYPES[t].safetensors: k for k, s in _CODES.items() for t in TYPES if TYPES[t].safetensors == s}
-    kind = kinds.get(TYPES[codes.dtype].safetensors)
+    kind = _KINDS.get(codes.dtype)
     if kind is None:
         raise UserError(f"layer {name} has codes of type {codes.dtype}", hint=_HINT)
     inputs, columns = codes.shape
@@ -204,13 +203,3 @@ def _stored(name: str, parts: Mapping[str, TensorRef]) -> StoredLinear:
     if not fits:
         raise UserError(f"the tensors of layer {name} do not fit together", hint=_HINT)
     return StoredLinear(kind, (inputs, outputs), codes, scales, zeros, order)
-
-
-def _array(ref: TensorRef) -> NDArray[Any]:
-    import ml_dtypes
-
-    own = {"bfloat16": ml_dtypes.bfloat16, "float8_e4m3fn": np.uint8}
-    kind = np.dtype(own.get(ref.dtype, ref.dtype))
-    with ref.file.open("rb") as stream:
-        stream.seek(ref.offset)
-        return np.fromfile(stream, dtype=kind, count=ref.length // kind.itemsize).reshape(ref.shape)
