@@ -26,6 +26,7 @@ from pathlib import Path
 
 from ep_export.documents import read_json_object
 from ep_export.errors import UserError, reason
+from ep_export.interrupts import uninterrupted
 from ep_export.ownership import first_foreign, is_ours
 
 __all__ = ["refuse_existing", "staged"]
@@ -171,17 +172,24 @@ def _keep(new: Path, out: Path) -> Path:
 @contextmanager
 def _work_folder(out: Path) -> Iterator[Path]:
     """A folder beside `out` that is ours until the block ends, and seen to be by other runs."""
-    with _alone_in(out.parent):
-        _refuse_busy(out)
-        work, lock = _claim(out)
+    claimed: tuple[Path, int] | None = None
     try:
-        yield work
+        with uninterrupted(), _alone_in(out.parent):  # not between making the folder and knowing of it
+            _refuse_busy(out)
+            claimed = _claim(out)
+        yield claimed[0]
     finally:
-        if (work / "old").exists():  # it could not be put back: nobody's any more, and never collected
-            (work / _MARK).unlink(missing_ok=True)
-        elif (work / _MARK).exists():
-            shutil.rmtree(work, ignore_errors=True)
-        os.close(lock)
+        if claimed is not None:
+            with uninterrupted():
+                _release(*claimed)
+
+
+def _release(work: Path, lock: int) -> None:
+    if (work / "old").exists():  # it could not be put back: nobody's any more, and never collected
+        (work / _MARK).unlink(missing_ok=True)
+    elif (work / _MARK).exists():
+        shutil.rmtree(work, ignore_errors=True)
+    os.close(lock)
 
 
 def _claim(out: Path) -> tuple[Path, int]:

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 
@@ -335,3 +336,21 @@ def test_a_second_run_to_the_same_output_is_refused_and_one_to_another_is_not(tm
         run.communicate("", timeout=60)
     assert run.returncode == 0
     assert everything(tmp_path) == ["another", "out", "out/new"]
+
+
+def test_ctrl_c_the_moment_the_work_folder_exists_leaves_nothing(tmp_path, monkeypatch):
+    make = tempfile.mkdtemp
+
+    def interrupted(**options):
+        folder = make(**options)
+        signal.raise_signal(signal.SIGINT)
+        return folder
+
+    monkeypatch.setattr(tempfile, "mkdtemp", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a run in the background ignores it
+    try:
+        with pytest.raises(KeyboardInterrupt), stage(tmp_path / "out"):
+            raise AssertionError("the block was entered")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert list(tmp_path.iterdir()) == []
