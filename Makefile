@@ -12,6 +12,7 @@ KEEP ?= 0.25
 DIR ?= build/bench
 LAYERS ?= 28
 CHECK ?= all
+WEIGHTS ?= none
 CPP := $(wildcard plugins/entropy_prune/*.h plugins/entropy_prune/*.c* plugins/entropy_prune/tests/*.h \
   plugins/entropy_prune/tests/*.c*)
 # Tiny models are slower on many threads than on one.
@@ -28,7 +29,7 @@ setup: $(STAMP)  ## Make the environment in .venv.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH) -c constraints.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[export,dev]' -c constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[cpu,export,dev]' -c constraints.txt
 	@touch $@
 
 demo: $(STAMP)  ## Build the shipped model pruned and ask it about a picture.
@@ -111,8 +112,9 @@ bench-score: $(STAMP)  ## Entropy scores: primal and dual eigenvalues against th
 bench-prefill: $(STAMP)  ## Measured prefill speed-up against the FLOPs model.
 	env -u OMP_NUM_THREADS $(BIN)/python tests/bench/bench_prefill.py
 
-bench-export: $(STAMP)  ## Build a 7B-shape checkpoint: DIR=build/bench LAYERS=28 (or 4).
-	env -u OMP_NUM_THREADS $(BIN)/python tests/bench/bench_export.py $(DIR) --layers $(LAYERS) --check $(CHECK)
+bench-export: $(STAMP)  ## Build a 7B-shape checkpoint: DIR=build/bench LAYERS=28 (or 4) WEIGHTS=none (or int4).
+	env -u OMP_NUM_THREADS $(BIN)/python tests/bench/bench_export.py $(DIR) --layers $(LAYERS) --check $(CHECK) \
+	  --weights $(WEIGHTS)
 
 bench-families: $(STAMP)  ## Export 4 layers of every family's full size, weights as holes in files.
 	env -u OMP_NUM_THREADS $(BIN)/python tests/bench/bench_export.py $(DIR) --model families --layers 4 \

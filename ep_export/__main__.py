@@ -1,6 +1,13 @@
 """`python -m ep_export` is `ep-export`."""
 
-from ep_export.cli import main
+import os
+import sys
 
 if __name__ == "__main__":  # a spawned worker process imports this file under another name
+    # `-m` puts the working directory first, where a folder may be called as a package is that others look for
+    # (triton). The package itself is found already.
+    if sys.path[0] == os.getcwd():  # noqa: PTH109 - compared as text
+        del sys.path[0]
+    from ep_export.cli import main
+
     main()

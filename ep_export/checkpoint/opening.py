@@ -20,7 +20,7 @@ from ep_export.checkpoint.packed_layers import PACKED, PackedLayer, split_layers
 from ep_export.dims import DecoderDims
 from ep_export.documents import read_json_object
 from ep_export.errors import UserError, as_user_error, near_matches
-from ep_export.families import family_of
+from ep_export.families import family_of, refuse_by_name
 from ep_export.families.base import Family
 from ep_export.families.bounds import check_dims, check_sizes
 from ep_export.garbage import collector_paused
@@ -50,6 +50,7 @@ _PROCESSOR_FILES = (
 )
 """The plain data files of processors. Nothing else of a checkpoint is taken along: no code."""
 
+_HUB_SECONDS = 5.0  # of patience with the first answer
 _SAMPLE_BYTES = 4096
 _FETCH = "fetch the checkpoint again"
 
@@ -97,6 +98,12 @@ class Checkpoint(ModelConfig):
     packed: Mapping[str, PackedLayer]
     fingerprint: str
     processor_files: tuple[Path, ...]
+
+    @property
+    def origin(self) -> str:
+        """What finds it again from anywhere: its alias or hub id, or its directory, absolute."""
+        local = _path(self.source)
+        return self.source if local is None else str(self.path)
 
 
 def open_config(model: str, *, revision: str | None = None) -> ModelConfig:
@@ -236,6 +243,7 @@ def _hub_snapshot(hub_id: str, asked: str, revision: str | None) -> Path:
     except (UserError, OSError, ValueError):
         pass  # not cached, or only in part: the next attempt says what is wrong
     try:
+        _ask_hub(hub_id, revision)
         return find(False)
     except (OSError, ValueError) as error:
         raise _not_fetched(hub_id, revision, error) from error
@@ -245,16 +253,35 @@ def _hub_config(hub_id: str, asked: str, revision: str | None) -> Path:
     _refuse_non_id(hub_id, asked)
     from huggingface_hub import hf_hub_download
 
-    for local in (True, False):
-        try:
-            return Path(hf_hub_download(hub_id, "config.json", revision=revision, local_files_only=local))
-        except (OSError, ValueError) as error:
-            failure = error
-    raise _not_fetched(hub_id, revision, failure) from failure
+    def find(local: bool) -> Path:
+        return Path(hf_hub_download(hub_id, "config.json", revision=revision, local_files_only=local))
+
+    try:
+        return find(True)
+    except (OSError, ValueError):
+        pass
+    try:
+        _ask_hub(hub_id, revision)
+        return find(False)
+    except (OSError, ValueError) as error:
+        raise _not_fetched(hub_id, revision, error) from error
+
+
+def _ask_hub(hub_id: str, revision: str | None) -> None:
+    """Fail at once where the hub cannot be reached or has no such model: downloads try for half a minute."""
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+
+    if constants.HF_HUB_OFFLINE:  # the download itself says so
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(hub_id, "config.json", revision=revision), timeout=_HUB_SECONDS)
+    except Exception as error:  # of whatever HTTP library serves the hub's client
+        raise _not_fetched(hub_id, revision, error) from error
 
 
 def _refuse_non_id(hub_id: str, asked: str) -> None:
     """A name that can be no hub id is a misspelt alias or a directory that is not there."""
+    refuse_by_name(asked)
     if hub_id.count("/") != 1 or hub_id.startswith((".", "/", "~")) or hub_id.endswith("/"):
         looks_like_path = "/" in asked or asked.startswith((".", "~"))
         hint = "check the path" if looks_like_path else near_matches(asked, (alias.name for alias in ALIASES))

@@ -14,9 +14,18 @@ from typing import Any
 import click
 
 from ep_export.documents import encode
-from ep_export.progress import Progress
+from ep_export.progress import Progress, silent
 
-__all__ = ["note", "print_error", "print_json", "print_table", "printable", "progress_bar"]
+__all__ = [
+    "note",
+    "print_error",
+    "print_json",
+    "print_table",
+    "printable",
+    "progress_bar",
+    "quiet_option",
+    "verbose_option",
+]
 
 _MOST_CHARACTERS = 1000  # of a message: a dozen lines of a terminal
 
@@ -44,8 +53,30 @@ def print_json(value: Any) -> None:
 
 
 def note(text: str) -> None:
-    """A line for the person, on stderr."""
-    click.echo(printable(text), err=True)
+    """A line for the person, on stderr; none with `--quiet`."""
+    if not _quiet():
+        click.echo(printable(text), err=True)
+
+
+_QUIET = "ep_export.quiet"
+
+quiet_option = click.option(
+    "-q",
+    "--quiet",
+    is_flag=True,
+    expose_value=False,
+    callback=lambda context, _, value: context.meta.__setitem__(_QUIET, value),
+    help="No notes and no progress on stderr; errors remain.",
+)
+
+verbose_option = click.option(
+    "-v", "--verbose", is_flag=True, expose_value=False, help="On an error also where it came from."
+)
+
+
+def _quiet() -> bool:
+    context = click.get_current_context(silent=True)
+    return context is not None and context.meta.get(_QUIET, False)
 
 
 def _cut(text: str) -> str:
@@ -89,6 +120,9 @@ def progress_bar() -> Iterator[Progress]:
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bars
 
+    if _quiet():
+        yield silent
+        return
     console = Console(stderr=True)
     if not console.is_terminal:
         yield _line_a_stage

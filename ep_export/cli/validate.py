@@ -97,11 +97,11 @@ def validate(
         )
     from ep_export.build import MAX_PICTURES, validate_bundle
     from ep_export.bundle import Bundle
-    from ep_export.checkpoint import open_checkpoint
+    from ep_export.checkpoint import open_origin
     from ep_export.validate import text_lines, to_json
 
     opened = Bundle.open(bundle)
-    checkpoint = open_checkpoint(model or opened.manifest.model)
+    checkpoint = open_origin(opened, model)
     with progress_bar() as progress:
         outcome = validate_bundle(
             opened,
@@ -138,12 +138,12 @@ def _with_polygraphy(
 ) -> int:
     from ep_export.build import pictures_and_questions
     from ep_export.bundle import Bundle
-    from ep_export.checkpoint import open_checkpoint
+    from ep_export.checkpoint import open_origin
     from ep_export.validate.polygraphy_run import compare_with_polygraphy, polygraphy_json, polygraphy_lines
 
     opened = Bundle.open(bundle)
     backends = _backends(opened, target)
-    checkpoint = open_checkpoint(model or opened.manifest.model)
+    checkpoint = open_origin(opened, model)
     pictures, questions = pictures_and_questions(images, prompts, max_pictures)
     with progress_bar() as progress:
         outcome = compare_with_polygraphy(

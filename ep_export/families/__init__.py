@@ -10,10 +10,10 @@ from ep_export.families.llava_onevision import LlavaOnevision
 from ep_export.families.qwen2_5_vl import Qwen2_5_VL
 from ep_export.families.qwen2_vl import Qwen2VL
 from ep_export.families.smolvlm import SmolVLM
-from ep_export.families.unsupported import refusal
+from ep_export.families.unsupported import refusal, refusal_by_name
 from ep_export.families.video_llava import VideoLlava
 
-__all__ = ["FAMILIES", "family_named", "family_of"]
+__all__ = ["FAMILIES", "family_named", "family_of", "refuse_by_name"]
 
 FAMILIES: tuple[Family, ...] = (
     Qwen2_5_VL(),
@@ -25,6 +25,8 @@ FAMILIES: tuple[Family, ...] = (
     SmolVLM(),
 )
 
+_MODEL_TYPES = tuple(kind for family in FAMILIES for kind in family.model_types)
+
 
 def family_of(model_type: str) -> Family:
     """The family of a checkpoint's `model_type`.
@@ -35,7 +37,18 @@ def family_of(model_type: str) -> Family:
     for family in FAMILIES:
         if model_type in family.model_types:
             return family
-    raise refusal(model_type, [kind for family in FAMILIES for kind in family.model_types])
+    raise refusal(model_type, _MODEL_TYPES)
+
+
+def refuse_by_name(model: str) -> None:
+    """Stop at an alias or hub id of an unsupported architecture, before anything is fetched.
+
+    Raises:
+        UserError: It is one; says why.
+    """
+    error = refusal_by_name(model, _MODEL_TYPES)
+    if error is not None:
+        raise error
 
 
 def family_named(name: str) -> Family:

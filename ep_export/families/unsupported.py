@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from ep_export.errors import UserError, near_matches
 
-__all__ = ["REASONS", "refusal"]
+__all__ = ["REASONS", "refusal", "refusal_by_name"]
 
 _DEEPSTACK = "vision features are added to the output of its first decoder layers too (deepstack)"
 _WINDOWS = "most of its decoder layers attend within a sliding window only"
@@ -80,6 +80,33 @@ def refusal(model_type: str, supported: Sequence[str]) -> UserError:
     return UserError(
         f"model_type {model_type!r} is not a supported family", hint=near_matches(model_type, supported)
     )
+
+
+def refusal_by_name(model: str, supported: Sequence[str]) -> UserError | None:
+    """The error for an alias or hub id that says which unsupported architecture it is, without its config.
+
+    Args:
+        model: As it was typed, e.g. "Qwen/Qwen3-VL-8B-Instruct".
+        supported: Model types of all families.
+
+    Returns:
+        None where its name begins with no unsupported model type, however it is punctuated, or where a
+        supported one fits it better.
+    """
+    name = _letters(model.rpartition("/")[2])
+    kind = max(
+        (kind for kind in (*REASONS, *supported) if name.startswith(_letters(kind))), key=len, default=""
+    )
+    if kind not in REASONS:
+        return None
+    return UserError(
+        f"{model} is of type {kind}, which is not supported: {REASONS[kind]}",
+        hint="`ep-export models` lists what is",
+    )
+
+
+def _letters(name: str) -> str:
+    return "".join(c for c in name.lower() if c.isalnum())
 
 
 def _is_text_only(model_type: str) -> bool:

@@ -7,6 +7,7 @@ how many nodes went there.
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ class Provider:
 # MIGraphX and OpenVINO may have memory of their own; nobody has tried, so their outputs go through the host.
 PROVIDERS: Mapping[str, Provider] = {
     "cpu": Provider(CPU, "every build of ONNX Runtime has it"),
-    "cuda": Provider("CUDAExecutionProvider", "pip install onnxruntime-gpu in place of onnxruntime", "cuda"),
+    "cuda": Provider("CUDAExecutionProvider", "pip uninstall onnxruntime, then pip install 'ep-export[gpu]'", "cuda"),
     "tensorrt": Provider(
         "TensorrtExecutionProvider", "pip install onnxruntime-gpu and NVIDIA's TensorRT", "cuda"
     ),
@@ -157,11 +158,26 @@ def _devices(provider: Provider, builtin: set[str]) -> list[Any]:
         device for device in getattr(onnxruntime, "get_ep_devices", list)() if device.ep_name == provider.name
     ]
     if not devices:
+        _refuse_doubled()
         raise UserError(
             f"ONNX Runtime here has no {provider.name}: {reason or 'it drives no device of this machine'}",
             hint=f"{provider.needs}; available here: {', '.join(_available())}",
         )
     return devices[:1]
+
+
+def _refuse_doubled() -> None:
+    """Stop where two builds of ONNX Runtime were installed over each other: the later one's files are there.
+
+    Raises:
+        UserError: They were.
+    """
+    builds = sorted(set(importlib.metadata.packages_distributions().get("onnxruntime", ())))
+    if len(builds) > 1:
+        raise UserError(
+            f"{' and '.join(builds)} are installed over each other",
+            hint=f"pip uninstall -y {' '.join(builds)}, then install the one that is meant",
+        )
 
 
 def _register(provider: Provider) -> str:

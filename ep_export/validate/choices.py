@@ -9,9 +9,11 @@ import torch
 from numpy.typing import NDArray
 
 from ep_export.choosers import EXACT_TOLERANCE, CutTokens, KeptDifference, choose, difference
+from ep_export.choosers.coverage import importance
+from ep_export.choosers.greedy import FIRST_SCORE
 from ep_export.dims import DecoderDims
 from ep_export.entropy import approximation_spread, token_scores
-from ep_export.policy import Chooser, MaxMin, TopK
+from ep_export.policy import Chooser, Coverage, MaxMin, TopK
 from ep_export.validate.comparison import Comparison
 from ep_export.validate.report import Verdict
 from ep_export.validate.tolerance import float32_tolerance, score_tolerance
@@ -97,7 +99,7 @@ def graph_spread(
     if isinstance(chooser, TopK) and tokens.states is not None and scores is not None:
         exact = token_scores(tokens.states, chooser.scorer)
         return approximation_spread(exact, torch.from_numpy(scores)) + EXACT_TOLERANCE
-    # scores of a MaxMin depend on what was chosen before: bounded, not measured
+    # scores that depend on what was chosen before: bounded, not measured
     return EXACT_TOLERANCE + 2 * score_tolerance(chooser, tokens, degree).absolute
 
 
@@ -135,11 +137,28 @@ def _shift(chooser: Chooser, tokens: CutTokens, moved: CutTokens) -> float:
     """How far what the chooser compares moves, at most."""
     if isinstance(chooser, TopK) and tokens.states is not None and moved.states is not None:
         before, after = (token_scores(each, chooser.scorer) for each in (tokens.states, moved.states))
+    elif isinstance(chooser, Coverage):
+        return _weighted_shift(chooser, tokens, moved)
     elif isinstance(chooser, MaxMin):
         before, after = (_distances(each.hidden) for each in (tokens, moved))
     else:
         return 0.0  # nothing that is computed is compared
-    apart = (after - before).abs()
+    return _largest(after - before)
+
+
+def _weighted_shift(chooser: Coverage, tokens: CutTokens, moved: CutTokens) -> float:
+    """The same for importance times distance: what either moves, where the other is at its largest."""
+    if tokens.states is None or moved.states is None:
+        return 0.0
+    before, after = (
+        importance(token_scores(states, chooser.scorer), chooser) for states in (tokens.states, moved.states)
+    )
+    distances = _distances(moved.hidden) - _distances(tokens.hidden)
+    return FIRST_SCORE * _largest(after - before) + _largest(distances)
+
+
+def _largest(differences: torch.Tensor) -> float:
+    apart = differences.abs()
     return float(apart[torch.isfinite(apart)].max()) if apart.numel() else 0.0
 
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ep_export.bundle import Component, Role
 from ep_export.choosers import CutTokens, choose
 from ep_export.families import family_of
-from ep_export.policy import Cut, Source, TopK
+from ep_export.policy import Cut, Source, scored_source
 from ep_export.reference import SpanRecorder, cut_tokens, run_layers, staying
 
 if TYPE_CHECKING:
@@ -201,8 +201,9 @@ def prune_tokens(component: Component, dims: DecoderDims, feeds: Mapping[str, An
         raise ValueError(f"component {component.name} chooses nothing")
     tensors = {name: torch.as_tensor(feed) for name, feed in feeds.items()}
     projections = {}
-    if "states" in tensors and isinstance(component.chooser, TopK):
-        projections[component.chooser.source] = tensors["states"][0].flatten(1)
+    source = scored_source(component.chooser)
+    if "states" in tensors and source is not None:
+        projections[source] = tensors["states"][0].flatten(1)
     return cut_tokens(
         Cut(0, component.chooser),  # which layer it stands before does not matter here
         dims,

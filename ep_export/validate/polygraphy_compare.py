@@ -20,7 +20,7 @@ from polygraphy.logger import G_LOGGER
 
 from ep_export.bundle import Component, Manifest, Role
 from ep_export.choosers import KeptDifference, difference
-from ep_export.policy import MaxMin
+from ep_export.policy import Coverage, MaxMin
 from ep_export.runtime.base import Runner
 from ep_export.validate.choices import graph_spread
 from ep_export.validate.comparison import Comparison, Finding
@@ -212,7 +212,7 @@ def _findings(
             )
             for spec in component.outputs
             # what such a score says depends on what was chosen before
-            if kept is None or spec.name != _SCORES or not isinstance(component.chooser, MaxMin)
+            if kept is None or spec.name != _SCORES or not isinstance(component.chooser, MaxMin | Coverage)
         }
         for name, comparison in compared(wanted, got, tolerances, case).items():
             group = _CACHES if name.startswith(f"{_CACHES}.") else name

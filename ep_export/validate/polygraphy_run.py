@@ -17,6 +17,7 @@ from polygraphy.comparator import RunResults
 from polygraphy.json import save_json
 
 from ep_export.bundle import Bundle
+from ep_export.checkpoint import check_origin
 from ep_export.documents import encode
 from ep_export.families import family_named
 from ep_export.policy import Schedule
@@ -31,7 +32,7 @@ from ep_export.validate.polygraphy_bisect import Bisection, bisect
 from ep_export.validate.polygraphy_compare import ORACLE, Oracles, compare_component, quiet
 from ep_export.validate.questions import check_asked, questions
 from ep_export.validate.report import Report, Verdict, text_lines, to_json
-from ep_export.validate.setting import HALF_TYPES, check_checkpoint, vision_layers
+from ep_export.validate.setting import HALF_TYPES, vision_layers
 from ep_export.weights.store import bundle_layers
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def compare_with_polygraphy(
         UserError: Another checkpoint, nothing to ask, no such policy, a backend cannot open a component, or
             `out` is somebody else's.
     """
-    check_checkpoint(bundle, checkpoint)
+    check_origin(bundle, checkpoint)
     check_asked(pictures, prompts)
     refuse_existing(out, overwrite=True, marker=REPORT)
     schedule = bundle.manifest.scheduled(policies)
@@ -123,7 +124,7 @@ def compare_with_polygraphy(
         progress("polygraphy", len(every), len(every))
         settings = _settings(bundle, schedule, backends)
         result = PolygraphyReport(
-            Report(subject=bundle.manifest.model, settings=settings, stages=tuple(stages)),
+            Report(subject=bundle.manifest.model_name, settings=settings, stages=tuple(stages)),
             {given.component.name: len(given.cases) for given in every},
             tuple(bisections) if find_first else None,
         )

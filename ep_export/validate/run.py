@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ep_export.bundle import Bundle
+from ep_export.checkpoint import check_origin
 from ep_export.choosers import choose
 from ep_export.numerics import Numerics
 from ep_export.policy import Schedule
@@ -20,7 +21,7 @@ from ep_export.validate.observe import Observation, Oracle, observe
 from ep_export.validate.questions import check_asked, questions
 from ep_export.validate.report import Case, Report, RoundingCost
 from ep_export.validate.rounding import rounding_costs
-from ep_export.validate.setting import HALF_TYPES, Setting, check_checkpoint, vision_layers
+from ep_export.validate.setting import HALF_TYPES, Setting, vision_layers
 from ep_export.validate.stages import find, fold_stages
 from ep_export.weights.store import bundle_layers
 
@@ -63,7 +64,7 @@ def validate(
         UserError: Nothing to ask, another checkpoint, no such policy, or a bundle ONNX Runtime cannot run.
     """
     check_asked(pictures, prompts)
-    check_checkpoint(bundle, checkpoint)
+    check_origin(bundle, checkpoint)
     manifest = bundle.manifest
     schedule = manifest.scheduled(policies)
     setting = Setting(manifest, schedule, vision_layers(checkpoint.config))
@@ -88,7 +89,7 @@ def validate(
             prompted.append(observation.prompt)
             progress("validate", len(cases), len(every))
     return Report(
-        subject=manifest.model,
+        subject=manifest.model_name,
         settings=_settings(bundle, schedule, keep, no_video),
         stages=fold_stages(findings),
         cases=tuple(cases),

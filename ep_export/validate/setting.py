@@ -4,26 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ep_export.bundle import Bundle, Manifest, Precision
-from ep_export.errors import UserError
+from ep_export.bundle import Manifest, Precision
 from ep_export.policy import Schedule
 from ep_export.reference import PrefillStates
 from ep_export.validate.observe import Observation
 from ep_export.validate.tolerance import Tolerance, tolerance_of
 
-if TYPE_CHECKING:
-    from ep_export.checkpoint import Checkpoint
-
 __all__ = [
     "HALF_TYPES",
     "Setting",
-    "check_checkpoint",
     "half_noise",
     "to_numpy",
     "vision_layers",
@@ -57,19 +52,6 @@ class Setting:
     def numbered(self, stage: str, cut: int) -> str:
         """Name of a stage at a cut: with its number where there are several."""
         return f"{stage}_{cut}" if len(self.schedule.cuts) > 1 else stage
-
-
-def check_checkpoint(bundle: Bundle, checkpoint: Checkpoint) -> None:
-    """Refuse to compare a bundle with another model.
-
-    Raises:
-        UserError: The bundle was not built from it.
-    """
-    if bundle.manifest.model_sha256 != checkpoint.fingerprint:
-        raise UserError(
-            f"bundle {bundle.path} was built from another checkpoint than {checkpoint.source}",
-            hint=f"give the checkpoint it names: {bundle.manifest.model}",
-        )
 
 
 def vision_layers(config: Any) -> int:

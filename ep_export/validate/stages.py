@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ep_export.bundle import Precision
 from ep_export.choosers import choose
-from ep_export.policy import MaxMin
+from ep_export.policy import Coverage, MaxMin
 from ep_export.reference import PrefillStates
 from ep_export.validate.choices import choice_tolerance, compare_choice, graph_spread
 from ep_export.validate.comparison import Comparison, Finding, compare, fold
@@ -116,7 +116,7 @@ def _scores(setting: Setting, case: Observation, stage: str, run: PruneRun, k: i
     if chooser is None or "scores" not in run.outputs:
         return Finding(stage, (), "this policy scores nothing")
     choice = choose(chooser, run.tokens, k)
-    if isinstance(chooser, MaxMin) and not np.array_equal(choice.kept.numpy(), run.kept):
+    if isinstance(chooser, MaxMin | Coverage) and not np.array_equal(choice.kept.numpy(), run.kept):
         return Finding(stage, (), "every score rests on those chosen before, and others were chosen")
     tolerance = score_tolerance(chooser, run.tokens, setting.manifest.degree)
     exact = choice.scores.numpy() if choice.scores is not None else np.empty(0)

@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 
 from ep_export.bundle import Component, Manifest, Precision, Role, TensorSpec
 from ep_export.choosers import CutTokens
+from ep_export.choosers.coverage import importance
+from ep_export.choosers.greedy import FIRST_SCORE
 from ep_export.dims import DecoderDims
-from ep_export.entropy import EntropySeries, entropy_series
-from ep_export.policy import Chooser, MaxMin, Scorer, TopK
+from ep_export.entropy import EntropySeries, entropy_series, series_scores, token_scores
+from ep_export.policy import Chooser, Coverage, MaxMin, Scorer, TopK
 
 __all__ = [
     "EXACT",
@@ -165,10 +167,15 @@ def score_tolerance(chooser: Chooser, tokens: CutTokens, degree: int) -> Toleran
     if isinstance(chooser, TopK) and tokens.states is not None:
         bound, reason = score_bound(chooser.scorer, tokens.states.float().numpy(), entropy_series(degree))
         return Tolerance(0.0, bound, reason)
-    if isinstance(chooser, MaxMin):
+    if isinstance(chooser, MaxMin | Coverage):
         width = tokens.hidden.shape[1]
         bound = _WORST_OVER_TYPICAL * _UNIT_FLOAT32 * math.sqrt(width)
-        return Tolerance(0.0, bound, f"cosines of {width} terms in float32: 16 x 2^-24 x sqrt({width})")
+        reason = f"cosines of {width} terms in float32: 16 x 2^-24 x sqrt({width})"
+        if isinstance(chooser, Coverage) and tokens.states is not None:
+            rounding = _WORST_OVER_TYPICAL * _UNIT_FLOAT32
+            bound += FIRST_SCORE * (rounding + _importance_error(chooser, tokens, degree))
+            reason += f"; importance by a degree {degree} series in float32, measured"
+        return Tolerance(0.0, bound, reason)
     return EXACT  # a draw is made of integers
 
 
@@ -205,6 +212,15 @@ def score_bound(scorer: Scorer, states: NDArray[np.float32], series: EntropySeri
         f"degree {series.degree} polynomial for -x ln x, off by at most {polynomial:.1e} at each of {heads} "
         f"eigenvalues, times the Gram matrix's norm {frobenius:.2g}; plus float32 rounding"
     )
+
+
+def _importance_error(chooser: Coverage, tokens: CutTokens, degree: int) -> float:
+    """How far scores without eigenvalues move importance, doubled: another runtime rounds otherwise."""
+    if tokens.states is None:
+        return 0.0
+    exact = importance(token_scores(tokens.states, chooser.scorer), chooser)
+    series = importance(series_scores(tokens.states, chooser.scorer, degree).double(), chooser)
+    return 2 * float((exact - series).abs().max())
 
 
 def _largest_gram_norm(states: NDArray[np.float64], *, normalise: bool) -> float:

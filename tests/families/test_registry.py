@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING
 from ep_export.aliases import ALIASES
 from ep_export.checkpoint import open_config
 from ep_export.errors import UserError
-from ep_export.families import FAMILIES, family_named, family_of
+from ep_export.families import FAMILIES, family_named, family_of, refuse_by_name
 from ep_export.families.unsupported import REASONS
 
 SUPPORTED = [kind for family in FAMILIES for kind in family.model_types]
@@ -74,6 +74,19 @@ def test_text_only_models_are_refused_as_such(refused, model_type):
     error, hint = refused({"model_type": model_type, "architectures": ["AnyForCausalLM"]})
     assert f"'{model_type}' is a text-only model" in error
     assert "give a vision-language model" in hint
+
+
+@pytest.mark.parametrize(
+    "name", ["qwen3-vl-8b", "Qwen/Qwen3-VL-8B-Instruct", "google/gemma-3-4b-it", "HuggingFaceM4/idefics2-8b"]
+)
+def test_an_unsupported_model_is_refused_by_its_name_too(name):
+    with pytest.raises(UserError, match="which is not supported: "):
+        refuse_by_name(name)
+
+
+@pytest.mark.parametrize("name", ["HuggingFaceM4/Idefics3-8B-Llama3", "acme/qwen2.5-vl-tuned", "some/model"])
+def test_a_name_of_nothing_unsupported_passes(name):
+    assert refuse_by_name(name) is None
 
 
 @pytest.mark.parametrize(

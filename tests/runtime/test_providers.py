@@ -4,6 +4,7 @@ CI's ONNX Runtime has the provider "AzureExecutionProvider", which runs no node 
 GPU that cannot run a graph. GPUs themselves are not exercised here.
 """
 
+import importlib.metadata
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -66,6 +67,14 @@ def test_a_missing_provider_says_what_brings_it_and_what_there_is(graph, monkeyp
         OnnxRuntimeRunner(graph, OnnxRuntimeOptions((name,)))
     assert PROVIDERS[name].needs in caught.value.hint
     assert f"available here: {IDLE}, cpu" in caught.value.hint
+
+
+def test_two_builds_over_each_other_are_said_to_be(graph, monkeypatch):
+    both = {"onnxruntime": ["onnxruntime", "onnxruntime-gpu"]}
+    monkeypatch.setattr(importlib.metadata, "packages_distributions", lambda: both)
+    with pytest.raises(UserError, match="installed over each other") as refused:
+        OnnxRuntimeRunner(graph, OnnxRuntimeOptions(("cuda",)))
+    assert "pip uninstall -y onnxruntime onnxruntime-gpu" in refused.value.hint
 
 
 def test_an_unknown_provider_suggests_the_nearest(graph):
