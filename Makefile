@@ -19,7 +19,7 @@ CPP := $(wildcard plugins/entropy_prune/*.h plugins/entropy_prune/*.c* plugins/e
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: help setup demo test lint format types unit plugin plugin-jetson test-plugin test-bridges engines sweep why \
-  bench-accuracy bench-score bench-prefill bench-export bench-families bench-engines fixture clean
+  bench-accuracy bench-score bench-prefill bench-export bench-weights bench-families bench-engines fixture clean
 
 help:  ## What there is.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -115,6 +115,9 @@ bench-prefill: $(STAMP)  ## Measured prefill speed-up against the FLOPs model.
 bench-export: $(STAMP)  ## Build a 7B-shape checkpoint: DIR=build/bench LAYERS=28 (or 4) WEIGHTS=none (or int4).
 	env -u OMP_NUM_THREADS $(BIN)/python tests/bench/bench_export.py $(DIR) --layers $(LAYERS) --check $(CHECK) \
 	  --weights $(WEIGHTS)
+
+bench-weights: $(STAMP)  ## Shipped model in 32, 8 and 4 bits: exact answers, KL, size, memory, speed.
+	PYTHONPATH=tests/fixtures $(BIN)/python tests/bench/bench_weights.py
 
 bench-families: $(STAMP)  ## Export 4 layers of every family's full size, weights as holes in files.
 	env -u OMP_NUM_THREADS $(BIN)/python tests/bench/bench_export.py $(DIR) --model families --layers 4 \

@@ -27,7 +27,8 @@ from ep_export.engine.compile import (
     compile_bundle,
 )
 from ep_export.errors import UsageError, UserError
-from ep_export.fit import vision_size
+from ep_export.first_token import processor_settings, typical_work
+from ep_export.interrupts import uninterrupted
 from ep_export.measure.journal import discard
 from ep_export.measure.pictures import find_pictures
 from ep_export.measure.prompts import GENERIC_QUESTIONS, questions_for, read_questions
@@ -36,7 +37,7 @@ from ep_export.plan import Plan, make_plan, settled_keep
 from ep_export.policy import Evidence, Keep
 from ep_export.progress import Progress, silent
 from ep_export.runtime.pictures import open_picture
-from ep_export.staging import refuse_existing, staged
+from ep_export.staging import refuse_existing, scratch, set_aside, staged
 from ep_export.targets import Graphs
 from ep_export.testcards import make_cards
 
@@ -138,24 +139,31 @@ def prepare(request: BuildRequest, progress: Progress = silent) -> Prepared:
     layers = checkpoint.dims.layers
     record = _fresh_record(request, checkpoint, progress)
     schedule, evidence = resolve_schedule(checkpoint, request.schedule, fresh=record, keep=request.keep)
+    work = typical_work(checkpoint, processor_settings(checkpoint, checkpoint.path))
     plan = make_plan(
         checkpoint.dims,
         schedule,
         settled_keep(request.keep, schedule, layers=layers),
-        visual_tokens=checkpoint.family.default_visual_tokens(checkpoint.config),
+        visual_tokens=work.visual_tokens,
         text_tokens=TEXT_TOKENS,
+        vision=work,
     )
     if request.compile:
         graphs = Graphs(request.dialect, request.precision)
-        check_ahead(request.compile, plan, vision_size(checkpoint.config), graphs)
+        check_ahead(request.compile, plan, graphs, _stored(request, checkpoint))
     return Prepared(request, checkpoint, evidence, plan, record)
+
+
+def _stored(request: BuildRequest, checkpoint: Checkpoint) -> Weights | None:
+    """What linear layers will be stored in: as asked for, or as published."""
+    return checkpoint.published.weights if checkpoint.published else request.weights
 
 
 def build(prepared: Prepared, *, check: bool = True, progress: Progress = silent) -> BuildResult:
     """Export, validate and put the bundle into place; then compile it, when that was asked for.
 
     A bundle that was found different is kept, so that one can look at it; its manifest and report say FAIL.
-    It is not compiled.
+    It is not compiled, and it does not replace an earlier one: that stays, and `NAME.failed` lies beside it.
 
     Args:
         prepared: From `prepare`.
@@ -186,12 +194,21 @@ def build(prepared: Prepared, *, check: bool = True, progress: Progress = silent
             _keep_record(bundle, prepared.record)
         check = check and request.precision is not Precision.BF16
         report = _check(bundle, prepared, progress) if check else None
+        failed = report is not None and report.verdict.value == "FAIL"
+        out = request.out
+        if failed and _any_in(out):
+            out = set_aside(aside, out, suffix="failed")
     discard(_journal(request.out))
-    bundle = Bundle.open(request.out, verify=False)
-    if request.compile is None or (report and report.verdict.value == "FAIL"):
+    bundle = Bundle.open(out, verify=False)
+    if request.compile is None or failed:
         return BuildResult(bundle, report)
     compiled = compile_bundle(bundle, request.compile, progress)
     return BuildResult(Bundle.open(request.out, verify=False), report, compiled)
+
+
+def _any_in(out: Path) -> bool:
+    """Whether there is an earlier output."""
+    return out.is_dir() and any(out.iterdir())
 
 
 def _packing(prepared: Prepared) -> Packing | None:
@@ -280,15 +297,33 @@ def validate_bundle(
         max_new_tokens=max_new_tokens,
         progress=progress,
     )
-    directory = out or bundle.path / REPORT
-    directory.mkdir(parents=True, exist_ok=True)
     text = json.dumps(to_json(report), indent=2, allow_nan=False) + "\n"
-    (directory / "report.json").write_text(text, encoding="utf-8")
-    write_html(report, directory / "report.html", pictures)
-    if out is None:
-        chosen = f" ({', '.join(policies)})" if policies else ""
-        relist(bundle).with_verified(f"onnxruntime-cpu{chosen}", report.sentence)
+    with contextlib.ExitStack() as undo:
+        directory = out or undo.enter_context(scratch(bundle.path, REPORT))
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "report.json").write_text(text, encoding="utf-8")
+        write_html(report, directory / "report.html", pictures)
+        if out is None:
+            chosen = f" ({', '.join(policies)})" if policies else ""
+            _move_in(bundle, directory, f"onnxruntime-cpu{chosen}", report, own=not policies)
     return report
+
+
+def _move_in(bundle: Bundle, directory: Path, where: str, report: Report, *, own: bool) -> None:
+    """A report into its bundle, the manifest last.
+
+    The files it replaces are struck from the manifest first: a run that is killed in between leaves a whole
+    bundle, whose report counts as not written.
+    """
+    files = sorted(directory.iterdir())
+    names = {f"{REPORT}/{file.name}" for file in files}
+    kept = tuple(entry for entry in bundle.manifest.files if entry.path not in names)
+    with uninterrupted():
+        write_manifest(bundle.path, replace(bundle.manifest, files=kept))
+        (bundle.path / REPORT).mkdir(exist_ok=True)
+        for file in files:
+            file.replace(bundle.path / REPORT / file.name)
+        relist(bundle).with_verified(where, report.sentence, report.rounding if own else None)
 
 
 def relist(bundle: Bundle) -> Bundle:

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from ep_export.dims import DecoderDims
 from ep_export.documents import read_document, write_document
 from ep_export.errors import UsageError, UserError
-from ep_export.numerics import Numerics
+from ep_export.numerics import Numerics, RoundingCost
 from ep_export.plan import check_schedule
 from ep_export.policy import Chooser, Evidence, Keep, Nothing, Schedule
 
@@ -51,6 +51,12 @@ class Dialect(str, Enum):
 
     PORTABLE = "portable"  # opset 20: MatMul, Softmax, decomposed norms; TensorRT 10.3 up and everywhere else
     MODERN = "modern"  # opset 23: Attention, RMSNormalization, RotaryEmbedding; TensorRT >= 10.15
+    ONNXRUNTIME = "onnxruntime"  # opset 23 and ONNX Runtime's own: GroupQueryAttention, fused norms
+
+    @property
+    def fixed_caches(self) -> bool:
+        """Whether spans write into caches of fixed capacity, of several requests in one run."""
+        return self is Dialect.ONNXRUNTIME
 
 
 class Precision(str, Enum):
@@ -130,7 +136,7 @@ class Manifest:
     """What a bundle holds and what made it.
 
     Attributes:
-        model: Alias, hub id or directory name the checkpoint was asked for by.
+        model: Alias or hub id of the checkpoint, or its directory, absolute.
         revision: Commit of a hub checkpoint, else None.
         model_sha256: Hash over the checkpoint's config and tensor index (see `Checkpoint.fingerprint`).
         family: Name under `ep_export.families`.
@@ -149,6 +155,8 @@ class Manifest:
         verified: Where what was verified: target or runtime -> sentence.
         warnings: What a user of this bundle should know.
         numerics: What the graphs compute in and the decoder's weights are stored in.
+        rounding: What storing them so costs beside pruning; empty where nothing is quantised, or where it was
+            not measured.
         format: Version of this structure.
     """
 
@@ -171,7 +179,13 @@ class Manifest:
     verified: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     numerics: Numerics | None = None
+    rounding: tuple[RoundingCost, ...] = ()
     format: int = FORMAT
+
+    @property
+    def model_name(self) -> str:
+        """What to call the model: its alias or hub id, or the name of its directory."""
+        return Path(self.model).name if Path(self.model).is_absolute() else self.model
 
     def component(self, name: str) -> Component:
         """The component of that name.
@@ -308,10 +322,13 @@ class Bundle:
         """
         return _inside(self.path, relative)
 
-    def with_verified(self, where: str, sentence: str) -> Bundle:
-        """Record in the manifest on disk what was verified, e.g. after `validate`."""
+    def with_verified(
+        self, where: str, sentence: str, rounding: tuple[RoundingCost, ...] | None = None
+    ) -> Bundle:
+        """Record in the manifest on disk what was verified, e.g. after `validate`, and what rounding cost."""
         verified = {**self.manifest.verified, where: sentence}
-        manifest = dataclasses.replace(self.manifest, verified=verified)
+        rounding = self.manifest.rounding if rounding is None else rounding
+        manifest = dataclasses.replace(self.manifest, verified=verified, rounding=rounding)
         write_manifest(self.path, manifest)
         return Bundle(self.path, manifest)
 

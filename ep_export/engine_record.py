@@ -281,7 +281,7 @@ def check_engine(
         if engine.source != source_sha256(manifest, component):
             raise UserError(
                 f"{what} were built from another bundle ({record.model}): {component.name} or its weights "
-                f"differ from those of {bundle.path} ({manifest.model})",
+                f"differ from those of {bundle.path} ({manifest.model_name})",
                 hint=f"compile this bundle: {again} {record.target} --overwrite",
             )
 

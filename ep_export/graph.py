@@ -31,10 +31,16 @@ class Nodes:
         return self.ops(op_type, inputs, 1, **attributes)[0]
 
     def ops(
-        self, op_type: str, inputs: Sequence[ir.Value | None], outputs: int, **attributes: Any
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        outputs: int,
+        *,
+        domain: str = "",
+        **attributes: Any,
     ) -> Sequence[ir.Value]:
         """Append a node with several outputs."""
-        node = ir.node(op_type, inputs, attributes, num_outputs=outputs)
+        node = ir.node(op_type, inputs, attributes, domain=domain, num_outputs=outputs)
         node.name = f"{self._scope}{op_type}_{len(self.nodes)}"
         for i, value in enumerate(node.outputs):
             value.name = f"{self._scope}{op_type.lower()}_{len(self.nodes)}" + (f"_{i}" if i else "")

@@ -8,7 +8,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-__all__ = ["DEFAULT_GROUP", "GROUPS", "TYPES", "NumberType", "Numerics", "WeightKind", "Weights"]
+__all__ = [
+    "DEFAULT_GROUP",
+    "GROUPS",
+    "TYPES",
+    "NumberType",
+    "Numerics",
+    "RoundingCost",
+    "WeightKind",
+    "Weights",
+]
 
 
 @dataclass(frozen=True)
@@ -94,3 +103,20 @@ class Numerics:
 
     compute: str
     weights: Weights | None = None
+
+
+@dataclass(frozen=True)
+class RoundingCost:
+    """How far a variant of the model is from the unquantised, unpruned one.
+
+    Attributes:
+        variant: "quantised", "pruned" or "quantised and pruned".
+        kl: Mean KL over the positions of its own answers, nats.
+        agreement: Share of these positions with the same top token.
+        positions: How many there were.
+    """
+
+    variant: str
+    kl: float
+    agreement: float
+    positions: int

@@ -8,6 +8,7 @@ that somebody laid beside it is not. Indexes are read as plain JSON, so that tho
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from ep_export.documents import read_json_object
 from ep_export.errors import UserError
 
 __all__ = ["first_foreign", "is_ours"]
+
+_POLICY = re.compile(r"prune_\d+\.[\w.-]+\.onnx")
 
 _Names: TypeAlias = Callable[[Path, Mapping[str, Any]], Iterator[Any]]
 
@@ -108,6 +111,9 @@ def _entries(value: Any, key: str) -> Iterator[Any]:
 def _bundle(directory: Path, index: Mapping[str, Any]) -> Iterator[Any]:
     yield from _entries(index["files"], "path")
     yield from _entries(index["components"], "file")
+    # What a run moved in that was killed before it wrote the index.
+    yield from ("report/report.json", "report/report.html")
+    yield from (file.name for file in directory.iterdir() if _POLICY.fullmatch(file.name))
     # What was compiled into it: a kit is not in the manifest, engines are from when they are taken in.
     for folder in directory.glob("engines/*"):
         for marker in ("kit.json", "engine.json"):

@@ -1,6 +1,7 @@
-"""What a keep means: tokens kept at every cut, prefill FLOPs and KV-cache bytes, from the config alone.
+"""What a keep means: tokens at every cut, FLOPs to the first token and KV-cache bytes, from the config alone.
 
-Dimensions, a schedule and a keep enter; a `Plan` leaves. Nothing is loaded and torch is not needed.
+Dimensions, a schedule, a keep and the work of the vision encoder enter; a `Plan` leaves. Nothing is loaded,
+and torch is not needed.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from ep_export.errors import UsageError
-from ep_export.policy import Keep, Nothing, Source, TopK
+from ep_export.policy import Keep, Nothing, reads_projections
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from ep_export.dims import DecoderDims
     from ep_export.policy import Cut, Schedule
+    from ep_export.vision_flops import VisionWork
 
 __all__ = [
     "Pair",
@@ -57,6 +59,8 @@ class Plan:
         kept_visual_tokens: For every cut the visual tokens that go on.
         prefill_flops: Decoder layers only, multiply and add counted separately (see `layer_flops`).
         visual_kv_bytes: Cache of visual tokens over all layers, in bytes.
+        kv_bytes_per_element: Size of one number in the caches.
+        vision: What the vision encoder does for the prompt; None where nobody said.
     """
 
     dims: DecoderDims
@@ -67,6 +71,26 @@ class Plan:
     kept_visual_tokens: tuple[int, ...]
     prefill_flops: Pair
     visual_kv_bytes: Pair
+    kv_bytes_per_element: int = 2
+    vision: VisionWork | None = None
+
+    @property
+    def vision_flops(self) -> int:
+        """Of the vision encoder, which pruning in the decoder leaves as it is."""
+        return self.vision.flops if self.vision else 0
+
+    @property
+    def first_token(self) -> Pair:
+        """FLOPs up to the first token: vision encoder and decoder layers, but not lm_head at one position."""
+        vision, prefill = self.vision_flops, self.prefill_flops
+        return Pair(vision + prefill.full, vision + prefill.pruned)
+
+    @property
+    def average_kept(self) -> float:
+        """Share of the visual tokens that a layer sees, averaged over all layers; 1 without any."""
+        spans = span_tokens(self.schedule, self.dims.layers, self.visual_tokens, self.kept_visual_tokens)
+        seen = sum(len(span) * visual for span, visual in spans)
+        return seen / (self.dims.layers * self.visual_tokens) if self.visual_tokens else 1.0
 
 
 def make_plan(
@@ -77,6 +101,7 @@ def make_plan(
     visual_tokens: int,
     text_tokens: int,
     kv_bytes_per_element: int = 2,
+    vision: VisionWork | None = None,
 ) -> Plan:
     """Budgets and costs of a prompt.
 
@@ -87,6 +112,7 @@ def make_plan(
         visual_tokens: N.
         text_tokens: Prompt tokens that are not visual.
         kv_bytes_per_element: 2 for a float16 or bfloat16 cache, 4 for float32.
+        vision: What the vision encoder does for the prompt; None leaves it out.
 
     Raises:
         UsageError: Keep or schedule impossible, or negative token counts.
@@ -115,6 +141,8 @@ def make_plan(
         visual_kv_bytes=Pair(
             dims.layers * visual_tokens * kv, sum(len(span) * visual * kv for span, visual in spans)
         ),
+        kv_bytes_per_element=kv_bytes_per_element,
+        vision=vision,
     )
 
 
@@ -255,6 +283,11 @@ def check_keep(keep: Keep) -> None:
         raise UsageError(
             "keep needs a ratio or a number of tokens", hint="give one of --keep and --keep-tokens"
         )
+    if keep.adaptive and (keep.threshold is None or keep.ratio is None):
+        raise UsageError(
+            f"keep {keep} has no threshold, so nothing says how much each picture keeps",
+            hint="build with --calibration RECORD, made at that keep, or with --images DIR to measure it",
+        )
     if keep.tokens is not None and keep.tokens < 1:
         raise UsageError(f"keep is {keep.tokens} tokens, expected at least 1", hint="try --keep 0.25")
     if keep.ratio is not None and not 0 < keep.ratio <= 1:
@@ -262,7 +295,7 @@ def check_keep(keep: Keep) -> None:
 
 
 def _check_cut(cut: Cut, layers: int, *, alone: bool) -> None:
-    first = 1 if _needs_states(cut) else 0
+    first = 1 if reads_projections(cut.chooser) else 0
     if not first <= cut.layer < layers:
         last = layers - 1
         hint = f"give a layer from {first} to {last}" if last >= first else "this model is too small to prune"
@@ -284,11 +317,6 @@ def _check_cut(cut: Cut, layers: int, *, alone: bool) -> None:
             f"share is {cut.share:g} at layer {cut.layer}, expected 0 < share <= 1",
             hint="to drop all visual tokens there, give the policy nothing",
         )
-
-
-def _needs_states(cut: Cut) -> bool:
-    """Whether the chooser reads projections of the layer before."""
-    return isinstance(cut.chooser, TopK) and cut.chooser.source is not Source.HIDDEN
 
 
 def _layers_after(schedule: Schedule, layers: int) -> list[tuple[Cut, int]]:

@@ -16,10 +16,12 @@ from typing import TypeAlias
 from ep_export.errors import UsageError
 
 __all__ = [
+    "ADAPTIVE",
     "DEFAULT_DEGREE",
     "DEGREES",
     "Budget",
     "Chooser",
+    "Coverage",
     "Cut",
     "Evidence",
     "EvidenceKind",
@@ -32,8 +34,11 @@ __all__ = [
     "Scorer",
     "Select",
     "Source",
+    "Threshold",
     "TopK",
     "chooser_named",
+    "reads_projections",
+    "scored_source",
 ]
 
 
@@ -82,12 +87,17 @@ class Kind(str, Enum):
 
     TOP_K = "top_k"
     MAX_MIN = "max_min"
+    COVERAGE = "coverage"
     RANDOM = "random"
     NOTHING = "nothing"
 
 
+ADAPTIVE = "adaptive"
+"""What a keep is called whose prompts each have their own."""
+
 _SEEDS = 1 << 16
 _PER_PICTURE = "per-picture"
+_COVERAGE = "coverage"
 
 
 def _check_kind(kind: Kind, expected: Kind) -> None:
@@ -152,6 +162,37 @@ class MaxMin:
 
 
 @dataclass(frozen=True)
+class Coverage:
+    """Keep important tokens that are far from each other: importance times distance to what is kept.
+
+    The importance is a token's score, scaled over the tokens of a prompt; the distance is the cosine distance
+    of hidden states that `MaxMin` goes by. See `ep_export.choosers.coverage`.
+
+    Attributes:
+        scorer: The token score.
+        select: Which end of the scores is important.
+        source: The states that are scored.
+        kind: Always `Kind.COVERAGE`.
+    """
+
+    scorer: Scorer = Scorer.PAPER
+    select: Select = Select.HIGHEST
+    source: Source = Source.QUERY
+    kind: Kind = Kind.COVERAGE
+
+    def __post_init__(self) -> None:
+        _check_kind(self.kind, Kind.COVERAGE)
+
+    @property
+    def name(self) -> str:
+        """E.g. `coverage-norm-lowest`, `coverage-paper-highest-key`: what `chooser_named` reads."""
+        return f"{_COVERAGE}-{TopK(self.scorer, self.select, self.source).name}"
+
+    def __str__(self) -> str:
+        return f"{self.select.value} {self.scorer.value} of {self.source.value} states, far from what is kept"
+
+
+@dataclass(frozen=True)
 class Random:
     """Keep tokens drawn without looking: the floor, and past the information horizon as good as any.
 
@@ -195,8 +236,18 @@ class Nothing:
         return "no visual token"
 
 
-Chooser: TypeAlias = TopK | MaxMin | Random | Nothing
+Chooser: TypeAlias = TopK | MaxMin | Coverage | Random | Nothing
 """Which of a cut's visual tokens stay. Its `name` is the policy's name everywhere."""
+
+
+def scored_source(chooser: Chooser) -> Source | None:
+    """The states that a chooser scores; None where it scores none."""
+    return chooser.source if isinstance(chooser, TopK | Coverage) else None
+
+
+def reads_projections(chooser: Chooser) -> bool:
+    """Whether a chooser scores what the layer before its cut projects, so that it cannot stand at layer 0."""
+    return scored_source(chooser) not in (None, Source.HIDDEN)
 
 
 def chooser_named(name: str) -> Chooser:
@@ -205,7 +256,7 @@ def chooser_named(name: str) -> Chooser:
     Raises:
         UsageError: No chooser is called so.
     """
-    for parse in (_plain, _random, _top_k):
+    for parse in (_plain, _random, _top_k, _coverage):
         try:
             chooser = parse(name)
         except ValueError:
@@ -215,7 +266,8 @@ def chooser_named(name: str) -> Chooser:
     raise UsageError(
         f"policy {name!r} is unknown",
         hint=f"{', '.join(s.value for s in Scorer)}, each with -highest or -lowest and, if wanted, -key, "
-        "-value, -hidden and -per-picture; divprune; random, random-SEED; nothing",
+        "-value, -hidden and -per-picture; coverage- and such a score, e.g. coverage-norm-lowest; divprune; "
+        "random, random-SEED; nothing",
     )
 
 
@@ -288,19 +340,51 @@ class Evidence:
 
 
 @dataclass(frozen=True)
+class Threshold:
+    """How a prompt's own keep follows from its scores: a token goes on where it scores well enough.
+
+    Attributes:
+        layer: K of the only cut.
+        policy: Name of its chooser, whose scores these are.
+        value: The least score that is kept; the largest where the chooser keeps the lowest.
+        floor: Smallest average over all layers that a prompt may come to.
+        ceiling: Largest.
+        pictures: How many it was fitted to, so that their average is the keep's ratio.
+    """
+
+    layer: int
+    policy: str
+    value: float
+    floor: float
+    ceiling: float
+    pictures: int
+
+
+@dataclass(frozen=True)
 class Keep:
-    """How much to keep, as an average over all layers; exactly one of the two is set.
+    """How much to keep, as an average over all layers; exactly one of ratio and tokens is set.
 
     Attributes:
         ratio: Fraction of the visual tokens, 0 < ratio <= 1.
         tokens: Number of visual tokens.
+        adaptive: With a ratio, which is then the average over prompts: every prompt has its own.
+        threshold: Of an adaptive keep; None while no calibration record has given one.
     """
 
     ratio: float | None = None
     tokens: int | None = None
+    adaptive: bool = False
+    threshold: Threshold | None = None
 
     def __str__(self) -> str:
-        return f"{self.ratio:g}" if self.ratio is not None else f"{self.tokens} tokens"
+        if self.ratio is None:
+            return f"{self.tokens} tokens"
+        return f"{ADAPTIVE}:{self.ratio:g}" if self.adaptive else f"{self.ratio:g}"
+
+    @property
+    def largest(self) -> Keep:
+        """The most that any prompt keeps."""
+        return self if self.threshold is None else Keep(ratio=self.threshold.ceiling)
 
 
 def _plain(name: str) -> Chooser:
@@ -326,3 +410,12 @@ def _top_k(name: str) -> TopK:
         Source(source[0]) if source else Source.QUERY,
         Budget.PER_PICTURE if per_picture else Budget.JOINT,
     )
+
+
+def _coverage(name: str) -> Coverage:
+    """Raises ValueError where `name` is not that of a Coverage."""
+    prefix, _, rest = name.partition("-")
+    if prefix != _COVERAGE:
+        raise ValueError(name)
+    score = _top_k(rest)
+    return Coverage(score.scorer, score.select, score.source)

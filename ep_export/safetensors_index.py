@@ -1,7 +1,8 @@
 """What lies where in a checkpoint's safetensors shards, read from their headers alone.
 
 Enters: a directory. Leaves: one `TensorRef` a tensor, every one checked against the size of its file, so
-that later stages may point into the shards without looking again. Only `read_tensor` reads data. Format:
+that later stages may point into the shards without looking again. Only `read_tensor` and `map_tensor` look at
+data. Format:
 https://huggingface.co/docs/safetensors (8-byte little-endian header length, JSON header, raw data).
 """
 
@@ -19,9 +20,18 @@ from ep_export.errors import UserError, reason
 from ep_export.numerics import TYPES
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["DTYPES", "TensorRef", "find_shards", "read_shard", "read_tensor", "read_tensors"]
+__all__ = [
+    "DTYPES",
+    "TensorRef",
+    "find_shards",
+    "map_tensor",
+    "read_shard",
+    "read_tensor",
+    "read_tensors",
+]
 
 DTYPES: Mapping[str, tuple[str, int]] = {
     kind.safetensors: (kind.name, kind.bits // 8) for kind in TYPES.values() if kind.safetensors
@@ -134,14 +144,31 @@ def read_shard(file: Path) -> tuple[TensorRef, ...]:
 
 def read_tensor(ref: TensorRef) -> NDArray[Any]:
     """A tensor's values; bfloat16 as ml_dtypes has it, the bits of float8 as uint8."""
+    import numpy as np
+
+    kind = _numpy_type(ref)
+    with ref.file.open("rb") as stream:
+        stream.seek(ref.offset)
+        return np.fromfile(stream, dtype=kind, count=ref.length // kind.itemsize).reshape(ref.shape)
+
+
+def map_tensor(ref: TensorRef) -> NDArray[Any]:
+    """As `read_tensor`, but read-only pages of the file, which the system loads and drops as it likes."""
+    import numpy as np
+
+    if not ref.length:  # nothing to map
+        return read_tensor(ref)
+    mapped = np.memmap(ref.file, dtype=_numpy_type(ref), mode="r", offset=ref.offset, shape=ref.shape)
+    return mapped.view(np.ndarray)
+
+
+def _numpy_type(ref: TensorRef) -> np.dtype[Any]:
     import ml_dtypes
     import numpy as np
 
     special = {"bfloat16": ml_dtypes.bfloat16, "float8_e4m3fn": np.uint8, "float8_e5m2": np.uint8}
-    kind = np.dtype(special.get(ref.dtype, ref.dtype))
-    with ref.file.open("rb") as stream:
-        stream.seek(ref.offset)
-        return np.fromfile(stream, dtype=kind, count=ref.length // kind.itemsize).reshape(ref.shape)
+    kind: np.dtype[Any] = np.dtype(special.get(ref.dtype, ref.dtype))
+    return kind
 
 
 def _weight_map(directory: Path) -> dict[str, str]:

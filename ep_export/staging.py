@@ -8,7 +8,8 @@ A run works in a folder beside its output, `.NAME.RANDOM.part`:
     replaced/    the same after them
 
 The lock says whether a folder is in use, and for which output: a second run to the same one is refused, and
-what a killed run left is put right by the next run that writes there. Nothing else is ever touched.
+what a killed run left is put right by the next run that writes there. Nothing else is ever touched. The mark
+is written first and deleted last; a run killed before it had one leaves a folder without anything else in it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -29,12 +31,15 @@ from ep_export.errors import UserError, reason
 from ep_export.interrupts import uninterrupted
 from ep_export.ownership import first_foreign, is_ours
 
-__all__ = ["refuse_existing", "staged"]
+__all__ = ["refuse_existing", "scratch", "set_aside", "staged"]
 
 _MARK = ".ep-export"
+_UNFINISHED_MARK = "mark"
 _MAKER = "ep-export"
+_MARK_BEGINS = json.dumps({"made_by": _MAKER})[:-1].encode()
 _SUFFIX = ".part"
 _NAME_CHARACTERS = 50  # of the output's name in its work folder's: four bytes each still make a file name
+_WORK_FOLDER = re.compile(rf"\..*\.[a-z0-9_]{{8}}{re.escape(_SUFFIX)}")  # as `mkdtemp` names them
 
 
 class _State(Enum):
@@ -59,9 +64,9 @@ def refuse_existing(out: Path, *, overwrite: bool, marker: str) -> None:
             written.
     """
     real = _followed(out)
-    with _alone_in(real.parent):
-        _refuse_busy(real)
-        _recover(real.parent)
+    _put_right(real)
+    if is_ours(real, marker):
+        _put_right(real / marker)  # what a run that changed it left in it
     _refuse(real, out, overwrite=overwrite, marker=marker)
     parent = real.parent
     while not parent.exists():
@@ -75,7 +80,8 @@ def staged(out: Path, *, overwrite: bool, marker: str) -> Iterator[Path]:
     """A directory beside `out` that becomes `out` when the block ends well and vanishes otherwise.
 
     It lies on the same file system as `out`, so that hard links stay possible and the rename is atomic. Where
-    the block ends well and `out` cannot be replaced any more, what was made stays beside it.
+    the block ends well and `out` cannot be replaced any more, what was made stays beside it. A block that
+    moves the directory away (`set_aside`) leaves `out` as it was.
 
     Raises:
         UserError: See `refuse_existing`; or `out` could not be replaced in the end, and where the work is.
@@ -87,8 +93,11 @@ def staged(out: Path, *, overwrite: bool, marker: str) -> Iterator[Path]:
         new, old = work / "new", work / "old"
         new.mkdir()
         yield new
+        if not new.exists():
+            return
         try:
-            _put(work, real, overwrite=overwrite, marker=marker)
+            with uninterrupted():
+                _put(work, real, overwrite=overwrite, marker=marker)
         except (OSError, UserError) as error:
             earlier = f", the earlier one in {old}" if old.exists() else ""
             raise UserError(
@@ -96,6 +105,53 @@ def staged(out: Path, *, overwrite: bool, marker: str) -> Iterator[Path]:
                 f"{_keep(new, real)}{earlier}",
                 hint="move it where it belongs",
             ) from error
+
+
+def set_aside(new: Path, out: Path, *, suffix: str) -> Path:
+    """Within a block of `staged`: what was made lies beside `out` for good, which stays as it is.
+
+    Args:
+        new: The block's directory.
+        out: The output.
+        suffix: What its name gets, and a number where that is taken: "failed" makes `NAME.failed`.
+
+    Returns:
+        Where it is now.
+
+    Raises:
+        OSError: It cannot be renamed.
+    """
+    beside = _free_name(_followed(out), suffix)
+    new.rename(beside)
+    return beside
+
+
+@contextmanager
+def scratch(parent: Path, name: str) -> Iterator[Path]:
+    """A folder in a directory of ours, for work on what lies there; it vanishes with the block.
+
+    Args:
+        parent: The directory.
+        name: Of the work: a second run of it is refused, and what a killed one left is put right.
+
+    Raises:
+        UserError: Another run is at it.
+    """
+    out = _followed(parent) / name
+    _put_right(out)
+    with _work_folder(out) as work:
+        new = work / "new"
+        new.mkdir()
+        yield new
+
+
+def _put_right(out: Path) -> None:
+    """What killed runs left beside `out`; refused where a living one is making it."""
+    with _alone_in(out.parent) as alone:
+        _refuse_busy(out)
+        _recover(out.parent)
+        if alone:
+            _collect_unmarked(out.parent)
 
 
 def _followed(out: Path) -> Path:
@@ -156,16 +212,19 @@ def _put(work: Path, out: Path, *, overwrite: bool, marker: str) -> None:
 
 def _keep(new: Path, out: Path) -> Path:
     """Put finished work where it is seen; where not even that can be done it stays where it is."""
-    number = 1
-    beside = out.with_name(f"{out.name}.new")
-    while os.path.lexists(beside):
-        number += 1
-        beside = out.with_name(f"{out.name}.new-{number}")
     try:
-        new.rename(beside)
+        return set_aside(new, out, suffix="new")
     except OSError:
         (new.parent / _MARK).unlink(missing_ok=True)  # nobody's any more: never collected
         return new
+
+
+def _free_name(out: Path, suffix: str) -> Path:
+    number = 1
+    beside = out.with_name(f"{out.name}.{suffix}")
+    while os.path.lexists(beside):
+        number += 1
+        beside = out.with_name(f"{out.name}.{suffix}-{number}")
     return beside
 
 
@@ -188,8 +247,16 @@ def _release(work: Path, lock: int) -> None:
     if (work / "old").exists():  # it could not be put back: nobody's any more, and never collected
         (work / _MARK).unlink(missing_ok=True)
     elif (work / _MARK).exists():
-        shutil.rmtree(work, ignore_errors=True)
+        _remove(work)
     os.close(lock)
+
+
+def _remove(work: Path) -> None:
+    """Delete a work folder, the mark last: a run killed meanwhile leaves what the next one knows as ours."""
+    for child in work.iterdir():
+        if child.name != _MARK:
+            shutil.rmtree(child, ignore_errors=True)
+    shutil.rmtree(work, ignore_errors=True)
 
 
 def _claim(out: Path) -> tuple[Path, int]:
@@ -197,10 +264,10 @@ def _claim(out: Path) -> tuple[Path, int]:
     prefix = f".{out.name[:_NAME_CHARACTERS]}."
     work = Path(tempfile.mkdtemp(prefix=prefix, suffix=_SUFFIX, dir=out.parent))
     try:
-        lock = os.open(work / "mark", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        lock = os.open(work / _UNFINISHED_MARK, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         _lock(lock)
         os.write(lock, json.dumps({"made_by": _MAKER, "out": out.name, "pid": os.getpid()}).encode())
-        (work / "mark").rename(work / _MARK)  # seen by others only when it is whole and locked
+        (work / _UNFINISHED_MARK).rename(work / _MARK)  # seen by others only when it is whole and locked
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
@@ -246,20 +313,40 @@ def _recover(parent: Path) -> None:
                 old.rename(out)
         # Killed right behind them, `new` is `out`. Where both are there, somebody else made this `out`.
         if not old.exists() or not (work / "new").exists():
-            shutil.rmtree(work, ignore_errors=True)
+            _remove(work)
+
+
+def _collect_unmarked(parent: Path) -> None:
+    """Folders of runs that were killed before they had a mark, or after they deleted it: nothing is in them.
+
+    Only where nobody else can be making one at this moment.
+    """
+    for work in sorted(parent.glob(f".*{_SUFFIX}")):
+        if work.is_symlink() or not _WORK_FOLDER.fullmatch(work.name):
+            continue
+        with contextlib.suppress(OSError):  # no folder, not empty, or somebody else's to delete
+            if os.listdir(work) == [_UNFINISHED_MARK]:  # noqa: PTH208 - names, in one reading
+                _delete_unfinished(work / _UNFINISHED_MARK)
+            work.rmdir()
+
+
+def _delete_unfinished(mark: Path) -> None:
+    """A mark that was not written, or not named, in time; what else has that name stays."""
+    content = mark.read_bytes() if mark.is_file() and not mark.is_symlink() else b"a file of somebody's"
+    if not content or content.startswith(_MARK_BEGINS):
+        mark.unlink()
 
 
 @contextmanager
-def _alone_in(parent: Path) -> Iterator[None]:
-    """No other run looks at or makes work folders here; where directories cannot be locked, so be it."""
+def _alone_in(parent: Path) -> Iterator[bool]:
+    """No other run looks at or makes work folders here; False where directories cannot be locked."""
     try:
         handle = os.open(parent, os.O_RDONLY)
     except OSError:
-        yield
+        yield False
         return
     try:
-        _lock(handle, wait=True)
-        yield
+        yield _lock(handle, wait=True) is _State.GONE
     finally:
         os.close(handle)
 

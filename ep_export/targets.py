@@ -18,7 +18,8 @@ from ep_export.bundle import Dialect, Precision
 from ep_export.data import data_dir
 from ep_export.documents import decode
 from ep_export.errors import UsageError, UserError, near_matches
-from ep_export.policy import Chooser, Select, chooser_named
+from ep_export.numerics import WeightKind, Weights
+from ep_export.policy import Chooser, Select, TopK, chooser_named
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -26,6 +27,7 @@ else:
     import tomli as tomllib
 
 __all__ = [
+    "AS_THEY_ARE",
     "CHOOSERS",
     "Flavour",
     "Graphs",
@@ -103,6 +105,8 @@ class Target:
         peak_flops: Precision -> dense FLOPs a second with float32 accumulation, a multiply and an add counted
             as two; empty for cpu.
         graphs: What it takes, the best first.
+        weights: What the decoder's linear layers may be stored in, the best first: "int4", "int8", "fp8", and
+            "none" for as they are; that alone where a file says nothing.
         choosers: Policies its compiler takes in standard operators, by the beginnings of their names: "norm"
             stands for every policy that scores by norm; all where a file says nothing.
         verified: How far the target was verified here: "kit", "compiled" or "run", a colon, a sentence.
@@ -121,6 +125,7 @@ class Target:
     bandwidth_bytes_per_second: float | None
     peak_flops: Mapping[str, float]
     graphs: tuple[Graphs, ...]
+    weights: tuple[str, ...]
     choosers: tuple[str, ...]
     verified: str
     sources: Mapping[str, str]
@@ -165,12 +170,17 @@ class Target:
         """Whether graphs of this kind compile for it."""
         return Graphs(dialect, precision) in self.graphs
 
+    def takes_weights(self, weights: Weights | None) -> bool:
+        """Whether linear layers stored like that can be multiplied there."""
+        return (weights.kind.value if weights else AS_THEY_ARE) in self.weights
+
     def takes_chooser(self, chooser: Chooser) -> bool:
         """Whether its compiler takes a chooser's standard operators; the plugin is another matter."""
         return any(f"{chooser.name}-".startswith(f"{start}-") for start in self.choosers)
 
 
 _PLUGIN_WINS = (10, 7)
+_FLOAT8_SM = (8, 9)
 _VERIFIED = ("kit", "compiled", "run", "no")
 
 
@@ -229,8 +239,12 @@ def version_numbers(version: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-CHOOSERS = ("paper", "released", "order2", "norm", "divprune", "random", "nothing")
+CHOOSERS = ("paper", "released", "order2", "norm", "divprune", "coverage", "random", "nothing")
 """What `choosers` of a target is where its file says nothing: the beginnings of all policies' names."""
+
+AS_THEY_ARE = "none"
+"""In `weights` of a target: not quantised."""
+_WEIGHTS = (AS_THEY_ARE, *(kind.value for kind in WeightKind))
 
 _KEYS = frozenset(Target.__dataclass_fields__) - {"name"} | {_EXTENDS}
 _DEFAULTS: Mapping[str, Any] = {
@@ -242,6 +256,7 @@ _DEFAULTS: Mapping[str, Any] = {
     "reserved_bytes": 0,
     "bandwidth_bytes_per_second": None,
     "peak_flops": {},
+    "weights": [AS_THEY_ARE],
     "choosers": list(CHOOSERS),
 }
 
@@ -298,6 +313,12 @@ def _check(target: Target, file: Path) -> None:
         )
     elif unknown := [start for start in target.choosers if not _begins_policies(start)]:
         complaint = f"choosers has {unknown[0]!r}, which begins no policy's name"
+    elif strange := [kind for kind in target.weights if kind not in _WEIGHTS]:
+        complaint = f"weights has {strange[0]!r}, expected some of {', '.join(_WEIGHTS)}"
+    elif not target.weights:
+        complaint = "weights is empty"
+    elif WeightKind.FP8.value in target.weights and version_numbers(target.sm or "0") < _FLOAT8_SM:
+        complaint = "weights has fp8, which needs SM 8.9 or newer"
     elif unsourced := _figures(target) - set(target.sources):
         complaint = f"no source for {sorted(unsourced)[0]}"
     if complaint:
@@ -305,7 +326,7 @@ def _check(target: Target, file: Path) -> None:
 
 
 def _begins_policies(start: str) -> bool:
-    for name in (start, f"{start}-{Select.HIGHEST.value}"):
+    for name in (start, f"{start}-{Select.HIGHEST.value}", f"{start}-{TopK().name}"):
         with contextlib.suppress(UsageError):
             return bool(chooser_named(name))
     return False
@@ -321,6 +342,7 @@ def _figures(target: Target) -> set[str]:
         "reserved_bytes": target.reserved_bytes,
         "bandwidth_bytes_per_second": target.bandwidth_bytes_per_second,
         "peak_flops": target.peak_flops,
+        "weights": [kind for kind in target.weights if kind != AS_THEY_ARE],
     }
     return {name for name, value in figures.items() if value}
 

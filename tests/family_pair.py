@@ -17,11 +17,13 @@ import torch
 from bundles import export_tiny
 from kept_sets import difference_from_exact
 
+from ep_export.adaptive import fit_threshold
 from ep_export.checkpoint import open_checkpoint
 from ep_export.choosers import KeptDifference
+from ep_export.errors import UsageError
 from ep_export.families.base import Picture, PromptInputs, Visual
 from ep_export.plan import average_keep, kept_tokens
-from ep_export.policy import Cut, Keep, MaxMin, Schedule
+from ep_export.policy import Budget, Coverage, Cut, Keep, MaxMin, Schedule, Scorer, TopK
 from ep_export.reference import PruneSpec, kept_as, load_model, prune
 from ep_export.runtime import Prefill, Session, open_picture, open_video
 
@@ -39,8 +41,8 @@ _WITHOUT_TORCH = Path(__file__).parent / "runtime" / "without_torch.py"
 class FamilyPair:
     """An exported checkpoint and its Hugging Face model.
 
-    `bundle` and `session` have one cut; those with two, where DivPrune follows at a later layer or goes
-    before, are made when first asked for.
+    `bundle` and `session` have one cut; those with two, where another chooser follows at a later layer or
+    goes before, are made when first asked for.
     """
 
     def __init__(self, checkpoint: Path, out: Path, **settings: Any) -> None:
@@ -57,7 +59,7 @@ class FamilyPair:
         settings = {name: self._settings[name] for name in ("dialect",) if name in self._settings}
         out = self.bundle.path.with_name("two-cuts")
         cut, layers = self.bundle.manifest.schedule.cuts[0], self.bundle.manifest.dims.layers
-        cuts = [(cut.layer, cut.chooser), (cut.layer + 1, MaxMin())]
+        cuts = [(cut.layer, cut.chooser), (cut.layer + 1, Coverage(Scorer.NORM))]
         if cut.layer == layers - 1:
             cuts = [(cut.layer - 1, MaxMin()), (cut.layer, cut.chooser)]
         schedule = Schedule(
@@ -117,6 +119,34 @@ class FamilyPair:
         answer = session.generate(visuals, QUESTION, max_new_tokens=TOKENS, keep=keep)
         assert list(answer.token_ids) == tokens
         assert answer.kept_index == tuple(ours.kept_index.tolist())
+
+    def check_adaptive(self, visuals: Sequence[Visual]) -> None:
+        """A prompt with a keep of its own keeps as many tokens as the oracle decides, and answers the same."""
+        session, prompt = self.session, self.prompt(visuals)
+        manifest = session.bundle.manifest
+        schedule, layers = manifest.schedule, manifest.dims.layers
+        chooser = schedule.cuts[0].chooser
+        scores = session.prefill(prompt, Keep(ratio=1.0)).cuts[0].scores
+        if isinstance(chooser, TopK) and chooser.budget is Budget.PER_PICTURE:
+            with pytest.raises(UsageError, match="no scores that an adaptive keep could go by"):
+                fit_threshold(0.5, schedule, [scores], layers=layers)
+            return
+        others = [scores + distance * scores.std() for distance in (-1, 0.5)]
+        least = schedule.cuts[0].layer / layers
+        keep = fit_threshold((1 + least) / 2, schedule, [scores, *others], layers=layers)
+        ours, fixed = session.prefill(prompt, keep), session.prefill(prompt, Keep(ratio=keep.ratio))
+        assert len(ours.kept_index) != len(fixed.kept_index)
+        with prune(self.model, PruneSpec(schedule, keep)) as trace:
+            expected, tokens = self.output(prompt), self.tokens(prompt)
+        assert len(trace.kept_index) == len(ours.kept_index)
+        exact = difference_from_exact(
+            trace.cuts[0], ours.kept_index, chooser, manifest.degree
+        )
+        assert exact is not KeptDifference.DIFFERENT
+        if exact is KeptDifference.EQUAL:
+            assert_computes(ours, expected)
+            answer = session.generate(visuals, QUESTION, max_new_tokens=TOKENS, keep=keep)
+            assert list(answer.token_ids) == tokens
 
     def check_vision(self, visuals: Sequence[Visual]) -> None:
         """What stands at the visual tokens is what Hugging Face puts there, for each of them alone."""
@@ -192,6 +222,9 @@ class FamilyTests:
         self, pair: FamilyPair, shown: Sequence[Visual], shares: Sequence[float]
     ) -> None:
         pair.check_pruned(shown, shares)
+
+    def test_a_keep_of_its_own_answers_as_the_oracle(self, pair: FamilyPair) -> None:
+        pair.check_adaptive(next(visuals for visuals in self.prompts.values() if visuals))
 
     def test_vision_features_equal_huggingface(self, pair: FamilyPair) -> None:
         pair.check_vision(self.shapes)

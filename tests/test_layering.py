@@ -12,15 +12,16 @@ PACKAGE = Path(__file__).parents[1] / "ep_export"
 
 # A module may import its own package and whatever stands on a lower line.
 LAYERS = (
-    ("errors",),
-    ("dims", "policy", "numerics", "progress", "garbage"),
-    ("documents", "page", "plan", "graph"),
+    ("errors", "interrupts"),
+    ("dims", "policy", "numerics", "progress", "garbage", "vision_flops"),
+    ("documents", "page", "plan", "graph", "weight_sizes"),
     ("safetensors_index",),
-    ("data", "ownership", "bundle", "links", "testcards", "aliases"),
+    ("adaptive", "data", "ownership", "bundle", "links", "testcards", "aliases"),
     ("targets", "staging"),
     ("families", "entropy", "engine_record", "weights"),
-    ("checkpoint", "plugin", "choosers"),
+    ("checkpoint", "plugin", "choosers", "first_token"),
     ("reference", "runtime", "fit", "methods"),
+    ("serving",),
     ("export", "benchmark", "package", "measure"),
     ("calibrate",),
     ("validate", "harness"),
@@ -77,6 +78,7 @@ def test_imports_follow_the_data_flow(file):
         "ep_export.families",
         "ep_export.plan",
         "ep_export.runtime",
+        "ep_export.serving",
     ],
 )
 def test_what_a_jetson_needs_imports_without_torch(module):

@@ -10,6 +10,7 @@ near-tie is depends on the policy:
 
     top_k     every exchanged token scores within the tolerance of the last one PyTorch keeps
     max_min   the set has an order in which every token is, at its turn, within the tolerance of the farthest
+    coverage  the same of a token's importance times its distance
     random, nothing   there are no near-ties
 
 Exit codes: 0 equal or near-tie (the line says which), 3 different. PyTorch is hidden from Polygraphy unless
@@ -23,7 +24,7 @@ import sys
 
 import numpy as np
 
-HIGHEST, TOP_K, MAX_MIN = "highest", "top_k", "max_min"
+HIGHEST, TOP_K, MAX_MIN, COVERAGE = "highest", "top_k", "max_min", "coverage"
 DIFFERENT = 3
 
 
@@ -58,7 +59,7 @@ def judge(choice_file: str, inputs_file: str, golden_file: str, got_file: str, w
     wanted["kept_position_ids"] = inputs["position_ids"][..., rows]
     wanted["kept_index"] = rows
     wanted["kept_visual_index"] = np.flatnonzero(np.isin(rows, visual_index))
-    if len(exchanged) and choice["kind"] == MAX_MIN:
+    if len(exchanged) and choice["kind"] in (MAX_MIN, COVERAGE):
         wanted["scores"] = got["scores"]  # distances to what was chosen before, which was another token
     RunResults([("pytorch", [IterationResult(outputs=wanted, runner_name="pytorch")])]).save(wanted_file)
     tied = f", {len(exchanged)} of them by a near-tie" if len(exchanged) else ", all of them PyTorch's"
@@ -84,9 +85,9 @@ def near_tie(choice: dict, inputs: dict, kept: np.ndarray) -> bool:
     inside = np.isin(inputs["visual_index"], kept)
     if choice["kind"] == TOP_K:
         return scores_tie(choice, np.isin(inputs["visual_index"], choice["kept"]), inside)
-    if choice["kind"] == MAX_MIN:
+    if choice["kind"] in (MAX_MIN, COVERAGE):
         hidden = np.asarray(inputs["hidden"], dtype=np.float64)[0, inputs["visual_index"]]
-        return distances_tie(hidden, inside, choice["tolerance"])
+        return distances_tie(hidden, inside, choice["tolerance"], choice.get("weights"))
     return False
 
 
@@ -109,13 +110,18 @@ def scores_tie(choice: dict, ours: np.ndarray, theirs: np.ndarray) -> bool:
     return True
 
 
-def distances_tie(hidden: np.ndarray, inside: np.ndarray, tolerance: float) -> bool:
+def distances_tie(
+    hidden: np.ndarray, inside: np.ndarray, tolerance: float, weights: np.ndarray = None
+) -> bool:
     """Whether choosing the farthest token in turn, erring by less than the tolerance, ends in this set.
 
-    Orders are tried depth first, the farthest token of the set first, for 4 k + 256 steps, and no more than
-    the last 64 turns are undone.
+    With `weights` (0 where a token is not finite) distances are multiplied by them, and the first token is
+    the one of largest weight. Orders are tried depth first, the farthest token of the set first, for 4 k +
+    256 steps, and no more than the last 64 turns are undone.
     """
     finite = np.isfinite(hidden).all(axis=1)
+    if weights is not None:
+        finite &= weights > 0
     rows = np.where(finite[:, None], hidden, 0.0)
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
     rows = rows / np.where(norms > 0, norms, 1.0)
@@ -126,7 +132,8 @@ def distances_tie(hidden: np.ndarray, inside: np.ndarray, tolerance: float) -> b
         if len(tied):
             turns.append((nearest, tied[np.argsort(distance[tied], kind="stable")].tolist()))
 
-    add(np.where(finite, 4.0, -1.0), inside, nearest_neighbours(rows, finite))
+    first = nearest_neighbours(rows, finite) if weights is None else np.where(finite, weights, -1.0)
+    add(np.where(finite, 4.0, -1.0), inside, first)
     for _ in range(4 * int(inside.sum()) + 256):
         if not turns:
             return False
@@ -134,7 +141,8 @@ def distances_tie(hidden: np.ndarray, inside: np.ndarray, tolerance: float) -> b
         chosen = tied.pop()
         if not tied:
             turns.pop()
-        nearest = np.minimum(nearest, np.round(1.0 - rows @ rows[chosen], 12))
+        distance = np.round(1.0 - rows @ rows[chosen], 12)
+        nearest = np.minimum(nearest, distance if weights is None else weights * distance)
         nearest[chosen] = -2.0  # never again
         candidates = inside & (nearest != -2.0)
         if not candidates.any():

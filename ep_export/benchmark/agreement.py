@@ -108,7 +108,7 @@ def measure_agreement(
 
 def _unpruned(session: Session, prompt: PromptInputs, max_new_tokens: int) -> _Answer:
     room = session.bundle.manifest.dims.max_positions - prompt.input_ids.shape[1] + 1
-    state = session.continuation(prompt, session.prefill(prompt, prune=False))
+    state = session.continuation(session.prefill(prompt, prune=False))
     tokens: list[int] = []
     logits: list[NDArray[np.float32]] = []
     while True:
@@ -123,7 +123,7 @@ def _compare(
     session: Session, prompt: PromptInputs, prefill: Prefill, answer: _Answer
 ) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
     """For every token of an answer whether it is preferred here too, and the KL divergence to here."""
-    state = session.continuation(prompt, prefill)
+    state = session.continuation(prefill)
     same, divergence = [], []
     for place, (token, logits) in enumerate(zip(answer.tokens, answer.logits, strict=True)):
         if place:

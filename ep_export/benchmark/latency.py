@@ -81,6 +81,7 @@ class PrunedSide:
         kv_bytes: See `Side`.
         speedup: Full divided by pruned, round by round.
         predicted_prefill: Decoder FLOPs full / pruned of the plan: what prefill could gain.
+        predicted_first_token: The same with the vision encoder, which pruning leaves as it is.
     """
 
     policy: str
@@ -91,6 +92,7 @@ class PrunedSide:
     kv_bytes: int
     speedup: Stages
     predicted_prefill: float
+    predicted_first_token: float
 
 
 @dataclass(frozen=True)
@@ -225,6 +227,7 @@ def _pruned_side(
         kv_bytes=_kv_bytes(session, session.prefill(ready, first.keep, names)),
         speedup=_stages(ratios),
         predicted_prefill=plan.prefill_flops.full / plan.prefill_flops.pruned,
+        predicted_first_token=first.first_token_flops.full / first.first_token_flops.pruned,
     )
 
 
@@ -237,7 +240,7 @@ def _times(answer: Generation) -> tuple[float, ...]:
     """Vision, prefill, first token and decode of one answer, in milliseconds."""
     ms = answer.timings_ms
     prefill = ms["embed"] + ms["prefill"] + ms["prune"]
-    return ms["vision"], prefill, ms["prepare"] + ms["vision"] + prefill, ms["decode_per_token"]
+    return ms["vision"], prefill, ms["first_token"], ms["decode_per_token"]
 
 
 def _stages(rounds: Iterable[tuple[float, ...]]) -> Stages:

@@ -1,21 +1,28 @@
-"""Which cuts are compared: every feasible layer and chooser, and random tokens as the floor of each layer."""
+"""Which schedules are compared: every layer and chooser, a second cut at the horizon, random as the floor."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ep_export.calibrate.horizon import Horizon
 from ep_export.calibrate.record import RANDOM
 from ep_export.errors import UsageError
-from ep_export.measure.ways import Way, one_cut
+from ep_export.measure.ways import Way, WayCut, one_cut
+from ep_export.methods import CHOOSER_METHODS
 from ep_export.plan import check_schedule
-from ep_export.policy import Chooser, Cut, Keep, MaxMin, Random, Schedule, Scorer, Select, TopK
+from ep_export.policy import Chooser, Cut, Keep, Nothing, Random, Schedule, reads_projections
 
-__all__ = ["RANDOM_DRAWS", "candidate_layers", "candidate_ways"]
+__all__ = ["RANDOM_DRAWS", "candidate_layers", "candidate_ways", "two_cut_ways"]
 
 RANDOM_DRAWS = 3
 """Random selections a question and layer. The interval over pictures carries what noise is left."""
 
-_CHOOSERS: tuple[Chooser, ...] = (*(TopK(scorer, select) for scorer in Scorer for select in Select), MaxMin())
+_CHOOSERS: tuple[Chooser, ...] = tuple(
+    method.chooser for method in CHOOSER_METHODS if method.chooser is not None and not method.chance
+)
+
+_SECOND_SHARE = 0.25
+"""Of the first cut's tokens, how many a random second cut keeps."""
 
 
 def candidate_layers(keep: Keep, layers: int, wanted: Sequence[int] | None = None) -> tuple[int, ...]:
@@ -45,7 +52,7 @@ def candidate_layers(keep: Keep, layers: int, wanted: Sequence[int] | None = Non
 
 
 def candidate_ways(layers: Sequence[int], keep: Keep) -> tuple[Way, ...]:
-    """Everything that is compared at these layers, the floor last at each.
+    """Every single cut that is compared at these layers, the floor last at each.
 
     Before the decoder (layer 0) no layer has projected anything that could be scored.
     """
@@ -53,5 +60,44 @@ def candidate_ways(layers: Sequence[int], keep: Keep) -> tuple[Way, ...]:
         one_cut(layer, chooser.name, keep)
         for layer in layers
         for chooser in (*_CHOOSERS, Random())
-        if layer > 0 or not isinstance(chooser, TopK)
+        if layer > 0 or not reads_projections(chooser)
     )
+
+
+def two_cut_ways(first: Sequence[Way], horizon: Horizon, *, layers: int) -> tuple[Way, ...]:
+    """Every single cut again, with a second one at the horizon that drops tokens without looking.
+
+    The second drops all that is left, or keeps a quarter of it at random; at the same average more tokens
+    then go on after the first.
+
+    Args:
+        first: Single cuts of one keep; the floor has no second.
+        horizon: Without a horizon there is nothing to add.
+        layers: L.
+    """
+    deep = sorted({horizon.half.horizon, horizon.everything.horizon} - {None})  # type: ignore[type-var]
+    seconds = [(at, Nothing().name, 0.0) for at in deep if at is not None]
+    if horizon.half.horizon is not None:
+        seconds.append((horizon.half.horizon, RANDOM, _SECOND_SHARE))
+    ways = []
+    for way in first:
+        cut = way.cuts[0]
+        for at, method, part in seconds:
+            if cut.method == RANDOM or cut.layer >= at or (method == RANDOM and at == layers - 1):
+                continue
+            share = _first_share(way.keep, cut.layer, at, part, layers)
+            if share is not None:
+                second = WayCut(at, method, None if method == Nothing().name else share * part)
+                ways.append(Way((WayCut(cut.layer, cut.method, share), second), way.keep))
+    return tuple(ways)
+
+
+def _first_share(keep: Keep, layer: int, second: int, part: float, layers: int) -> float | None:
+    """Share after the first cut at which the average is `keep`; None where no share up to 1 reaches it.
+
+    With a number of tokens it depends on the picture, and any share will do: all scale together.
+    """
+    if keep.ratio is None:
+        return 0.5
+    share = (layers * keep.ratio - layer) / (second - layer + part * (layers - second))
+    return round(share, 6) if 0 < share < 1 else None

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ep_export.aliases import find_alias
+from ep_export.calibrate.horizon import before_horizon
 from ep_export.calibrate.record import Candidate, Record, read_calibration
 from ep_export.data import data_dir
 from ep_export.errors import UsageError, UserError
@@ -74,7 +75,8 @@ def resolve_schedule(
 ) -> tuple[Schedule, Evidence]:
     """Decide the schedule.
 
-    Cuts that were asked for are taken as they are. Else a record counts in this order: the file given, one
+    Cuts that were asked for are taken as they are; where a record measured the information horizon, the
+    evidence warns of a second cut before it. Else a record counts in this order: the file given, one
     measured just now, one shipped with ep-export. Without further wishes its recommendation is taken as it
     stands. A layer or chooser named on the command line wins over the record; the evidence then says whether
     the record measured that combination.
@@ -96,7 +98,7 @@ def resolve_schedule(
     if request.cuts is not None:
         schedule = Schedule(request.cuts)
         check_schedule(schedule, layers)
-        return schedule, _told()
+        return schedule, _told(_horizon_warning(config, request, schedule, fresh))
     if request.layer is not None:
         _check_cut(Cut(request.layer, request.chooser or TopK()), layers)
     record, name = _record(config, request, fresh)
@@ -167,8 +169,20 @@ def _told_cut(request: ScheduleRequest) -> Cut:
     return Cut(request.layer, request.chooser or TopK(budget=request.budget))
 
 
-def _told() -> Evidence:
-    return Evidence(EvidenceKind.TOLD, "from the command line; nothing measured it on this model")
+def _told(warning: str | None = None) -> Evidence:
+    said = "from the command line; nothing measured it on this model"
+    return Evidence(EvidenceKind.TOLD, f"{said}; warning: {warning}" if warning else said)
+
+
+def _horizon_warning(
+    config: ModelConfig, request: ScheduleRequest, schedule: Schedule, fresh: Record | None
+) -> str | None:
+    """What a record of this model has against cuts that were asked for."""
+    record, name = _record(config, request, fresh)
+    if record is None:
+        return None
+    check_belongs(record, config, name)
+    return before_horizon(record.horizon, schedule)
 
 
 def _schedule(record: Record, request: ScheduleRequest, name: str | None) -> Schedule:
@@ -240,7 +254,7 @@ def _evidence(
 def _measured_summary(
     record: Record, measured: Candidate, request: ScheduleRequest, keep: Keep | None
 ) -> str:
-    where = f"measured on {record.images} pictures at keep {measured.keep:g}"
+    where = f"measured on {measured.images or record.images} pictures at keep {measured.keep:g}"
     parts = [
         f"{where}: KL {measured.kl:.3g} to the full model, top-1 agreement {measured.top1_agreement:.1%}"
     ]
@@ -251,6 +265,8 @@ def _measured_summary(
         parts.append("chosen on the command line")
     elif record.recommended_confidence is not None:
         parts.append(f"best in {record.recommended_confidence:.0%} of resamples")
+        if record.images_needed is not None:
+            parts.append(f"about {record.images_needed} pictures needed to tell it from the next best")
     if record.ecl is None:
         parts.append("no entropy collapse found")
     if keep is not None and record.keep is not None and keep != record.keep:

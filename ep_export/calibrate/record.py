@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ep_export.calibrate.horizon import Horizon
 from ep_export.documents import read_document, write_document
 from ep_export.errors import UserError, reason
 from ep_export.plan import check_schedule
@@ -18,29 +19,36 @@ __all__ = [
     "RANDOM",
     "RECORD_FORMAT",
     "Candidate",
+    "LayerCurve",
     "Provenance",
     "Record",
     "read_calibration",
     "write_calibration",
 ]
 
-RECORD_FORMAT = 2
+RECORD_FORMAT = 3
+_OLDEST_FORMAT = 2
+"""Format 2 knows neither horizon, metrics nor second cuts; all are optional."""
+
 RANDOM = Random().name
 """Policy of the floor: tokens kept at random, several draws averaged."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """How one cut compares with the unpruned model on the pictures.
+    """How one schedule compares with the unpruned model on the pictures.
 
     Attributes:
-        layer: K.
-        policy: Name of its chooser; "random" for the floor.
+        layer: K of its first cut.
+        policy: Name of that cut's chooser; "random" for the floor.
         keep: Average over layers that was measured, as a ratio.
         kl: Mean KL(full || pruned) in nats over the answer positions, each picture weighing the same.
         kl_low: Lower end of its 95% interval over pictures (bootstrap).
         kl_high: Upper end.
         top1_agreement: Share of answer positions where both models would say the same token.
+        images: Pictures it was measured on: fewer than the record's where it fell out of the race.
+        share: Of the first cut, in a schedule of two.
+        second: The second cut; None for a single one.
     """
 
     layer: int
@@ -50,10 +58,45 @@ class Candidate:
     top1_agreement: float
     kl_low: float | None = None
     kl_high: float | None = None
+    images: int | None = None
+    share: float | None = None
+    second: Cut | None = None
 
-    def is_cut(self, cut: Cut) -> bool:
-        """Whether this measured that cut."""
-        return (self.layer, self.policy) == (cut.layer, cut.chooser.name)
+    @property
+    def schedule(self) -> Schedule:
+        """What was measured.
+
+        Raises:
+            UsageError: No chooser is called so.
+        """
+        first = Cut(self.layer, chooser_named(self.policy), self.share)
+        return Schedule((first,) if self.second is None else (first, self.second))
+
+    @property
+    def name(self) -> str:
+        """Choosers and layers, e.g. `divprune at 0, nothing at 9`."""
+        cuts = [(self.policy, self.layer)]
+        cuts += [] if self.second is None else [(self.second.chooser.name, self.second.layer)]
+        return ", ".join(f"{policy} at {layer}" for policy, layer in cuts)
+
+
+@dataclass(frozen=True)
+class LayerCurve:
+    """A metric of the visual tokens by layer.
+
+    Attributes:
+        metric: Key of an `ep_export.entropy.LayerMetric`.
+        values: [L] mean over pictures.
+        spread: [L] standard deviation over pictures.
+        collapse: Layer at which it collapses; None when it does not.
+        finding: One sentence: why there is or is no collapse.
+    """
+
+    metric: str
+    values: tuple[float, ...]
+    spread: tuple[float, ...]
+    collapse: int | None
+    finding: str
 
 
 @dataclass(frozen=True)
@@ -103,6 +146,12 @@ class Record:
         recommended_confidence: Share of bootstrap resamples in which the recommended cut is the best one.
         keep: What was asked for.
         skipped: Files that could not be used, with the reason.
+        metrics: Other metrics by layer, each judged for a collapse as the entropy of the queries is.
+        detectors: One sentence: where the detectors of a collapse agree.
+        horizon: The Information Horizon; None when it was not measured.
+        horizons: The same for every kind of question that the prompts name.
+        images_needed: Pictures that could tell the recommended schedule apart from its closest rival; None
+            where it is, or where it does not matter.
         format: Version of this structure.
     """
 
@@ -125,17 +174,21 @@ class Record:
     recommended_confidence: float | None = None
     keep: Keep | None = None
     skipped: tuple[str, ...] = ()
+    metrics: tuple[LayerCurve, ...] = ()
+    detectors: str = ""
+    horizon: Horizon | None = None
+    horizons: tuple[Horizon, ...] = ()
+    images_needed: int | None = None
     format: int = RECORD_FORMAT
 
     def candidate_for(self, schedule: Schedule) -> Candidate | None:
-        """The measurement of that schedule, if it is one cut that was among the candidates."""
-        if len(schedule.cuts) != 1:
-            return None
-        return next((c for c in self.candidates if c.is_cut(schedule.cuts[0])), None)
+        """The measurement of that schedule, if it was among the candidates."""
+        return next((c for c in self.candidates if _same_cuts(c.schedule, schedule)), None)
 
     def random_floor(self, layer: int) -> Candidate | None:
         """The random floor at that layer, if it was measured."""
-        return next((c for c in self.candidates if c.policy == RANDOM and c.layer == layer), None)
+        floors = (c for c in self.candidates if c.policy == RANDOM and c.second is None)
+        return next((c for c in floors if c.layer == layer), None)
 
 
 def read_calibration(path: Path) -> Record:
@@ -149,7 +202,7 @@ def read_calibration(path: Path) -> Record:
         Record,
         what="calibration record",
         newest=RECORD_FORMAT,
-        oldest=RECORD_FORMAT,
+        oldest=_OLDEST_FORMAT,
         hint="calibrate again with `ep-export calibrate`",
         check=_check,
     )
@@ -169,6 +222,14 @@ def write_calibration(path: Path, record: Record) -> None:
         raise UserError(message, hint="give an --out you may write to") from error
 
 
+def _same_cuts(one: Schedule, other: Schedule) -> bool:
+    """Whether they cut alike; the share of a single cut is the keep's business."""
+    if len(one.cuts) == len(other.cuts) == 1:
+        (a,), (b,) = one.cuts, other.cuts
+        return (a.layer, a.chooser) == (b.layer, b.chooser)
+    return one == other
+
+
 def _check(record: Record) -> None:
     """What the types alone do not say.
 
@@ -176,15 +237,31 @@ def _check(record: Record) -> None:
         ValueError: A cut that is impossible, an unknown policy, or a curve of the wrong length.
     """
     for name in ("query_entropy", "key_entropy", "query_spread", "key_spread"):
-        curve = getattr(record, name)
-        if len(curve) not in {0, record.layers}:
-            raise ValueError(f"{name} has {len(curve)} values for {record.layers} layers")
+        values = getattr(record, name)
+        if len(values) not in {0, record.layers}:
+            raise ValueError(f"{name} has {len(values)} values for {record.layers} layers")
+    for curve in record.metrics:
+        if len(curve.values) != record.layers or len(curve.spread) != record.layers:
+            raise ValueError(f"{curve.metric} has {len(curve.values)} values for {record.layers} layers")
+    for horizon in (record.horizon, *record.horizons):
+        if horizon is not None:
+            _check_horizon(horizon, record.layers)
     if record.ecl is not None and not 1 <= record.ecl < record.layers:
         raise ValueError(f"ecl is {record.ecl}, expected 1 to {record.layers - 1}")
     try:
-        schedules = [Schedule((Cut(c.layer, chooser_named(c.policy)),)) for c in record.candidates]
+        schedules = [candidate.schedule for candidate in record.candidates]
         schedules += [] if record.recommended is None else [record.recommended]
         for schedule in schedules:
             check_schedule(schedule, record.layers)
     except UserError as error:
         raise ValueError(str(error)) from error
+
+
+def _check_horizon(horizon: Horizon, layers: int) -> None:
+    """See `_check`."""
+    for curve in (horizon.half, horizon.everything):
+        if not len(curve.layers) == len(curve.kl) == len(curve.kl_high) == len(curve.top1_agreement):
+            raise ValueError("a horizon's curve has figures for other layers than it names")
+        named = [*curve.layers, *([] if curve.horizon is None else [curve.horizon])]
+        if not all(1 <= layer < layers for layer in named):
+            raise ValueError(f"a horizon names a layer that is not 1 to {layers - 1}")

@@ -5,25 +5,30 @@ from __future__ import annotations
 import datetime as dt
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ep_export.calibrate.candidates import RANDOM_DRAWS, candidate_layers, candidate_ways
+from ep_export.calibrate.candidates import candidate_layers, candidate_ways, two_cut_ways
+from ep_export.calibrate.detectors import layer_curve, where_detectors_agree
 from ep_export.calibrate.figure import is_our_plot, plot
-from ep_export.calibrate.recommend import Fidelity, Recommendation, recommend, table
+from ep_export.calibrate.horizon import Horizon, find_horizon, horizon_ways
+from ep_export.calibrate.measuring import Measurer
+from ep_export.calibrate.pictures import Usable, ask_about, figures
+from ep_export.calibrate.race import Fidelity
+from ep_export.calibrate.recommend import Recommendation, recommend, table
 from ep_export.calibrate.record import Provenance, Record, write_calibration
-from ep_export.entropy import Collapse, find_collapse
+from ep_export.entropy import METRICS, Collapse, find_collapse
 from ep_export.errors import UserError
-from ep_export.measure.bench import Setting
+from ep_export.measure.executors import Executor
 from ep_export.measure.journal import Workplace
-from ep_export.measure.pictures import PictureFile, find_pictures
-from ep_export.measure.prompts import GENERIC_QUESTIONS, Questions, questions_for
+from ep_export.measure.pictures import find_pictures
+from ep_export.measure.prompts import GENERIC_QUESTIONS, Prompts, question_of
 from ep_export.measure.provenance import processor_fingerprint, tool_versions
-from ep_export.measure.question import Question, QuestionResult, Skipped
-from ep_export.measure.run import Announce, Outcome, measure_all
+from ep_export.measure.question import QuestionResult
+from ep_export.measure.run import Announce
 from ep_export.plan import check_keep
 from ep_export.policy import Cut, EvidenceKind, Keep, Schedule
 from ep_export.progress import Progress, silent
@@ -42,77 +47,71 @@ _MOST_QUESTIONS = 20
 """Of a record's provenance: enough to see what it was measured with."""
 
 
-@dataclass(frozen=True)
-class _Measured:
-    """All pictures that could be used, each with the results of its questions; and those that could not."""
-
-    pictures: Mapping[str, Sequence[QuestionResult]]  # SHA-256 -> results
-    skipped: tuple[str, ...]
-
-
 def calibrate(
     checkpoint: Checkpoint,
     images: Path,
     *,
     keep: Keep,
-    prompts: Questions = GENERIC_QUESTIONS,
+    prompts: Prompts = GENERIC_QUESTIONS,
     layers: Sequence[int] | None = None,
     max_images: int | None = None,
     max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
     seed: int = 0,
     device: str = "cpu",
-    jobs: int = 1,
+    executor: Executor | None = None,
     out: Path | None = None,
     work: Path | None = None,
     progress: Progress = silent,
     announce: Announce = lambda _: None,
 ) -> Record:
-    """Measure a model on pictures: layer entropies, and how faithful each way of pruning is.
+    """Measure a model on pictures: layer entropies, the information horizon, and a race of schedules.
 
     Args:
         checkpoint: The model.
         images: Folder of pictures.
-        keep: Average over layers that ways are compared at.
-        prompts: Questions asked in turn, one a picture, or file name -> questions; see `read_questions`.
+        keep: Average over layers that schedules are compared at.
+        prompts: Questions asked in turn, one a picture, or file name -> questions; see `read_asked`.
         layers: Candidate layers; all that `keep` allows when None.
         max_images: Measure a random sample of so many.
         max_new_tokens: Length of the answers that are compared.
         seed: Of every random choice.
         device: Where torch runs, e.g. "cpu" or "cuda". On a GPU the checkpoint's own number type is used.
-        jobs: Processes; each holds the model.
+        executor: Who measures, e.g. `Processes(2)`; this process when None.
         out: Record to write, with its plot beside it as .png. Nothing is written when None.
         work: Where the journal lies, kept afterwards; when None, beside `out` and removed in the end.
-        progress: Called as ("calibrating", done, total).
-        announce: Told how long it will take, once that is known.
+        progress: Called as ("measuring", done, total), then so for every part of the race.
+        announce: Told the plan and how long it will take, once that is known.
 
     Raises:
         UserError: No usable picture, an impossible keep or layer, or an output that cannot be written.
     """
     check_keep(keep)
     _check_out(out)
-    cut_layers = () if keep.ratio == 1 else candidate_layers(keep, checkpoint.dims.layers, layers)
-    setting = Setting(
-        ways=candidate_ways(cut_layers, keep),
-        draws=RANDOM_DRAWS,
-        seed=seed,
-        max_new_tokens=max_new_tokens,
-        device=device,
-    )
+    depth = checkpoint.dims.layers
+    cut_layers = () if keep.ratio == 1 else candidate_layers(keep, depth, layers)
     pictures = find_pictures(images, most=max_images, seed=seed)
+    half, everything = horizon_ways(depth)
     with Workplace(out, work) as directory:
-        questions, skipped = _questions(pictures, prompts)
-        outcomes = measure_all(
+        measurer = Measurer(
             checkpoint,
-            setting,
-            questions,
-            work=directory,
-            jobs=jobs,
-            stage="calibrating",
+            directory,
+            seed=seed,
+            max_new_tokens=max_new_tokens,
+            device=device,
+            executor=executor,
             progress=progress,
             announce=announce,
         )
-        measured = _by_picture(questions, outcomes, skipped)
-        record = _record(checkpoint, setting, keep, measured, prompts, images.name or str(images))
+        asked, skipped = ask_about(pictures, prompts)
+        usable = measurer.horizon(asked, (*half, *everything), skipped)
+        horizons = [_horizon(usable.results, depth, None, seed)]
+        horizons += [_horizon(usable.of_kind(kind), depth, kind, seed) for kind in usable.kinds]
+        announce(horizons[0].finding)
+        single = candidate_ways(cut_layers, keep)
+        ways = (*single, *two_cut_ways(single, horizons[0], layers=depth))
+        fidelity = measurer.race(usable, ways) if ways else None
+        record = _record(checkpoint, keep, usable, horizons, fidelity, seed)
+        record = replace(record, provenance=_provenance(usable, prompts, images.name or str(images), seed))
         if out is not None:
             _write(out, record)
     return record
@@ -138,89 +137,42 @@ def _plot_file(out: Path) -> Path:
     return out.with_suffix(".png")
 
 
-def _questions(
-    pictures: Sequence[PictureFile], prompts: Questions
-) -> tuple[tuple[Question, ...], list[Skipped]]:
-    """What is asked of pictures that can be read.
-
-    One seen twice is left out: it would narrow every interval without adding evidence.
-    """
-    questions: list[Question] = []
-    skipped: list[Skipped] = []
-    names: dict[str, str] = {}  # SHA-256 -> picture
-    for turn, picture in enumerate(pictures):
-        try:
-            digest = picture.sha256()
-            texts = questions_for(prompts, picture.name, turn)
-        except (OSError, UserError) as error:
-            skipped.append(Skipped(picture.name, str(error)))
-            continue
-        if digest in names:
-            skipped.append(Skipped(picture.name, f"the same picture as {names[digest]}"))
-            continue
-        names[digest] = picture.name
-        questions += [Question(picture, digest, text) for text in texts]
-    return tuple(questions), skipped
-
-
-def _by_picture(
-    questions: Sequence[Question], outcomes: Sequence[Outcome], skipped: Sequence[Skipped]
-) -> _Measured:
-    """Results picture by picture; one with a question that cannot be used is left out whole.
-
-    Raises:
-        UserError: No picture can be used.
-    """
-    results: dict[str, list[QuestionResult]] = {}
-    unusable = {one.name: one for one in skipped}
-    refused: set[str] = set()
-    for question, outcome in zip(questions, outcomes, strict=True):
-        if isinstance(outcome, Skipped):
-            refused.add(question.digest)
-            unusable.setdefault(question.picture.name, Skipped(question.picture.name, outcome.reason))
-        else:
-            results.setdefault(question.digest, []).append(outcome)
-    named = tuple(f"{one.name}: {one.reason}" for _, one in sorted(unusable.items()))
-    usable = {digest: several for digest, several in results.items() if digest not in refused}
-    if not usable:
-        message = f"none of the {len(named)} pictures can be used; the first: {named[0]}"
-        raise UserError(message, hint="give a folder with readable pictures, and questions that match them")
-    return _Measured(usable, named)
+def _horizon(
+    results: Sequence[Sequence[QuestionResult]], layers: int, kind: str | None, seed: int
+) -> Horizon:
+    half, everything = horizon_ways(layers)
+    return find_horizon(
+        (half, *figures(results, half)), (everything, *figures(results, everything)), kind=kind, seed=seed
+    )
 
 
 def _record(
     checkpoint: Checkpoint,
-    setting: Setting,
     keep: Keep,
-    measured: _Measured,
-    prompts: Questions,
-    source: str,
+    usable: Usable,
+    horizons: Sequence[Horizon],
+    fidelity: Fidelity | None,
+    seed: int,
 ) -> Record:
-    pictures = list(measured.pictures.values())
-    queries = np.array([results[0].query_entropy for results in pictures])
-    keys = np.array([results[0].key_entropy for results in pictures])
-    collapse = find_collapse(queries, seed=setting.seed)
-    fidelity = _fidelity(setting, keep, pictures)
-    recommendation = _recommendation(fidelity, collapse, setting.seed)
+    """Everything but where it comes from."""
+    first = [results[0] for results in usable.results]
+    queries = np.array([result.query_entropy for result in first])
+    keys = np.array([result.key_entropy for result in first])
+    collapse = find_collapse(queries, seed=seed)
+    curves = {metric.key: np.array([result.metrics[metric.key] for result in first]) for metric in METRICS}
+    metrics = tuple(layer_curve(key, values, seed=seed) for key, values in curves.items())
+    recommendation = _recommendation(fidelity, collapse, seed)
     return Record(
         model=checkpoint.source,
         layers=checkpoint.dims.layers,
         query_entropy=_floats(queries.mean(axis=0)),
         key_entropy=_floats(keys.mean(axis=0)),
-        images=len(pictures),
+        images=len(first),
         ecl=collapse.layer,
         confidence=collapse.confidence,
-        candidates=table(fidelity, keep=_ratio(keep, pictures), seed=setting.seed) if fidelity.ways else (),
+        candidates=table(fidelity, keep=_ratio(keep, first), seed=seed) if fidelity else (),
         recommended=recommendation.schedule,
-        provenance=Provenance(
-            kind=EvidenceKind.MEASURED,
-            source=f"pictures in {source}",
-            date=dt.datetime.now(dt.timezone.utc).date().isoformat(),
-            tools=tool_versions(),
-            images_sha256=hashlib.sha256("\n".join(measured.pictures).encode()).hexdigest(),
-            questions=_different(prompts)[:_MOST_QUESTIONS],
-            seed=setting.seed,
-        ),
+        provenance=Provenance(EvidenceKind.MEASURED, "", ""),
         fingerprint=checkpoint.fingerprint,
         processor=processor_fingerprint(checkpoint.processor_files),
         query_spread=_floats(queries.std(axis=0)),
@@ -229,52 +181,47 @@ def _record(
         recommendation=recommendation.reason,
         recommended_confidence=recommendation.confidence,
         keep=keep,
-        skipped=measured.skipped,
+        skipped=usable.skipped,
+        metrics=metrics,
+        detectors=where_detectors_agree(collapse, find_collapse(keys, seed=seed), metrics),
+        horizon=horizons[0],
+        horizons=tuple(horizons[1:]),
+        images_needed=recommendation.images_needed,
     )
 
 
-def _fidelity(setting: Setting, keep: Keep, pictures: Sequence[Sequence[QuestionResult]]) -> Fidelity:
-    """Ways measured on every picture, as matrices; every answer position of a picture weighs the same.
-
-    Raises:
-        UserError: There are ways, but none was possible on every picture.
-    """
-    everywhere = set.intersection(*(set(result.ways) for results in pictures for result in results))
-    ways = tuple(way for way in setting.ways if way.key in everywhere)
-    if setting.ways and not ways:
-        raise UserError(
-            f"keep {keep} is impossible on every layer for some picture",
-            hint="keep more tokens, or leave out the largest pictures",
-        )
-    kl = [[_mean(results, way.key, "kl") for way in ways] for results in pictures]
-    agreement = [[_mean(results, way.key, "agreement") for way in ways] for results in pictures]
-    return Fidelity(ways=ways, kl=np.array(kl), agreement=np.array(agreement))
+def _provenance(usable: Usable, prompts: Prompts, source: str, seed: int) -> Provenance:
+    digests = [asked.questions[0].digest for asked in usable.asked]
+    return Provenance(
+        kind=EvidenceKind.MEASURED,
+        source=f"pictures in {source}",
+        date=dt.datetime.now(dt.timezone.utc).date().isoformat(),
+        tools=tool_versions(),
+        images_sha256=hashlib.sha256("\n".join(digests).encode()).hexdigest(),
+        questions=_different(prompts)[:_MOST_QUESTIONS],
+        seed=seed,
+    )
 
 
-def _mean(results: Sequence[QuestionResult], key: str, figure: str) -> float:
-    """Over the answer positions of one picture's questions, and over draws."""
-    means = [float(np.mean(getattr(result.ways[key], figure))) for result in results]
-    return float(np.average(means, weights=[result.answer_tokens for result in results]))
-
-
-def _recommendation(fidelity: Fidelity, collapse: Collapse, seed: int) -> Recommendation:
-    if fidelity.ways:
+def _recommendation(fidelity: Fidelity | None, collapse: Collapse, seed: int) -> Recommendation:
+    if fidelity is not None:
         return recommend(fidelity, seed=seed)
     schedule = Schedule((Cut(collapse.layer or 1),))
     return Recommendation(schedule, None, "nothing is dropped at keep 1, so that all policies are the same")
 
 
-def _ratio(keep: Keep, pictures: Sequence[Sequence[QuestionResult]]) -> float:
+def _ratio(keep: Keep, first: Sequence[QuestionResult]) -> float:
     """The keep ratio measured, on average over pictures."""
     if keep.ratio is not None:
         return keep.ratio
     tokens = keep.tokens or 0
-    return float(np.mean([min(1.0, tokens / results[0].visual_tokens) for results in pictures]))
+    return float(np.mean([min(1.0, tokens / result.visual_tokens) for result in first]))
 
 
-def _different(prompts: Questions) -> tuple[str, ...]:
+def _different(prompts: Prompts) -> tuple[str, ...]:
     lists = prompts.values() if isinstance(prompts, Mapping) else [prompts]
-    return tuple(dict.fromkeys(question for texts in lists for question in texts))
+    texts = (question_of(entry) for entries in lists for entry in entries)
+    return tuple(dict.fromkeys(text for text in texts if text))
 
 
 def _floats(values: NDArray[np.float64]) -> tuple[float, ...]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ep_export.choosers.base import Choice, ChooserForm, CutTokens, KeptDifference, PruneInputs
+from ep_export.choosers.coverage import CoverageForm
 from ep_export.choosers.max_min import MaxMinForm
 from ep_export.choosers.nothing import NothingForm
 from ep_export.choosers.random_draw import RandomForm
@@ -32,6 +33,7 @@ __all__ = [
 _FORMS: dict[Kind, ChooserForm[Any]] = {
     Kind.TOP_K: TopKForm(),
     Kind.MAX_MIN: MaxMinForm(),
+    Kind.COVERAGE: CoverageForm(),
     Kind.RANDOM: RandomForm(),
     Kind.NOTHING: NothingForm(),
 }

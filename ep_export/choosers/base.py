@@ -28,7 +28,7 @@ class CutTokens:
 
     Attributes:
         hidden: [N, d] what enters the cut's layer; at layer 0 the visual embeddings.
-        states: [N, heads, head_dim] what a `TopK` scores: projections of the layer before, or `hidden` seen
+        states: [N, heads, head_dim] what a chooser scores: projections of the layer before, or `hidden` seen
             as heads; None where the chooser reads none.
         visual_index: [N] int64, ascending positions in the sequence that arrives. Consecutive positions
             belong to one picture.

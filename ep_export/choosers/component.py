@@ -9,7 +9,7 @@ from ep_export.choosers.gathering import gather_kept
 from ep_export.choosers.top_k import DOMAIN, OP_TYPE, prune_function
 from ep_export.dims import DecoderDims
 from ep_export.graph import Nodes
-from ep_export.policy import Chooser, Nothing, Source, TopK
+from ep_export.policy import Chooser, Nothing, Source, TopK, reads_projections, scored_source
 
 __all__ = ["build_prune"]
 
@@ -54,7 +54,7 @@ def build_prune(
         results, function = _entropy_prune(nodes, chooser, values, dims, degree=degree, opset=opset)
         functions.append(function)
     else:
-        results = _plain(nodes, chooser, values, degree)
+        results = _plain(nodes, chooser, values, dims, degree)
     outputs = _outputs(results, dims, precision_dtype, nothing=isinstance(chooser, Nothing))
     imports = {"": opset, DOMAIN: 1} if functions else {"": opset}
     graph = ir.Graph(
@@ -69,9 +69,8 @@ def _inputs(chooser: Chooser, dims: DecoderDims, dtype: ir.DataType) -> dict[str
     def add(name: str, kind: ir.DataType, *shape: int | str) -> None:
         values[name] = ir.Value(name=name, type=ir.TensorType(kind), shape=ir.Shape(shape))
 
-    if isinstance(chooser, TopK) and chooser.source is not Source.HIDDEN:
-        heads = dims.heads if chooser.source is Source.QUERY else dims.kv_heads
-        add("states", dtype, 1, "S", heads, dims.head_dim)
+    if reads_projections(chooser):
+        add("states", dtype, 1, "S", _heads(chooser, dims), dims.head_dim)
     add("hidden", dtype, 1, "S", dims.hidden_size)
     add("position_ids", _INT64, dims.position_axes, 1, "S")
     add("visual_index", _INT64, "N")
@@ -84,11 +83,7 @@ def _entropy_prune(
     nodes: Nodes, chooser: TopK, values: dict[str, ir.Value], dims: DecoderDims, *, degree: int, opset: int
 ) -> tuple[list[ir.Value], ir.Function]:
     """One node, so that a plugin can take its place."""
-    states = values.get("states")
-    heads = dims.kv_heads if chooser.source in {Source.KEY, Source.VALUE} else dims.heads
-    if states is None:
-        shape = nodes.ints(1, -1, heads, dims.hidden_size // heads)
-        states = nodes.op("Reshape", values["hidden"], shape)
+    states, heads = _states(nodes, chooser, values, dims), _heads(chooser, dims)
     function, attributes = prune_function(chooser, heads=heads, degree=degree, opset=opset)
     inputs = [states, *(values[name] for name in ("hidden", "position_ids", "visual_index", "keep_slots"))]
     node = ir.node(OP_TYPE, inputs, attributes, domain=DOMAIN, num_outputs=5, name=OP_TYPE)
@@ -96,13 +91,30 @@ def _entropy_prune(
     return list(node.outputs), function
 
 
-def _plain(nodes: Nodes, chooser: Chooser, values: dict[str, ir.Value], degree: int) -> list[ir.Value]:
+def _plain(
+    nodes: Nodes, chooser: Chooser, values: dict[str, ir.Value], dims: DecoderDims, degree: int
+) -> list[ir.Value]:
     """Standard operators alone."""
     hidden, visual_index = values["hidden"], values["visual_index"]
-    inputs = PruneInputs(None, hidden, visual_index, values.get("keep_slots"), heads=0, degree=degree)
+    states = None if scored_source(chooser) is None else _states(nodes, chooser, values, dims)
+    heads = _heads(chooser, dims)
+    inputs = PruneInputs(states, hidden, visual_index, values.get("keep_slots"), heads=heads, degree=degree)
     kept, scores = form_of(chooser).body(nodes, chooser, inputs)
     results = list(gather_kept(nodes, hidden, values["position_ids"], visual_index, kept))
     return results if scores is None else [*results, nodes.op("Identity", scores)]
+
+
+def _states(nodes: Nodes, chooser: Chooser, values: dict[str, ir.Value], dims: DecoderDims) -> ir.Value:
+    """What is scored, [1, S, heads, head_dim]: projections, or the hidden states seen as heads."""
+    if "states" in values:
+        return values["states"]
+    heads = _heads(chooser, dims)
+    return nodes.op("Reshape", values["hidden"], nodes.ints(1, -1, heads, dims.hidden_size // heads))
+
+
+def _heads(chooser: Chooser, dims: DecoderDims) -> int:
+    """Heads of the states that a chooser scores."""
+    return dims.kv_heads if scored_source(chooser) in {Source.KEY, Source.VALUE} else dims.heads
 
 
 def _outputs(

@@ -11,6 +11,7 @@ import click
 from ep_export.cli.console import note, print_json, print_table, progress_bar
 from ep_export.cli.options import bundle_argument, image_option, json_option, keep_options, optional_keep
 from ep_export.cli.runtime import backend_sentence, open_backend, runtime_options
+from ep_export.cli.units import bytes_text
 from ep_export.documents import encode
 from ep_export.errors import UsageError
 from ep_export.plan import check_schedule
@@ -183,7 +184,7 @@ def _print(bundle: Path, latency: Latency, agreement: Sequence[Agreement]) -> No
         "by round"
     )
     if latency.peak_memory_bytes:
-        note(f"largest resident memory of this process: {latency.peak_memory_bytes / 2**20:.0f} MiB")
+        note(f"largest resident memory of this process: {bytes_text(latency.peak_memory_bytes)}")
 
 
 def _rows(latency: Latency) -> list[tuple[str, ...]]:
@@ -203,16 +204,17 @@ def _rows(latency: Latency) -> list[tuple[str, ...]]:
             str(latency.visual_tokens),
             *(", ".join(map(str, side.visual_tokens_kept)) for side in pruned),
         ),
-        times("vision encoder, ms", lambda stages: stages.vision),
-        times("prefill, ms", lambda stages: stages.prefill),
+        times("time to first token, ms", lambda stages: stages.first_token),
+        gains(lambda stages: stages.first_token),
+        ("  by FLOPs", "", *(f"x {side.predicted_first_token:.2f}" for side in pruned)),
+        times("of it vision encoder, ms", lambda stages: stages.vision),
+        times("of it prefill, ms", lambda stages: stages.prefill),
         gains(lambda stages: stages.prefill),
         ("  by decoder FLOPs", "", *(f"x {side.predicted_prefill:.2f}" for side in pruned)),
         ("  of it prune components, ms", "", *(_text(side.prune_ms) for side in pruned)),
-        times("first token, ms", lambda stages: stages.first_token),
-        gains(lambda stages: stages.first_token),
         times("decode, ms a token", lambda stages: stages.decode),
         gains(lambda stages: stages.decode),
-        ("KV cache after prefill, MiB", *(f"{side.kv_bytes / 2**20:.2f}" for side in sides)),
+        ("KV cache after prefill, all layers and tokens", *(bytes_text(side.kv_bytes) for side in sides)),
         ("", "", *(f"x {full.kv_bytes / side.kv_bytes:.2f}" for side in pruned)),
     ]
 

@@ -155,6 +155,11 @@ def print_bundle(prepared: Prepared, result: BuildResult, *, check: bool, as_jso
         for warning in result.bundle.manifest.warnings:
             note(f"warning: {warning}")
         click.echo(str(result.bundle.path))
+        if result.bundle.path != prepared.request.out:
+            note(
+                f"{prepared.request.out} is still the earlier bundle: the new one was found different and "
+                f"lies in {result.bundle.path}"
+            )
         if request := prepared.request.compile:
             if result.compiled:
                 print_compiled(request.target, result.compiled)

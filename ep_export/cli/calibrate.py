@@ -8,13 +8,23 @@ from typing import TYPE_CHECKING
 import click
 
 from ep_export.cli.console import note, print_json, print_table, progress_bar
-from ep_export.cli.options import json_option, keep_options, model_option, optional_keep
+from ep_export.cli.options import (
+    executor_from,
+    executor_options,
+    json_option,
+    keep_options,
+    model_option,
+    optional_keep,
+)
 from ep_export.errors import UsageError
 
 if TYPE_CHECKING:
     from ep_export.calibrate import Record
 
 __all__ = ["calibrate"]
+
+_MOST_ROWS = 25
+"""Of the table on the terminal."""
 
 
 @click.command()
@@ -34,9 +44,7 @@ __all__ = ["calibrate"]
     "--seed", type=int, default=0, show_default=True, help="Of the random floor and the resampling."
 )
 @click.option("--device", default="cpu", show_default=True, help="Where torch runs, e.g. cuda.")
-@click.option(
-    "--jobs", type=click.IntRange(1), default=1, show_default=True, help="Processes; each holds the model."
-)
+@executor_options
 @click.option(
     "--out", type=click.Path(path_type=Path), metavar="FILE", help="Record to write [./<model>.json]."
 )
@@ -52,7 +60,8 @@ def calibrate(
     max_images: int | None,
     seed: int,
     device: str,
-    jobs: int,
+    jobs: int | None,
+    ray: str | None,
     out: Path | None,
     overwrite: bool,
     as_json: bool,
@@ -63,7 +72,7 @@ def calibrate(
     """
     from ep_export.calibrate import calibrate as measure
     from ep_export.checkpoint import open_checkpoint
-    from ep_export.measure.prompts import GENERIC_QUESTIONS, read_questions
+    from ep_export.measure.prompts import GENERIC_QUESTIONS, read_asked
 
     wanted = optional_keep(keep, keep_tokens)
     if wanted is None:
@@ -77,12 +86,12 @@ def calibrate(
             checkpoint,
             images,
             keep=wanted,
-            prompts=read_questions(prompts) if prompts else GENERIC_QUESTIONS,
+            prompts=read_asked(prompts) if prompts else GENERIC_QUESTIONS,
             layers=_layers(layers),
             max_images=max_images,
             seed=seed,
             device=device,
-            jobs=jobs,
+            executor=executor_from(jobs, ray),
             out=file,
             progress=progress,
             announce=note,
@@ -97,20 +106,27 @@ def calibrate(
 
 def show_record(record: Record) -> None:
     """The curves and the policy table, best first."""
+    curves = [record.query_entropy, record.key_entropy, *(curve.values for curve in record.metrics)]
     rows = [
-        (str(i), f"{query:.3f}", f"{key:.3f}", "<- collapse" if i == record.ecl else "")
-        for i, (query, key) in enumerate(zip(record.query_entropy, record.key_entropy, strict=True))
+        (str(i), *(f"{value:.3g}" for value in values), "<- collapse" if i == record.ecl else "")
+        for i, values in enumerate(zip(*curves, strict=True))
     ]
-    print_table(
-        f"layer entropy in nats over {record.images} pictures", ("layer", "queries", "keys", ""), rows
-    )
+    header = ("layer", "queries", "keys", *(curve.metric for curve in record.metrics), "")
+    print_table(f"by layer over {record.images} pictures (entropies in nats)", header, rows)
     ranked = [
-        (str(c.layer), c.policy, f"{c.kl:.4f}", f"{c.top1_agreement:.1%}")
-        for c in sorted(record.candidates, key=lambda c: c.kl)
+        (c.name, f"{c.kl:.4f}", f"{c.top1_agreement:.1%}", str(c.images or record.images))
+        for c in sorted(record.candidates, key=lambda c: (-(c.images or record.images), c.kl))[:_MOST_ROWS]
     ]
-    print_table("fidelity to the unpruned model, best first", ("K", "policy", "KL", "top-1"), ranked)
-    click.echo(record.collapse_finding)
-    click.echo(record.recommendation)
+    title = "fidelity to the unpruned model, best first"
+    if len(record.candidates) > _MOST_ROWS:
+        title += f" ({_MOST_ROWS} of {len(record.candidates)}, the record has all)"
+    print_table(title, ("policy at layer", "KL", "top-1", "pictures"), ranked)
+    click.echo(f"collapse: {record.collapse_finding}; {record.detectors}")
+    if record.horizon is not None:
+        click.echo(f"horizon: {record.horizon.finding}")
+    for one in record.horizons:
+        click.echo(f"  {one.kind}: {one.finding}")
+    click.echo(f"recommended: {record.recommendation}")
     for skipped in record.skipped:
         note(f"skipped: {skipped}")
 

@@ -17,20 +17,29 @@ _GAP = 12
 _PAPER = (16, 22, 34)
 
 
-def draw_answer(visuals: Sequence[Visual], answer: Generation) -> Image.Image:
+def draw_answer(visuals: Sequence[Visual], question: str, answer: Generation) -> Image.Image:
     """Draw every picture and video of a prompt at every cut.
 
     Args:
         visuals: In prompt order.
+        question: What was asked of them.
         answer: Says what was kept of each; with a picture or video there is a cut.
     """
+    from ep_export.validate.picture import captioned
+
     captions = [f"from layer {cut.layer} on, {cut.policy}" for cut in answer.cuts]
     several = len(captions) > 1
     rows = [
         [_draw(visual, parts, cut, caption if several else "") for cut, caption in enumerate(captions)]
         for visual, parts in zip(visuals, _parts(visuals, answer.pictures), strict=True)
     ]
-    return _sheet(rows)
+    kept = answer.visual_tokens - answer.prompt_tokens + len(answer.kept_index)
+    return captioned(
+        _sheet(rows),
+        f"Q: {question}",
+        f"A: {answer.answer}",
+        f"{kept} of {answer.visual_tokens} visual tokens reach the last layer",
+    )
 
 
 def _parts(visuals: Sequence[Visual], pictures: Sequence[KeptPicture]) -> list[list[KeptPicture]]:

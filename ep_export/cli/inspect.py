@@ -10,6 +10,7 @@ from ep_export.bundle import Bundle, Component, Manifest
 from ep_export.cli.console import print_json, print_table
 from ep_export.cli.options import bundle_argument, json_option
 from ep_export.errors import UserError
+from ep_export.numerics import RoundingCost
 
 __all__ = ["inspect"]
 
@@ -67,6 +68,7 @@ def _facts(manifest: Manifest, *, verified_files: bool) -> list[tuple[str, str]]
         ("files", f"{len(manifest.files)}, {total / 1e6:.1f} MB; {checked}"),
         ("made by", ", ".join(f"{name} {version}" for name, version in manifest.tools.items())),
     ]
+    facts += [(f"cost: {cost.variant}", _cost(cost)) for cost in manifest.rounding]
     facts += [(f"verified: {where}", sentence) for where, sentence in manifest.verified.items()]
     facts += [("warning", sentence) for sentence in manifest.warnings]
     return facts
@@ -90,6 +92,14 @@ def _interface(component: Component) -> list[tuple[str, str, str, str]]:
             (arrow, spec.name, spec.dtype, "[" + ", ".join(map(str, spec.shape)) + "]") for spec in specs
         ]
     return rows
+
+
+def _cost(cost: RoundingCost) -> str:
+    """How far a variant is from the unquantised, unpruned model."""
+    return (
+        f"KL {cost.kl:.1e} from the model as it was, same top token at {cost.agreement:.1%} of "
+        f"{cost.positions} positions"
+    )
 
 
 def _weights(manifest: Manifest) -> str:

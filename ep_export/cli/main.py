@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import traceback
+from collections.abc import Iterator
 
 import click
 
@@ -13,24 +15,28 @@ from ep_export.cli.bench import bench
 from ep_export.cli.build import build
 from ep_export.cli.calibrate import calibrate
 from ep_export.cli.compile import compile_verb
-from ep_export.cli.console import print_error, printable
+from ep_export.cli.console import print_error, print_json, printable, quiet_option, verbose_option
 from ep_export.cli.export import export
 from ep_export.cli.inspect import inspect
+from ep_export.cli.missing import missing_package
 from ep_export.cli.models import models
 from ep_export.cli.package import package
 from ep_export.cli.plan import plan
 from ep_export.cli.plugin import plugin
 from ep_export.cli.policy import policy
 from ep_export.cli.run import run
+from ep_export.cli.serve import serve
 from ep_export.cli.sweep import sweep
 from ep_export.cli.targets import targets
 from ep_export.cli.validate import validate
 from ep_export.errors import UserError, reason
+from ep_export.interrupts import Terminated, terminable
 
 __all__ = ["cli", "main"]
 
 EXIT_FAILED = 1
-EXIT_INTERRUPTED = 130
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells say it
+EXIT_TERMINATED = 143  # 128 + SIGTERM
 
 _EPILOG = """\b
 Start here:
@@ -44,7 +50,9 @@ Exit codes: 0 done, 1 failed, 2 usage, 3 validated and found different."""
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}, epilog=_EPILOG
 )
-@click.version_option(ep_export.__version__, prog_name="ep-export")
+@click.version_option(ep_export.__version__, "-V", "--version", prog_name="ep-export")
+@quiet_option
+@verbose_option
 def cli() -> None:
     """Export vision-language models with entropy pruning inside the decoder."""
 
@@ -61,6 +69,7 @@ for verb in (
     package,
     validate,
     run,
+    serve,
     bench,
     sweep,
     inspect,
@@ -70,7 +79,7 @@ for verb in (
 
 
 def main(program: str = "ep-export") -> None:
-    """Entry point of the console script. Exits with 0, 1, 2, 3 or 130.
+    """Entry point of the console script. Exits with 0, 1, 2, 3, 130 or 143.
 
     Args:
         program: What help and usage call it.
@@ -79,7 +88,8 @@ def main(program: str = "ep-export") -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    sys.exit(_run(program))
+    with terminable():
+        sys.exit(_run(program))
 
 
 def _run(program: str) -> int:
@@ -88,21 +98,38 @@ def _run(program: str) -> int:
     except UserError as error:
         return _fail(str(error), error.hint, error.exit_code)
     except click.UsageError as error:
-        click.UsageError(printable(error.format_message()), error.ctx).show()
+        message = printable(error.format_message())
+        click.UsageError(message, error.ctx).show()
+        _fail_as_json(message, "", error.exit_code)
         return error.exit_code
     except click.ClickException as error:
         return _fail(error.format_message(), "", error.exit_code)
     except (KeyboardInterrupt, click.Abort) as error:
         # click makes its Abort of a KeyboardInterrupt; `ep_export.measure.journal.Interrupted` has a hint
-        hint = getattr(error.__cause__ or error, "hint", "")
-        return _fail("interrupted; no output was left half-written", hint, EXIT_INTERRUPTED)
+        causes = list(_causes(error))
+        hint = next((cause.hint for cause in causes if hasattr(cause, "hint")), "")
+        terminated = any(isinstance(cause, Terminated) for cause in causes)
+        code = EXIT_TERMINATED if terminated else EXIT_INTERRUPTED
+        return _fail("interrupted; no output was left half-written", hint, code)
     except BrokenPipeError:
         # The reader of stdout left (`| head`); keep the interpreter from complaining when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
     except (OSError, UnicodeError, MemoryError, RecursionError) as error:
         return _fail(*_not_ours(error), EXIT_FAILED)
+    except ModuleNotFoundError as error:
+        told = missing_package(error)
+        if told is None:
+            raise
+        return _fail(*told, EXIT_FAILED)
     return result if isinstance(result, int) else 0
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception and those it was raised from."""
+    while error is not None:
+        yield error
+        error = error.__cause__
 
 
 def _not_ours(error: OSError | UnicodeError | MemoryError | RecursionError) -> tuple[str, str]:
@@ -143,4 +170,13 @@ _FILE_ERRORS = {
 
 def _fail(message: str, hint: str, code: int) -> int:
     print_error(message, hint)
+    _fail_as_json(message, hint, code)
+    if "-v" in sys.argv or "--verbose" in sys.argv:
+        traceback.print_exc()
     return code
+
+
+def _fail_as_json(message: str, hint: str, code: int) -> None:
+    """Where a machine reads stdout it finds an object there, whatever happened."""
+    if "--json" in sys.argv:
+        print_json({"error": {"message": message, "hint": hint, "exit_code": code}})

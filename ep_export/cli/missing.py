@@ -13,6 +13,7 @@ _EXTRAS = {
     "optimum": "optimum",
     "polygraphy": "export",
     "prometheus_client": "serve",
+    "pydantic": "serve",
     "ray": "ray",
     "starlette": "serve",
     "tensorrt_rtx": "rtx",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -14,8 +14,13 @@ from ep_export.errors import UsageError
 from ep_export.numerics import DEFAULT_GROUP, GROUPS, WeightKind, Weights
 from ep_export.policy import DEFAULT_DEGREE, DEGREES, Keep
 
+if TYPE_CHECKING:
+    from ep_export.measure.executors import Executor
+
 __all__ = [
     "bundle_argument",
+    "executor_from",
+    "executor_options",
     "export_options",
     "image_option",
     "json_option",
@@ -65,6 +70,38 @@ policies_option = click.option(
     metavar="NAME",
     help="A policy of the bundle (see `ep-export policy list`); once for all cuts, or once a cut.",
 )
+
+
+def executor_options(function: _F) -> _F:
+    """`--jobs` and `--ray`."""
+    for option in reversed(
+        (
+            click.option(
+                "--jobs",
+                type=click.IntRange(1),
+                metavar="N",
+                help="Processes; each holds the model [1; with --ray: what the cluster has room for].",
+            ),
+            click.option(
+                "--ray",
+                metavar="ADDRESS",
+                help="Measure on this Ray cluster: auto, HOST:PORT, ray://HOST:PORT; local starts one here.",
+            ),
+        )
+    ):
+        function = option(function)
+    return function
+
+
+def executor_from(jobs: int | None, ray: str | None) -> Executor:
+    """What `executor_options` collected."""
+    from ep_export.measure.executors import InProcess, Processes
+
+    if ray is not None:
+        from ep_export.measure.on_ray import OnRay
+
+        return OnRay(ray, jobs)
+    return InProcess() if jobs in {None, 1} else Processes(jobs or 1)
 
 
 def parse_share(text: str) -> float:

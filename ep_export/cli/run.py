@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from ep_export.cli.options import (
     policies_option,
 )
 from ep_export.cli.runtime import backend_sentence, open_backend, runtime_options
+from ep_export.cli.units import ms_text, percent_text
 from ep_export.errors import UsageError
 from ep_export.plan import check_schedule
 from ep_export.policy import Keep
@@ -124,7 +125,7 @@ def run(
             sampling=sampling,
         )
     if show:
-        draw_answer(visuals, answer).save(show)
+        draw_answer(visuals, prompt, answer).save(show)
     if sentence := backend_sentence(backend):
         note(sentence)
     numerics = opened.manifest.numerics
@@ -152,40 +153,45 @@ def _footnotes(manifest: Manifest, answer: Generation, show: Path | None) -> Non
     """What pruning did to this prompt, on stderr."""
     if answer.cuts:
         note(_pruned(manifest, answer))
-    total, count = answer.timings_ms["total"], len(answer.token_ids)
+    ms, count = answer.timings_ms, len(answer.token_ids)
+    note(_first_token(ms))
     if count > 1:
-        decode = answer.timings_ms["decode_per_token"]
-        note(f"{count} tokens in {total:.0f} ms ({decode:.1f} ms a decoded token)")
+        note(f"{count} tokens in {ms_text(ms['total'])} ({ms_text(ms['decode_per_token'])} a decoded token)")
     else:
-        note(f"1 token in {total:.0f} ms")
+        note(f"1 token in {ms_text(ms['total'])}")
     if show:
         note(f"kept patches drawn in {show}")
 
 
-def _pruned(manifest: Manifest, answer: Generation) -> str:
-    """`kept 15 of 154 visual tokens from layer 2 of 12 on (10 % there = 25 % on average): ...`."""
-    from ep_export.plan import make_plan, span_tokens
+def _first_token(ms: Mapping[str, float]) -> str:
+    """`first token after 291 ms: 12.0 ms preparation, 110 ms vision encoder, 169 ms prefill`."""
+    prefill = ms["embed"] + ms["prefill"] + ms["prune"]
+    parts = {"preparation": ms["prepare"], "vision encoder": ms["vision"], "prefill": prefill}
+    told = ", ".join(f"{ms_text(value)} {name}" for name, value in parts.items() if value)
+    pruning = f" (of it {ms_text(ms['prune'])} choosing tokens)" if ms["prune"] else ""
+    return f"first token after {ms_text(ms['first_token'])}: {told}{pruning}"
 
-    dims, visual = manifest.dims, answer.visual_tokens
-    text_tokens = answer.prompt_tokens - visual
-    schedule = manifest.scheduled(answer.policies)
-    keep = _at_most(answer.keep, visual)
-    plan = make_plan(dims, schedule, keep, visual_tokens=visual, text_tokens=text_tokens)
-    kept = [len(cut.kept_index) - text_tokens for cut in answer.cuts]
-    average = sum(len(span) * count for span, count in span_tokens(schedule, dims.layers, visual, kept))
-    clauses = [
-        f"{count} from layer {cut.layer} on ({count / visual:.0%} there)"
-        for cut, count in zip(answer.cuts, kept, strict=True)
-    ]
-    clauses[0] = (
-        f"kept {kept[0]} of {visual} visual tokens from layer {answer.cuts[0].layer} of {dims.layers} on "
-        f"({kept[0] / visual:.0%} there)"
+
+def _pruned(manifest: Manifest, answer: Generation) -> str:
+    """`kept 15 of 154 visual tokens: 10 % after layer 2 = 25 % on average over 12 layers: ...`."""
+    from ep_export.cli.plan import keep_sentence
+    from ep_export.plan import make_plan
+
+    visual = answer.visual_tokens
+    plan = make_plan(
+        manifest.dims,
+        manifest.scheduled(answer.policies),
+        _at_most(answer.keep, visual),
+        visual_tokens=visual,
+        text_tokens=answer.prompt_tokens - visual,
     )
-    where = ", ".join(clauses).removesuffix(")") + f" = {average / visual / dims.layers:.0%} on average)"
-    flops = 1 - plan.prefill_flops.pruned / plan.prefill_flops.full
-    kv = 1 - plan.visual_kv_bytes.pruned / plan.visual_kv_bytes.full
-    saved = f"{where}: {flops:.0%} fewer decoder prefill FLOPs, {kv:.0%} less visual KV cache"
-    return saved.replace("%", " %")
+    saved = {
+        "fewer FLOPs to the first token": answer.first_token_flops,
+        "fewer in decoder prefill alone": plan.prefill_flops,
+        "less visual KV cache": plan.visual_kv_bytes,
+    }
+    told = (f"{percent_text(1 - pair.pruned / pair.full)} {what}" for what, pair in saved.items())
+    return f"kept {keep_sentence(plan)}; {', '.join(told)}"
 
 
 def _at_most(keep: Keep, visual_tokens: int) -> Keep:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ep_export.cli.console import note, print_json, print_table, progress_bar
-from ep_export.cli.options import model_option
+from ep_export.cli.options import executor_from, executor_options, model_option
 from ep_export.cli.schedule import parse_cut
 from ep_export.errors import UsageError
 from ep_export.plan import average_keep
+from ep_export.sweep.record import SameBudget
 
 if TYPE_CHECKING:
     from ep_export.policy import Schedule
@@ -20,6 +22,12 @@ if TYPE_CHECKING:
     from ep_export.sweep.record import Recommended, Row, SweepRecord
 
 __all__ = ["sweep"]
+
+
+_TABLES = {
+    SameBudget.AVERAGE: "decoder GFLOP",
+    SameBudget.FIRST_TOKEN: "first-token GFLOP",
+}
 
 
 def _list_methods(context: click.Context, _option: click.Parameter, wanted: bool) -> None:
@@ -121,9 +129,7 @@ _json_first = click.option(
     show_default=True,
     help="Prompts whose prefill is timed; 0 times nothing.",
 )
-@click.option(
-    "--jobs", type=click.IntRange(1), default=1, show_default=True, help="Processes; each holds the model."
-)
+@executor_options
 @click.option("--seed", type=int, default=0, show_default=True, help="Of every random choice.")
 @click.option("--device", default="cpu", show_default=True, help="Where torch runs, e.g. cuda.")
 @click.option(
@@ -158,7 +164,7 @@ def sweep(**options: Any) -> None:
         timed_prompts=options["timed_prompts"],
         seed=options["seed"],
         device=options["device"],
-        jobs=options["jobs"],
+        executor=executor_from(options["jobs"], options["ray"]),
         **methods,
     )
     with progress_bar() as progress:
@@ -192,11 +198,19 @@ def show_sweep(record: SweepRecord) -> None:
     )
     titles = {method.key: method.title for method in record.methods}
     for keep in record.keeps:
-        rows = [row for row in record.rows if row.keep == keep]
-        rows.sort(key=lambda row: (-row.accuracy.value if row.accuracy else 0.0, row.kl.value))
-        right = ["right"] if record.dataset.answers else []
-        header = ("method", "K", *right, "top-1", "KL", "over random", "GFLOP", "prefill")
-        print_table(f"keep {keep:g}", header, [_cells(row, titles[row.method]) for row in rows])
+        for budget, title in _TABLES.items():
+            rows = [row for row in record.rows if row.keep == keep and row.belongs(budget)]
+            if budget is SameBudget.FIRST_TOKEN and all(row.budget is not budget for row in rows):
+                continue  # nothing is scaled down: it would be the first table again
+            rows.sort(key=lambda row: (-row.measure.value, row.kl.value))
+            right = ["right"] if record.dataset.answers else []
+            header = ("method", "K", "tokens", *right, "top-1", "KL", "over random", title, "prefill")
+            best = _Best.of(rows)
+            print_table(
+                f"keep {keep:g}, equal {budget.words}; * best in its column, = tied with the best row",
+                header,
+                [_cells(row, titles[row.method], best, budget) for row in rows],
+            )
     for one in record.recommended:
         click.echo(
             f"recommended for keep {one.keep:g}: {one.schedule or 'nothing'} ({one.reason}){_regret(one)}"
@@ -219,12 +233,38 @@ def _regret(one: Recommended) -> str:
     return f"; in hindsight the best policy has KL {one.regret_kl.value:.3g} less"
 
 
-def _cells(row: Row, title: str) -> tuple[str, ...]:
-    cells = [title, "+".join(str(cut.layer) for cut in row.cuts)]
+@dataclass(frozen=True)
+class _Best:
+    """The best figure of every column of a table, which is marked there."""
+
+    accuracy: float
+    agreement: float
+    kl: float
+
+    @classmethod
+    def of(cls, rows: Sequence[Row]) -> _Best:
+        return cls(
+            max((row.accuracy.value for row in rows if row.accuracy), default=0.0),
+            max(row.agreement.value for row in rows),
+            min(row.kl.value for row in rows),
+        )
+
+
+def _cells(row: Row, title: str, best: _Best, budget: SameBudget) -> tuple[str, ...]:
+    tie = " =" if row.tied else ""
+    tokens = "+".join(f"{count:.0f}" for count in row.kept_tokens)
+    cells = [title, "+".join(str(cut.layer) for cut in row.cuts) or "-", tokens]
     if row.accuracy is not None:
-        cells.append(str(row.accuracy))
-    cells += [f"{row.agreement.value:.1%}", f"{row.kl.value:.4f}", _over_random(row)]
-    return (*cells, f"{row.flops / 1e9:.3g}", f"{row.prefill.speedup:.2f}x" if row.prefill else "-")
+        cells.append(f"{row.accuracy}{_star(row.accuracy.value, best.accuracy)}{tie}")
+        tie = ""
+    cells.append(f"{row.agreement.value:.1%}{_star(row.agreement.value, best.agreement)}{tie}")
+    cells += [f"{row.kl.value:.4f}{_star(row.kl.value, best.kl)}", _over_random(row)]
+    flops = row.first_token_flops if budget is SameBudget.FIRST_TOKEN else row.flops
+    return (*cells, f"{flops / 1e9:.3g}", f"{row.prefill.speedup:.2f}x" if row.prefill else "-")
+
+
+def _star(value: float, best: float) -> str:
+    return "*" if value == best else ""
 
 
 def _over_random(row: Row) -> str:

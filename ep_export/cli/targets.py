@@ -10,7 +10,7 @@ import click
 from ep_export.cli.console import print_json
 from ep_export.cli.options import json_option
 from ep_export.policy import Scorer, TopK
-from ep_export.targets import CHOOSERS, Flavour, Target, load_targets
+from ep_export.targets import AS_THEY_ARE, CHOOSERS, Flavour, Target, load_targets
 
 __all__ = ["targets"]
 
@@ -36,7 +36,7 @@ def targets(as_json: bool) -> None:
         return
     groups: dict[tuple[object, ...], list[Target]] = {}
     for target in known:
-        alike = (target.flavour, target.versions, target.cuda, target.graphs, target.choosers)
+        alike = (target.flavour, target.versions, target.cuda, target.graphs, target.weights, target.choosers)
         groups.setdefault((*alike, target.verified), []).append(target)
     for group in sorted(groups.values(), key=lambda group: (_SOFTWARE[group[0].flavour], group[0].name)):
         for line in _group_lines(group):
@@ -55,6 +55,7 @@ def _entry(target: Target) -> dict[str, object]:
         "verified": target.verified,
         "title": target.title,
         "graphs": target.graphs,
+        "weights": target.weights,
         "choosers": target.choosers,
         "scorers": [scorer for scorer in Scorer if target.takes_chooser(TopK(scorer))],
         "versions": target.versions,
@@ -78,6 +79,7 @@ def _group_lines(group: Sequence[Target]) -> list[str]:
         policies += "; scores by the EntropyPrune plugin, or TensorRT's own operators"
     shared = (
         ("graphs", ", ".join(map(str, first.graphs))),
+        ("weights", ", ".join("as they are" if kind == AS_THEY_ARE else kind for kind in first.weights)),
         ("policies", policies),
         ("verified", first.verified),
     )

@@ -14,7 +14,8 @@ from ep_export.checkpoint import open_config
 from ep_export.engine.profiles import max_visual_tokens
 from ep_export.engine_record import Limits
 from ep_export.errors import UserError
-from ep_export.fit import Estimate, estimate, vision_size
+from ep_export.first_token import tokens_work
+from ep_export.fit import Estimate, estimate
 from ep_export.numerics import WeightKind
 from ep_export.plan import make_plan
 from ep_export.policy import Keep, Nothing, Schedule
@@ -79,12 +80,11 @@ def estimate_limits(bundle: Bundle, target: Target, limits: Limits) -> Estimate 
         _as_much_as_passes(manifest.schedule, manifest.dims.layers),
         visual_tokens=visual,
         text_tokens=limits.max_prompt - visual,
+        vision=tokens_work(open_config(str(bundle.file("processor"))), visual),
     )
-    vision = vision_size(open_config(str(bundle.file("processor"))).config)
     return estimate(
         plan,
         target,
-        vision,
         new_tokens=limits.max_new_tokens,
         graphs=_graphs(manifest),
         weights=manifest.numerics.weights if manifest.numerics else None,

@@ -28,7 +28,8 @@ from ep_export.engine.placement import Placement, PruneOn, check_chooser, place_
 from ep_export.engine.profiles import MAX_NEW_TOKENS, LimitsRequest, make_profiles, resolve_limits
 from ep_export.engine_record import ENGINES, RECORD, EngineRecord, Limits, engine_directory
 from ep_export.errors import UsageError
-from ep_export.fit import Estimate, VisionSize, estimate
+from ep_export.fit import Estimate, estimate
+from ep_export.numerics import Weights
 from ep_export.plan import Plan
 from ep_export.progress import Progress, silent
 from ep_export.staging import refuse_existing, staged
@@ -166,14 +167,16 @@ def check_compiler(request: CompileRequest) -> None:
         require_compiler(target)
 
 
-def check_ahead(request: CompileRequest, plan: Plan, vision: VisionSize, graphs: Graphs) -> None:
+def check_ahead(
+    request: CompileRequest, plan: Plan, graphs: Graphs, weights: Weights | None = None
+) -> None:
     """Refuse what the target cannot compute or hold, before a bundle is built for it.
 
     Args:
         request: What compiling will be asked for.
         plan: Of a typical picture; `compile_bundle` checks again at the limits.
-        vision: Size of the encoder.
         graphs: What the bundle will have.
+        weights: What its linear layers will be stored in.
 
     Raises:
         UserError: The target does not take a policy, or the model does not fit.
@@ -184,7 +187,7 @@ def check_ahead(request: CompileRequest, plan: Plan, vision: VisionSize, graphs:
         for cut in plan.schedule.cuts:
             check_chooser(cut.chooser, target, plugin=plugin)
     new_tokens = request.limits.max_new_tokens or MAX_NEW_TOKENS
-    guessed = estimate(plan, target, vision, new_tokens=new_tokens, graphs=graphs)
+    guessed = estimate(plan, target, new_tokens=new_tokens, graphs=graphs, weights=weights)
     if not request.force:
         check_fit(target, plan.visual_tokens + plan.text_tokens, guessed)
 

@@ -126,7 +126,7 @@ def write_engines(
             flavour=job.target.flavour,
             version=job.compiler,
             cuda=job.target.cuda or "",
-            model=job.bundle.manifest.model,
+            model=job.bundle.manifest.model_name,
             dialect=job.bundle.manifest.dialect,
             precision=job.bundle.manifest.precision,
             limits=job.limits,

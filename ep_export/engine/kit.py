@@ -162,7 +162,7 @@ def write_kit(
         title=target.title,
         sm=target.sm or "",
         tensorrt=str(target.versions),
-        model=bundle.manifest.model,
+        model=bundle.manifest.model_name,
         precision=bundle.manifest.precision,
         limits=limits,
         profiles={component.name: profiles[component.name] for component in plan.components},
@@ -269,7 +269,7 @@ def _record(plan: _Plan) -> EngineRecord:
         flavour=target.flavour,
         version="",
         cuda=target.cuda or "",
-        model=manifest.model,
+        model=manifest.model_name,
         dialect=manifest.dialect,
         precision=manifest.precision,
         limits=plan.limits,
@@ -293,11 +293,11 @@ def _record(plan: _Plan) -> EngineRecord:
 
 
 def _write_golden(plan: _Plan, out: Path, progress: Progress, model: str | None) -> tuple[GoldenCase, ...]:
-    from ep_export.checkpoint import open_checkpoint
+    from ep_export.checkpoint import open_origin
     from ep_export.engine.kit_golden import write_golden
 
     try:
-        checkpoint = open_checkpoint(model or plan.bundle.manifest.model)
+        checkpoint = open_origin(plan.bundle, model)
     except UserError as error:
         raise UserError(
             f"the golden outputs of a kit come from the checkpoint: {error}",

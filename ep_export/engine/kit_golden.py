@@ -24,13 +24,15 @@ from polygraphy.comparator import IterationResult, RunResults
 from polygraphy.json import save_json
 
 from ep_export.bundle import Bundle, Component, Manifest, Precision, Role
+from ep_export.checkpoint import check_origin
 from ep_export.choosers import choose
+from ep_export.choosers.coverage import weighted_rows
 from ep_export.choosers.top_k import picture_of
 from ep_export.engine.checks import free_memory
 from ep_export.engine.kit_files import GoldenCase
 from ep_export.errors import UserError
 from ep_export.families import family_named
-from ep_export.policy import Budget, TopK
+from ep_export.policy import Budget, Coverage, TopK
 from ep_export.progress import Progress
 from ep_export.reference import load_model
 from ep_export.runtime import OnnxRuntimeRunner
@@ -100,11 +102,7 @@ def write_golden(
         UserError: Another checkpoint, limits too small for every test card, or too little memory.
     """
     manifest = bundle.manifest
-    if manifest.model_sha256 != checkpoint.fingerprint:
-        raise UserError(
-            f"bundle {bundle.path} was built from another checkpoint than {checkpoint.source}",
-            hint=f"give the checkpoint it names: {manifest.model}",
-        )
+    check_origin(bundle, checkpoint)
     _check_memory(checkpoint)
     prompt = _prompt(bundle, checkpoint, limits)
     steps = 3
@@ -266,6 +264,9 @@ def _choice(bundle: Bundle, case: _Case) -> dict[str, Any]:
         judged["scores"] = choice.scores.numpy()
         judged["select"] = chooser.select.value
         judged["pictures"] = picture_of(index) if per_picture else np.zeros_like(index)
+    if isinstance(chooser, Coverage):
+        rows, first = weighted_rows(chooser, tokens)
+        judged["weights"] = torch.where(rows.finite, first, 0.0).numpy()
     return judged
 
 

@@ -79,7 +79,7 @@ def readme(
         title=target.title, cuda=target.cuda, versions=versions, pip=pip
     )
     return Template(template.read_text(encoding="utf-8")).substitute(
-        model=_plain(manifest.model),
+        model=_plain(manifest.model_name),
         title=target.title,
         target=target.name,
         sm=target.sm,

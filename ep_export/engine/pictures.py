@@ -13,17 +13,15 @@ from typing import TYPE_CHECKING
 
 from ep_export.engine_record import ShapeRange
 from ep_export.errors import UserError
-from ep_export.families.base import Video
+from ep_export.families.base import TYPICAL_PICTURE, Video
+from ep_export.families.picture_sizes import scaled_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from ep_export.families.base import Family, PromptBuilder, Visual
 
-__all__ = ["TYPICAL_PICTURE", "PictureShapes", "picture_shapes"]
-
-TYPICAL_PICTURE = (640, 480)
-"""Width and height that kernels are chosen for: the size of most benchmark pictures."""
+__all__ = ["PictureShapes", "picture_shapes"]
 
 # Sides of pictures as width / height. Processors refuse or squash what is thinner; tiles change with it.
 _ASPECTS = (1.0, 4 / 3, 3 / 2, 16 / 9, 2.0, 3.0, 4.0, 6.0, 9.0, 16.0, 32.0, 64.0, 128.0)
@@ -75,7 +73,7 @@ def picture_shapes(
     """
     from PIL import Image
 
-    typical = _fitted(TYPICAL_PICTURE, max_pixels)
+    typical = scaled_size(TYPICAL_PICTURE, max_pixels)
     sizes = [typical, *_sizes(min(_SMALLEST, max_pixels)), *_sizes(math.prod(typical)), *_sizes(max_pixels)]
     by_size = {
         size: sample
@@ -147,10 +145,3 @@ def _sizes(pixels: int) -> Iterator[tuple[int, int]]:
         width = max(1, pixels // height)
         yield width, height
         yield height, width
-
-
-def _fitted(size: tuple[int, int], max_pixels: int) -> tuple[int, int]:
-    """The size, made smaller when it has too many pixels."""
-    shrink = min(1.0, math.sqrt(max_pixels / math.prod(size)))
-    width, height = (max(1, int(side * shrink)) for side in size)
-    return width, height

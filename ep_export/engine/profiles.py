@@ -188,7 +188,7 @@ class _Typical:
         visual = min(pictures.visual_tokens[1], limits.max_prompt)
         text = min(limits.max_prompt - visual, _TYPICAL_TEXT)
         try:
-            kept = kept_tokens(manifest.keep, schedule, layers=layers, visual_tokens=visual)
+            kept = kept_tokens(manifest.keep.largest, schedule, layers=layers, visual_tokens=visual)
         except UsageError:  # so few tokens that the layers before the first cut have more of this picture
             kept = (1,) * len(schedule.cuts)
         kept = tuple(min(limits.max_kept_tokens, k) for k in kept)

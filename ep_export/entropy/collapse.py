@@ -54,7 +54,7 @@ class Collapse:
     finding: str
 
 
-def find_collapse(entropies: NDArray[np.float64], *, seed: int = 0) -> Collapse:
+def find_collapse(entropies: NDArray[np.float64], *, seed: int = 0, unit: str = " nats") -> Collapse:
     """K = argmax over l >= 1 of S_{l-1} - S_l, if a collapse there is.
 
     All must hold: at least 4 pictures; the drop's 95% bootstrap interval is above 0; the largest drop is at
@@ -62,8 +62,9 @@ def find_collapse(entropies: NDArray[np.float64], *, seed: int = 0) -> Collapse:
     of the entropy before it.
 
     Args:
-        entropies: [images, layers] in nats, finite.
+        entropies: [images, layers] in nats, finite; or another metric that falls in a collapse.
         seed: Of the resampling.
+        unit: What the finding calls its numbers.
 
     Raises:
         ValueError: Fewer than 2 layers, or no picture.
@@ -81,8 +82,8 @@ def find_collapse(entropies: NDArray[np.float64], *, seed: int = 0) -> Collapse:
     before = float(entropies[:, at].mean())
     others = np.abs(np.delete(mean, at))
     usual = float(np.median(others)) if len(others) else 0.0
-    reason = _objection(images, confidence, float(mean[at]), low, before, usual)
-    step = f"the largest drop is {mean[at]:.3f} nats at layer {at + 1} (interval from {low:.3f})"
+    reason = _objection(images, confidence, f"{mean[at]:.3f}{unit}", float(mean[at]), low, before, usual)
+    step = f"the largest drop is {mean[at]:.3f}{unit} at layer {at + 1} (interval from {low:.3f})"
     return Collapse(
         layer=None if reason else at + 1,
         sharpest=at + 1,
@@ -107,19 +108,19 @@ def fixed_rule_stages(mean_entropy: NDArray[np.float64], *, threshold: float = -
 
 
 def _objection(
-    images: int, confidence: float, drop: float, low: float, before: float, usual: float
+    images: int, confidence: float, said: str, drop: float, low: float, before: float, usual: float
 ) -> str | None:
     """Why the largest drop is no collapse, or None."""
     if images < MIN_IMAGES:
         return f"{images} pictures are too few, {MIN_IMAGES} are needed"
     if drop <= 0:
-        return "entropy falls at no layer"
+        return "it falls at no layer"
     if low <= 0:
-        return f"the largest drop, {drop:.3f} nats, is not above 0 for sure"
+        return f"the largest drop, {said}, is not above 0 for sure"
     if confidence < MIN_CONFIDENCE:
         return f"the largest drop is at the same layer in {confidence:.0%} of resamples only"
     if drop < MIN_RATIO * usual:
-        return f"the largest drop, {drop:.3f} nats, does not stand out from the usual change of {usual:.3f}"
+        return f"the largest drop, {said}, does not stand out from the usual change of {usual:.3f}"
     if drop < MIN_SHARE * before:
-        return f"the largest drop, {drop:.3f} nats, is small against the entropy of {before:.2f} before it"
+        return f"the largest drop, {said}, is small against the {before:.2f} before it"
     return None

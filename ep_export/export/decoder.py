@@ -23,7 +23,7 @@ from ep_export.export.recording import Size, Spec, Varying
 from ep_export.export.tracing import trace
 from ep_export.families.base import DecoderModules
 
-__all__ = ["STATES", "build_embed_tokens", "build_span", "check_decoder"]
+__all__ = ["STATES", "Rotary", "build_embed_tokens", "build_span", "check_decoder"]
 
 STATES = ("query_states", "key_states", "value_states")
 
@@ -35,12 +35,20 @@ _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
-class _Rotary(torch.nn.Module):
+class Rotary(torch.nn.Module):
+    """Rotary tables as a dialect has them, from the model's own module.
+
+    Args:
+        rotary: The module.
+        forms: Of the dialect.
+    """
+
     def __init__(self, rotary: torch.nn.Module, forms: Forms) -> None:
         super().__init__()
         self.rotary, self.forms = rotary, forms
 
     def forward(self, hidden: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B, T, d] (its type counts) and positions [A, B, T] -> cos and sin."""
         cos, sin = self.rotary(hidden, positions if positions.shape[0] > 1 else positions[0])
         return self.forms.tables(cos, sin)
 
@@ -122,13 +130,15 @@ def check_decoder(modules: DecoderModules) -> None:
             )
 
 
-def build_embed_tokens(graph: GraphBuilder, modules: DecoderModules, dims: DecoderDims) -> None:
-    """input_ids [1,S] -> inputs_embeds [1,S,d]. Only the rows read are cast, not the table."""
-    ids = graph.input("input_ids", (1, "S"), Spec((1, _LENGTH), torch.int64))
+def build_embed_tokens(
+    graph: GraphBuilder, modules: DecoderModules, dims: DecoderDims, *, batch: int | str = 1
+) -> None:
+    """input_ids [B,S] -> inputs_embeds [B,S,d]. Only the rows read are cast, not the table."""
+    ids = graph.input("input_ids", (batch, "S"), Spec((1, _LENGTH), torch.int64))
     table = graph.stored(modules.embed_tokens.weight)  # type: ignore[arg-type]
     shape: tuple[Size, ...] = (1, _LENGTH, dims.hidden_size)
     rows = graph.tensor("Gather", [table, ids], Spec(shape, table.spec.dtype), axis=0)
-    graph.output(graph.cast(rows, graph.dtype), "inputs_embeds", (1, "S", dims.hidden_size))
+    graph.output(graph.cast(rows, graph.dtype), "inputs_embeds", (batch, "S", dims.hidden_size))
 
 
 def build_span(
@@ -140,7 +150,7 @@ def build_span(
     positions = graph.input("position_ids", (axes, 1, "T"), Spec((axes, 1, _LENGTH), torch.int64))
     pasts = [_past(graph, dims, i) for i in layers]
     mask = _causal_mask(graph, embeds, pasts[0][0], forms)
-    tables = trace(graph, _Rotary(modules.rotary, forms), [embeds, positions], "rotary")
+    tables = trace(graph, Rotary(modules.rotary, forms), [embeds, positions], "rotary")
     rows = graph.rows(embeds)
     presents, states = [], []
     for i, past in zip(layers, pasts, strict=True):

@@ -1,7 +1,8 @@
-"""The two operator dialects: how attention, norms and rotary embedding are written.
+"""The operator dialects: how attention, norms and rotary embedding are written.
 
 Portable (opset 20) is what Hugging Face computes, in MatMul, Softmax and elementwise operators. Modern (opset
-23) has Attention, RMSNormalization and RotaryEmbedding.
+23) has Attention, RMSNormalization and RotaryEmbedding. For ONNX Runtime spans have a builder of their own,
+`fused_decoder`; its encoders are portable, which ONNX Runtime fuses by itself.
 """
 
 from __future__ import annotations
@@ -107,5 +108,12 @@ FORMS: Mapping[Dialect, Forms] = {
         _onnx_tables,
         _onnx_rotate,
         lambda dtype: dtype,  # Attention takes a mask of the query's type
+    ),
+    Dialect.ONNXRUNTIME: Forms(
+        portable_attention,
+        _portable_rms_norm,
+        _onnx_tables,
+        _onnx_rotate,
+        lambda _: torch.float32,
     ),
 }

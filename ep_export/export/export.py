@@ -30,12 +30,13 @@ from ep_export.bundle import (
 from ep_export.errors import UserError
 from ep_export.export.checks import refuse_unsupported
 from ep_export.export.components import save_component
-from ep_export.export.packing import BLOCKS_OPSET, linear_names, pack, published_packing
+from ep_export.export.packing import BLOCKS_OPSET, decoder_weights, pack, published_packing
 from ep_export.export.policies import OPSETS, check_choosers, chooser_notes, save_policies
 from ep_export.export.shards import Shards
 from ep_export.numerics import Numerics
 from ep_export.policy import DEFAULT_DEGREE, Chooser, Evidence, Keep, Schedule
 from ep_export.progress import Progress, silent
+from ep_export.weights.store import FILE
 
 if TYPE_CHECKING:
     import torch
@@ -92,18 +93,25 @@ def export_bundle(
     choosers = {i: tuple(dict.fromkeys((cut.chooser, *policies))) for i, cut in enumerate(schedule.cuts)}
     check_choosers(schedule, choosers, checkpoint.dims)
     steps = 4
-    if checkpoint.published is not None:
-        if packing is not None:
-            raise UserError(
-                f"{checkpoint.source} is quantized already, by {checkpoint.published.layout}",
-                hint="leave out --weights: its layers are taken as they are",
-            )
-        packing = published_packing(checkpoint)
+    if checkpoint.published is not None and packing is not None:
+        raise UserError(
+            f"{checkpoint.source} is quantized already, by {checkpoint.published.layout}",
+            hint="leave out --weights: its layers are taken as they are",
+        )
+    rounded: tuple[str, ...] = ()
+    decoder = decoder_weights(checkpoint) if packing or checkpoint.published else None
+    if checkpoint.published is not None and decoder is not None:
+        packing = published_packing(checkpoint, decoder)
+    elif decoder is not None:
+        rounded = decoder.linears
     opset = max(OPSETS[dialect], BLOCKS_OPSET if packing else 0)
-    names = tuple(checkpoint.packed) or (linear_names(checkpoint) if packing else ())
-    shards = Shards([ref for name, ref in checkpoint.tensors.items() if name not in names], out, weights)
+    shards = Shards([ref for name, ref in checkpoint.tensors.items() if name not in rounded], out, weights)
     try:
-        packed = pack(checkpoint, names, packing, shards, precision, progress) if packing else {}
+        packed = {}
+        if packing and decoder:
+            file = shards.own(FILE)
+            packed = pack(checkpoint, decoder, packing, file, compute=precision.value, progress=progress)
+            shards.add(file)
         progress(_STAGE, 0, steps)
         components = tuple(_components(checkpoint, shards, packed, out, schedule, dialect, precision, opset))
         progress(_STAGE, 1, steps)
@@ -123,7 +131,7 @@ def export_bundle(
     finally:
         shards.close()
     manifest = Manifest(
-        model=checkpoint.source,
+        model=checkpoint.origin,
         revision=checkpoint.revision,
         model_sha256=checkpoint.fingerprint,
         family=checkpoint.family.name,
@@ -165,6 +173,7 @@ def _components(
     from ep_export.checkpoint import meta_model
     from ep_export.export.decoder import build_embed_tokens, build_span, check_decoder
     from ep_export.export.dialects import FORMS, write_norms
+    from ep_export.export.fused_decoder import build_fused_span
     from ep_export.export.graph_builder import TORCH_DTYPES, GraphBuilder, Weights
     from ep_export.export.vision import build_vision
     from ep_export.families.attention import use_attention
@@ -185,12 +194,16 @@ def _components(
 
     for name, vision in _encoders(model, checkpoint).items():
         yield component(name, Role.VISION, lambda graph: build_vision(graph, vision, dims))  # noqa: B023
-    yield component("embed_tokens", Role.EMBED, lambda graph: build_embed_tokens(graph, modules, dims))
+    batch: int | str = "B" if dialect.fixed_caches else 1
+    span = build_fused_span if dialect is Dialect.ONNXRUNTIME else build_span
+    yield component(
+        "embed_tokens", Role.EMBED, lambda graph: build_embed_tokens(graph, modules, dims, batch=batch)
+    )
     for number, layers in enumerate(schedule.spans(dims.layers)):
         yield component(
             f"decoder_{number}",
             Role.DECODER,
-            lambda graph: build_span(graph, modules, dims, layers, forms),  # noqa: B023
+            lambda graph: span(graph, modules, dims, layers, forms),  # noqa: B023
             layers=(layers.start, layers.stop),
         )
 

@@ -276,11 +276,12 @@ class GraphBuilder(Nodes):
             self._outputs,
             nodes=self.nodes,
             initializers=list(self._stored.values()),
-            opset_imports={"": self.opset},
+            opset_imports={"": self.opset, **{node.domain: 1 for node in self.nodes if node.domain}},
             name=self.name,
         )
         model = ir.Model(graph, ir_version=_IR_VERSION, producer_name=_PRODUCER)
         RemoveUnusedNodesPass()(model)
+        _drop_unread_outputs(graph)
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         return model
 
@@ -294,6 +295,14 @@ class GraphBuilder(Nodes):
         if size not in self._lengths:
             raise NotImplementedError(f"no tensor has the size {size}")
         return self.length(*self._lengths[size])
+
+
+def _drop_unread_outputs(graph: ir.Graph) -> None:
+    """Of other domains' operators, whose optional outputs the pass does not know: no name, not computed."""
+    for node in graph:
+        for value in node.outputs if node.domain else ():
+            if not value.uses() and not value.is_graph_output():
+                value.name = ""
 
 
 def ir_dtype(dtype: torch.dtype) -> ir.DataType:

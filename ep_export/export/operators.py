@@ -14,7 +14,7 @@ import torch
 from ep_export.export.graph_builder import GraphBuilder, PackedWeight, Tensor, ir_dtype
 from ep_export.export.recording import Size, Spec, Varying
 
-__all__ = ["OPERATORS", "Operator"]
+__all__ = ["OPERATORS", "Operator", "packed_linear"]
 
 Arguments: TypeAlias = Mapping[str, Any]
 Operator = Callable[..., Any]
@@ -119,6 +119,9 @@ def _pick(graph: GraphBuilder, source: Tensor, dim: int, index: Size) -> Tensor:
     dim %= len(source.spec.shape)
     shape = source.spec.shape[:dim] + source.spec.shape[dim + 1 :]
     if source.spec.shape[dim] == 1:
+        several = sum(isinstance(size, Varying) for size in shape) > 1  # which no Reshape infers
+        if several:
+            return graph.tensor("Squeeze", [source, graph.ints(dim)], Spec(shape, source.spec.dtype))
         return graph.view(source, shape)
     if isinstance(index, Varying):
         raise NotImplementedError("an entry whose place varies")
@@ -197,15 +200,15 @@ def _linear(graph: GraphBuilder, given: Arguments, result: Spec) -> Tensor:
     weight: Tensor | PackedWeight = given["weight"]
     x = graph.rows(given["input"])
     if isinstance(weight, PackedWeight):
-        return graph.view(_packed_linear(graph, x, weight, given.get("bias")), result.shape)
+        return graph.view(packed_linear(graph, x, weight, given.get("bias")), result.shape)
     inputs = [x, weight, *([] if given.get("bias") is None else [given["bias"]])]
     spec = Spec((x.spec.shape[0], weight.spec.shape[0]), result.dtype)
     out = graph.tensor("Gemm", inputs, spec, transB=1)
     return graph.view(out, result.shape)
 
 
-def _packed_linear(graph: GraphBuilder, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
-    """[rows, in] -> [rows, out] in one form that ONNX Runtime fuses and TensorRT compiles.
+def packed_linear(graph: GraphBuilder, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+    """[.., in] -> [.., out] in one form that ONNX Runtime fuses and TensorRT compiles.
 
     DequantizeLinear over blocks along the inputs, then MatMul, nothing between. Where codes have zeros z, w =
     (code - z) scale, the second part is the sums of x over blocks times -z scale: exact, and the first part
@@ -213,19 +216,20 @@ def _packed_linear(graph: GraphBuilder, x: Tensor, weight: PackedWeight, bias: T
     """
     outputs, inputs = weight.layer.shape[1], weight.layer.shape[0]
     if weight.order is not None:
-        x = graph.tensor("Gather", [x, weight.order], x.spec, axis=1)
+        x = graph.tensor("Gather", [x, weight.order], x.spec, axis=-1)
     blocks = weight.layer.scales.shape[0]
     whole = {"axis": 1} if blocks == 1 else {"axis": 0, "block_size": inputs // blocks}
     dense = graph.tensor(
         "DequantizeLinear", [weight.codes, weight.scales], Spec((inputs, outputs), x.spec.dtype), **whole
     )
-    result = Spec((x.spec.shape[0], outputs), x.spec.dtype)
+    before = x.spec.shape[:-1]
+    result = Spec((*before, outputs), x.spec.dtype)
     out = graph.tensor("MatMul", [x, dense], result)
     if weight.zeros is not None:
         zeros = graph.op("Cast", weight.zeros, to=int(ir_dtype(x.spec.dtype)))
-        parts = graph.view(x, (x.spec.shape[0], blocks, inputs // blocks))
+        parts = graph.view(x, (*before, blocks, inputs // blocks))
         sums = graph.tensor(
-            "ReduceSum", [parts, graph.ints(2)], Spec((x.spec.shape[0], blocks), x.spec.dtype), keepdims=0
+            "ReduceSum", [parts, graph.ints(-1)], Spec((*before, blocks), x.spec.dtype), keepdims=0
         )
         shift = graph.tensor("MatMul", [sums, graph.op("Mul", zeros, weight.scales)], result)
         out = graph.tensor("Sub", [out, shift], result)

@@ -1,32 +1,70 @@
-"""Quantised layers are written into a shard of the bundle's own, one at a time."""
+"""Quantised layers are written into a shard of their own, one at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ep_export.bundle import Precision
 from ep_export.errors import UserError
 from ep_export.numerics import WeightKind, Weights
-from ep_export.progress import Progress
+from ep_export.progress import Progress, silent
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ep_export.checkpoint import Checkpoint
-    from ep_export.export.shards import Shards
     from ep_export.weights.packed import PackedLinear
     from ep_export.weights.packing import Packing
     from ep_export.weights.store import StoredLinear
 
-__all__ = ["BLOCKS_OPSET", "linear_names", "pack", "published_packing"]
+__all__ = ["BLOCKS_OPSET", "DecoderWeights", "decoder_weights", "pack", "published_packing"]
 
 BLOCKS_OPSET = 21
 """The first with INT4 and DequantizeLinear over blocks."""
 
-_COMPUTE = {Precision.FP32: "float32", Precision.FP16: "float16", Precision.BF16: "bfloat16"}
+_COMPUTE = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _STAGE = "quantise"
 
 
-def published_packing(checkpoint: Checkpoint) -> Packing:
+@dataclass(frozen=True)
+class DecoderWeights:
+    """Names, in the Hugging Face model, of the weights that may be quantised.
+
+    Attributes:
+        linears: Of the decoder's linear layers, in order; not those of the vision tower, nor lm_head.
+        lm_head: The embedding's where they are one tensor.
+    """
+
+    linears: tuple[str, ...]
+    lm_head: str
+
+
+def decoder_weights(checkpoint: Checkpoint) -> DecoderWeights:
+    """What of a checkpoint may be quantised."""
+    import torch
+
+    from ep_export.checkpoint import meta_model
+
+    model = meta_model(checkpoint.config)
+    decoder = checkpoint.family.decoder(model)
+    parameters = list(model.named_parameters(remove_duplicate=False))
+    names = {id(parameter): name for name, parameter in parameters}
+    linears = tuple(
+        names[id(module.weight)]
+        for layer in decoder.layers
+        for module in layer.modules()
+        if isinstance(module, torch.nn.Linear)
+    )
+    stored = [
+        name
+        for name, parameter in parameters
+        if parameter is decoder.lm_head.weight and (name in checkpoint.tensors or name in checkpoint.packed)
+    ]
+    return DecoderWeights(linears, stored[-1])
+
+
+def published_packing(checkpoint: Checkpoint, decoder: DecoderWeights) -> Packing:
     """The layers of a quantised checkpoint as they were published.
 
     Raises:
@@ -36,7 +74,7 @@ def published_packing(checkpoint: Checkpoint) -> Packing:
     from ep_export.weights.packing import Packing
 
     assert checkpoint.published is not None  # noqa: S101 - the caller looked
-    other = set(checkpoint.packed) - set(linear_names(checkpoint)) - {_lm_head(checkpoint)}
+    other = set(checkpoint.packed) - {*decoder.linears, decoder.lm_head}
     if other:
         raise UserError(
             f"{checkpoint.source} has {min(other)} quantized, expected layers of the decoder alone",
@@ -50,40 +88,25 @@ def published_packing(checkpoint: Checkpoint) -> Packing:
     return Packing(checkpoint.published.weights, layers)
 
 
-def linear_names(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Weights of the decoder's linear layers, in order; not those of the vision tower, nor lm_head."""
-    import torch
-
-    from ep_export.checkpoint import meta_model
-
-    model = meta_model(checkpoint.config)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return tuple(
-        names[id(module.weight)]
-        for layer in checkpoint.family.decoder(model).layers
-        for module in layer.modules()
-        if isinstance(module, torch.nn.Linear)
-    )
-
-
 def pack(
     checkpoint: Checkpoint,
-    names: Sequence[str],
+    decoder: DecoderWeights,
     packing: Packing,
-    shards: Shards,
-    precision: Precision,
-    progress: Progress,
+    file: Path,
+    *,
+    compute: str,
+    progress: Progress = silent,
 ) -> dict[str, StoredLinear]:
-    """Quantise layers into the bundle's own shard.
+    """Write a shard of quantised layers.
 
     With 4-bit and 8-bit integers lm_head is stored in 8 bits as well.
 
     Args:
         checkpoint: Whose layers they are.
-        names: From `linear_names`.
+        decoder: Its weights; of a quantised checkpoint those are taken that it has quantised.
         packing: Where quantised layers come from.
-        shards: Of the bundle; gets the new one.
-        precision: Arithmetic of the graphs.
+        file: The shard; must not exist.
+        compute: What graphs compute in: "fp32", "fp16" or "bf16".
         progress: Told about every layer.
 
     Returns:
@@ -93,36 +116,21 @@ def pack(
         UserError: A layer cannot be quantised, or is missing from the packing.
     """
     from ep_export.weights.packing import nearest
-    from ep_export.weights.store import FILE, LayerWriter
+    from ep_export.weights.store import LayerWriter
 
     stored: dict[str, StoredLinear] = {}
-    file = shards.own(FILE)
+    names = tuple(checkpoint.packed) or decoder.linears
     progress(_STAGE, 0, len(names))
-    with LayerWriter(file, layers=len(names) + 1, scale_type=_COMPUTE[precision]) as writer:
+    with LayerWriter(file, layers=len(names) + 1, scale_type=_COMPUTE[compute]) as writer:
         for name, linear in packing.layers(names):
             stored[name] = writer.add(name, linear)
             progress(_STAGE, len(stored), len(names))
         missing = set(names) - set(stored)
         if missing:
             raise UserError(f"layer {min(missing)} was not quantised", hint="fetch the checkpoint again")
-        last = _lm_head(checkpoint)
+        last = decoder.lm_head
         if packing.weights.kind is not WeightKind.FP8 and last not in stored:
             eight = Weights(WeightKind.INT8, None, "nearest")
-            for name, linear in nearest(checkpoint.tensors, eight, compute=precision.value).layers([last]):
+            for name, linear in nearest(checkpoint.tensors, eight, compute=compute).layers([last]):
                 stored[name] = writer.add(name, linear)
-    shards.add(file)
     return stored
-
-
-def _lm_head(checkpoint: Checkpoint) -> str:
-    """Name of lm_head's weight in the checkpoint: the embedding's where they are one tensor."""
-    from ep_export.checkpoint import meta_model
-
-    model = meta_model(checkpoint.config)
-    decoder = checkpoint.family.decoder(model)
-    own: list[str] = [
-        name
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if parameter is decoder.lm_head.weight and (name in checkpoint.tensors or name in checkpoint.packed)
-    ]
-    return own[-1]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from ep_export.bundle import (
     Bundle,
@@ -21,11 +20,22 @@ from ep_export.bundle import (
 from ep_export.dims import DecoderDims
 from ep_export.errors import UsageError, UserError
 from ep_export.export.components import PRECISION_DTYPES, save_component
-from ep_export.policy import Chooser, Schedule, Scorer, Source, TopK
+from ep_export.interrupts import uninterrupted
+from ep_export.policy import (
+    Chooser,
+    Coverage,
+    Schedule,
+    Scorer,
+    Source,
+    TopK,
+    reads_projections,
+    scored_source,
+)
+from ep_export.staging import scratch
 
 __all__ = ["OPSETS", "add_policies", "check_choosers", "chooser_notes", "save_policies"]
 
-OPSETS = {Dialect.PORTABLE: 20, Dialect.MODERN: 23}
+OPSETS = {Dialect.PORTABLE: 20, Dialect.MODERN: 23, Dialect.ONNXRUNTIME: 23}
 
 
 def save_policies(
@@ -93,9 +103,9 @@ def add_policies(bundle: Bundle, choosers: Sequence[Chooser], *, cuts: Sequence[
     _refuse_present(manifest, choosers, numbers)
     added = dict.fromkeys(numbers, choosers)
     check_choosers(manifest.schedule, added, manifest.dims)
-    with TemporaryDirectory(dir=bundle.path, prefix=".policies.") as aside:
+    with scratch(bundle.path, "policies") as aside:
         components = save_policies(
-            Path(aside),
+            aside,
             manifest.schedule,
             added,
             dims=manifest.dims,
@@ -106,10 +116,10 @@ def add_policies(bundle: Bundle, choosers: Sequence[Chooser], *, cuts: Sequence[
         new = replace(
             manifest,
             components=manifest.components + components,
-            files=_listed(manifest.files, Path(aside)),
+            files=_listed(manifest.files, aside),
             warnings=tuple(dict.fromkeys(manifest.warnings + chooser_notes(choosers, manifest.dims))),
         )
-        _move_in(bundle, new, [Path(aside) / component.file for component in components])
+        _move_in(bundle, new, [aside / component.file for component in components])
     return Bundle(bundle.path, new)
 
 
@@ -125,15 +135,13 @@ def check_choosers(schedule: Schedule, choosers: Mapping[int, Sequence[Chooser]]
         UserError: Projections read at layer 0, or hidden states that do not divide into heads.
     """
     for cut, chooser in ((cut, chooser) for cut, here in choosers.items() for chooser in here):
-        if not isinstance(chooser, TopK):
-            continue
-        if chooser.source is Source.HIDDEN and dims.hidden_size % dims.heads:
+        if scored_source(chooser) is Source.HIDDEN and dims.hidden_size % dims.heads:
             raise UserError(
                 f"policy {chooser.name} needs hidden states that divide into heads, the model has "
                 f"{dims.hidden_size} for {dims.heads}",
                 hint="give a policy that scores queries, keys or values",
             )
-        if chooser.source is not Source.HIDDEN and schedule.cuts[cut].layer == 0:
+        if reads_projections(chooser) and schedule.cuts[cut].layer == 0:
             raise UserError(
                 f"policy {chooser.name} scores projections, and there are none before layer 0",
                 hint="give a policy that reads none: divprune, random, nothing, or one on hidden states",
@@ -144,7 +152,7 @@ def chooser_notes(choosers: Iterable[Chooser], dims: DecoderDims) -> tuple[str, 
     """What a user of these choosers should know."""
     notes = []
     for chooser in choosers:
-        if not isinstance(chooser, TopK) or chooser.scorer not in (Scorer.PAPER, Scorer.ORDER2):
+        if not isinstance(chooser, TopK | Coverage) or chooser.scorer not in (Scorer.PAPER, Scorer.ORDER2):
             continue
         heads = dims.kv_heads if chooser.source in (Source.KEY, Source.VALUE) else dims.heads
         if heads <= 2:
@@ -178,11 +186,12 @@ def _listed(files: tuple[FileEntry, ...], aside: Path) -> tuple[FileEntry, ...]:
 
 def _move_in(bundle: Bundle, manifest: Manifest, files: Sequence[Path]) -> None:
     """Files first, the manifest that names them last."""
-    try:
-        for file in files:
-            file.replace(bundle.path / file.name)
-        write_manifest(bundle.path, manifest)
-    except BaseException:
-        for file in files:
-            (bundle.path / file.name).unlink(missing_ok=True)
-        raise
+    with uninterrupted():
+        try:
+            for file in files:
+                file.replace(bundle.path / file.name)
+            write_manifest(bundle.path, manifest)
+        except BaseException:
+            for file in files:
+                (bundle.path / file.name).unlink(missing_ok=True)
+            raise

@@ -27,6 +27,7 @@ __all__ = [
     "Stored",
     "Varying",
     "onnx_operator",
+    "onnx_operators",
     "record",
 ]
 
@@ -76,7 +77,7 @@ class Call:
     """One operator call.
 
     Attributes:
-        operator: Name without overload, as in `aten`; or `linear`, `matmul`, or `onnx::<operator>`.
+        operator: Name without overload, as in `aten`; or `linear`, `matmul`, or `<domain>::<operator>`.
         arguments: By their names; tensors as `Operand`, `Stored` or `Constant`, numbers that vary as
             `Varying`.
         results: A spec for every tensor it returns.
@@ -120,10 +121,34 @@ def onnx_operator(
     op_type: str, inputs: Sequence[torch.Tensor], attributes: Mapping[str, Any]
 ) -> torch.Tensor:
     """An ONNX operator whose output has the type and shape of its first input; only while recording."""
+    (result,) = onnx_operators(op_type, inputs, attributes, like=inputs[:1])
+    return result
+
+
+def onnx_operators(
+    op_type: str,
+    inputs: Sequence[torch.Tensor],
+    attributes: Mapping[str, Any],
+    *,
+    like: Sequence[torch.Tensor],
+    domain: str = "onnx",
+) -> Sequence[torch.Tensor]:
+    """An operator with several outputs, or of another domain; only while recording.
+
+    Args:
+        op_type: Its name.
+        inputs: In order.
+        attributes: By name.
+        like: Tensors that have the outputs' types and shapes.
+        domain: `onnx` is the default domain.
+    """
     arguments = {"inputs": list(inputs), "attributes": dict(attributes)}
-    like = inputs[0]
-    recorder = _recorder.get()
-    return recorder.record(f"onnx::{op_type}", arguments, lambda _: torch.empty_like(like))  # type: ignore[no-any-return]
+    results = [x.shape for x in like], [x.dtype for x in like]
+
+    def on_meta(_: Mapping[str, Any]) -> list[torch.Tensor]:
+        return [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in zip(*results, strict=True)]
+
+    return _recorder.get().record(f"{domain}::{op_type}", arguments, on_meta)  # type: ignore[no-any-return]
 
 
 def _linear(arguments: Mapping[str, Any]) -> torch.Tensor:

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ep_export.export.graph_builder import GraphBuilder, Tensor
-from ep_export.export.operators import OPERATORS
+from ep_export.export.operators import OPERATORS, Operator
 from ep_export.export.recording import Call, Constant, Operand, Stored, record
 
 __all__ = ["trace"]
 
 
+_DOMAINS = {"onnx": "", "com.microsoft": "com.microsoft"}
+
+
 def trace(
-    graph: GraphBuilder, module: Callable[..., Any], inputs: Sequence[Tensor], name: str
+    graph: GraphBuilder,
+    module: Callable[..., Any],
+    inputs: Sequence[Tensor],
+    name: str,
+    *,
+    operators: Mapping[str, Operator] = OPERATORS,
 ) -> list[Tensor]:
     """Append what a module does.
 
@@ -22,6 +30,7 @@ def trace(
         module: Parameters on `meta`.
         inputs: Its arguments.
         name: Precedes the names of its values.
+        operators: What recorded operators become.
 
     Returns:
         What it returns.
@@ -43,16 +52,20 @@ def trace(
 
     with graph.scope(name):
         for call in recording.calls:
-            results = _write(graph, call, {name: resolve(value) for name, value in call.arguments.items()})
+            arguments = {name: resolve(value) for name, value in call.arguments.items()}
+            results = _write(graph, call, arguments, operators)
             known += [*results, *[None] * (len(call.results) - len(results))]
         return [resolve(output) for output in recording.outputs]
 
 
-def _write(graph: GraphBuilder, call: Call, arguments: dict[str, Any]) -> Sequence[Tensor]:
+def _write(
+    graph: GraphBuilder, call: Call, arguments: dict[str, Any], operators: Mapping[str, Operator]
+) -> Sequence[Tensor]:
     domain, _, op_type = call.operator.rpartition("::")
-    if domain == "onnx":
-        return [graph.tensor(op_type, arguments["inputs"], call.results[0], **arguments["attributes"])]
-    if call.operator not in OPERATORS:
+    if domain in _DOMAINS:
+        attributes = {"domain": _DOMAINS[domain], **arguments["attributes"]}
+        return graph.tensors(op_type, arguments["inputs"], call.results, **attributes)
+    if call.operator not in operators:
         raise NotImplementedError(f"operator {call.operator} has no ONNX form here")
-    written = OPERATORS[call.operator](graph, arguments, *call.results)
+    written = operators[call.operator](graph, arguments, *call.results)
     return [written] if isinstance(written, Tensor) else written

@@ -18,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ep_export.dims import DecoderDims
+from ep_export.errors import UsageError
+from ep_export.vision_flops import VisionCall, VisionTower
 
 if TYPE_CHECKING:
     import torch
@@ -25,15 +27,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 __all__ = [
+    "TYPICAL_PICTURE",
     "DecoderModules",
     "Family",
     "Picture",
     "PromptBuilder",
     "PromptInputs",
+    "Turn",
     "Video",
     "VisionTrace",
     "Visual",
 ]
+
+
+TYPICAL_PICTURE = (640, 480)
+"""(width, height) in pixels of the picture plans assume where none is named, as in most benchmarks."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,19 @@ class Video:
 
 Visual: TypeAlias = "Image.Image | Video"
 """What a prompt may hold besides text."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of a conversation.
+
+    Attributes:
+        role: "system", "user" or "assistant"; which of them a model takes, its chat template says.
+        parts: Text, pictures and videos in order.
+    """
+
+    role: str
+    parts: tuple[str | Visual, ...]
 
 
 @dataclass(frozen=True)
@@ -137,6 +158,14 @@ class PromptBuilder(Protocol):
         """
         ...
 
+    def build_chat(self, turns: Sequence[Turn]) -> PromptInputs:
+        """Apply the chat template to a conversation whose last turn is to be answered.
+
+        Raises:
+            UserError: As `build`, or the chat template has no place for a turn.
+        """
+        ...
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of generated ids, special tokens dropped."""
         ...
@@ -206,8 +235,44 @@ class Family(ABC):
         """
 
     @abstractmethod
+    def vision_tower(self, config: PreTrainedConfig) -> VisionTower:
+        """Shape of the vision encoder."""
+
+    @abstractmethod
+    def picture_call(
+        self, size: tuple[int, int], config: PreTrainedConfig, settings: Mapping[str, Any]
+    ) -> VisionCall:
+        """What the vision encoder is given for a picture that is alone in its prompt.
+
+        Args:
+            size: (width, height) of the picture in pixels.
+            config: The model's config.
+            settings: Of the checkpoint's image processor; where they say nothing, as published ones do it.
+        """
+
+    def video_calls(
+        self,
+        size: tuple[int, int],  # noqa: ARG002 - few families take no videos
+        frames: int,  # noqa: ARG002
+        config: PreTrainedConfig,  # noqa: ARG002
+        settings: Mapping[str, Any],  # noqa: ARG002
+    ) -> tuple[VisionCall, ...]:
+        """What the vision encoders are given for a video, one a part; arguments as `picture_call`.
+
+        Raises:
+            UsageError: The family takes no videos.
+        """
+        raise UsageError(f"{self.name} takes no videos", hint="leave --frames out")
+
+    def typical_calls(
+        self, config: PreTrainedConfig, settings: Mapping[str, Any] | None = None
+    ) -> tuple[VisionCall, ...]:
+        """What plans assume where no picture is named: a photograph of `TYPICAL_PICTURE`."""
+        return (self.picture_call(TYPICAL_PICTURE, config, settings or {}),)
+
     def default_visual_tokens(self, config: PreTrainedConfig) -> int:
-        """Visual tokens of a typical picture, for plans made without one."""
+        """Visual tokens of `typical_calls`."""
+        return sum(call.visual_tokens for call in self.typical_calls(config))
 
     @abstractmethod
     def prompt_builder(self, processor: Path, config: PreTrainedConfig) -> PromptBuilder:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ep_export.errors import UserError, as_user_error
 from ep_export.families import processor_files as files
-from ep_export.families.base import Picture, PromptInputs, Video, Visual
+from ep_export.families.base import Picture, PromptInputs, Turn, Video, Visual
 from ep_export.families.picture_modes import to_rgb
 from ep_export.families.template_limits import check_template, rendering
 
@@ -130,10 +130,23 @@ class ChatPrompts(ABC):
             UserError: The question holds one of the model's special tokens, a picture is too narrow, the
                 family takes no videos, or the prompt is longer than the model's context.
         """
-        self._refuse_special(prompt)
-        groups = self._groups(visuals)
+        return self.build_chat((Turn("user", (*visuals, prompt)),))
+
+    def build_chat(self, turns: Sequence[Turn]) -> PromptInputs:
+        """Apply the chat template to a conversation, as Hugging Face would.
+
+        Args:
+            turns: From the first to the one to be answered; pictures and frames of any PIL mode.
+
+        Raises:
+            UserError: As `build`, or the template has no place for a turn.
+        """
+        for turn in turns:
+            for text in _texts(turn):
+                self._refuse_special(text)
+        groups = self._groups([part for turn in turns for part in turn.parts if not isinstance(part, str)])
         pictures = tuple(part for parts in groups for part in parts)
-        input_ids = self._expand(self._tokenize(groups, prompt), groups)
+        input_ids = self._expand(self._tokenize(groups, turns), groups)
         visual = np.isin(input_ids, self._placeholders)
         expected = sum(picture.visual_tokens for picture in pictures)
         if int(visual.sum()) != expected:
@@ -209,25 +222,26 @@ class ChatPrompts(ABC):
             )
         return np.stack(frames)
 
-    def _tokenize(self, groups: Sequence[Parts], prompt: str) -> NDArray[np.int64]:
+    def _tokenize(self, groups: Sequence[Parts], turns: Sequence[Turn]) -> NDArray[np.int64]:
         """Token ids of the rendered template."""
-        kinds = ["image" if parts[0].video is None else "video" for parts in groups]
-        content = [*({"type": kind} for kind in kinds), {"type": "text", "text": prompt}]
         hint = "use the model's published template"
         check_template(self._template)
         # Rendered by transformers in a sandbox: the template comes with the checkpoint.
         with as_user_error("the checkpoint's chat template fails", hint=hint), rendering():
             text = self._tokenizer.apply_chat_template(
-                [{"role": "user", "content": content}],
+                [{"role": turn.role, "content": [_content(part) for part in turn.parts]} for turn in turns],
                 chat_template=self._template,
                 add_generation_prompt=True,
                 tokenize=False,
             )
-        if len(text) > len(prompt) + _MOST_MARKUP:
+        told = sum(len(part) for turn in turns for part in _texts(turn))
+        if len(text) > told + _MOST_MARKUP:
             raise UserError(
-                f"the checkpoint's chat template makes {len(text)} characters of a question of {len(prompt)}",
+                f"the checkpoint's chat template makes {len(text)} characters of a question of {told}",
                 hint=hint,
             )
+        if len(turns) > 1:
+            _check_told(text, turns)
         text = self._write(text, groups)
         # As Hugging Face's processors: a template that begins the sequence itself is not begun twice.
         begun = self._tokenizer.bos_token is not None and text.startswith(self._tokenizer.bos_token)
@@ -254,6 +268,35 @@ class ChatPrompts(ABC):
         repeats = np.ones(ids.shape[0], dtype=np.int64)
         repeats[found] = [sum(part.visual_tokens for part in parts) for parts in groups]
         return np.repeat(ids, repeats)
+
+
+def _texts(turn: Turn) -> list[str]:
+    return [part for part in turn.parts if isinstance(part, str)]
+
+
+def _content(part: str | Visual) -> dict[str, str]:
+    """A part as chat templates read it."""
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    return {"type": "video" if isinstance(part, Video) else "image"}
+
+
+def _check_told(rendered: str, turns: Sequence[Turn]) -> None:
+    """Some templates leave out in silence what they have no place for, system messages above all.
+
+    Raises:
+        UserError: The words of a turn are not in the prompt, in order.
+    """
+    end = 0
+    for turn in turns:
+        for text in _texts(turn):
+            start = rendered.find(text.strip(), end)  # templates trim
+            if start < 0:
+                raise UserError(
+                    f"the model's chat template has no place for this message of the role {turn.role}",
+                    hint="put its words into a user message",
+                )
+            end = start + len(text.strip())
 
 
 def _pixels(picture: Image.Image, what: str) -> NDArray[np.uint8]:

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ep_export.errors import UserError
+from ep_export.vision_flops import VisionTower
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["TowerFeatures", "clip_features", "siglip_features"]
+__all__ = ["TowerFeatures", "clip_features", "siglip_features", "tower_shape"]
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,24 @@ def siglip_features(config: PreTrainedConfig) -> TowerFeatures:
         blocks=_blocks(config),
         class_tokens=0,
         with_class=False,
+    )
+
+
+def tower_shape(config: PreTrainedConfig, features: TowerFeatures) -> VisionTower:
+    """Shape of the encoder: a tower up to the features, and behind it a projector of two matrices."""
+    vision, width = config.vision_config, config.get_text_config().hidden_size
+    return VisionTower(
+        patch_values=vision.num_channels * features.patch_size**2,
+        blocks=features.blocks,
+        hidden_size=vision.hidden_size,
+        heads=vision.num_attention_heads,
+        ffn_size=vision.intermediate_size,
+        gated=False,
+        joined=1,
+        projector=(width, width),
+        class_tokens=features.class_tokens,
+        class_projected=features.with_class,
+        tile_side=features.side,
     )
 
 

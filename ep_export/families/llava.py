@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +14,11 @@ from ep_export.dims import DecoderDims
 from ep_export.errors import UserError
 from ep_export.families.base import DecoderModules, Family, Picture, PromptInputs, VisionTrace
 from ep_export.families.chat_prompts import ChatPrompts
-from ep_export.families.clip_features import clip_features
+from ep_export.families.clip_features import clip_features, tower_shape
 from ep_export.families.language_model import decoder_modules
 from ep_export.families.llama_text import text_dims
 from ep_export.families.llava_prompt import LlavaPrompts
+from ep_export.vision_flops import VisionCall, VisionTower
 
 if TYPE_CHECKING:
     import torch
@@ -41,9 +42,19 @@ class Llava(Family):
         clip_features(config)
         return text_dims(config)
 
-    def default_visual_tokens(self, config: PreTrainedConfig) -> int:
-        """Visual tokens of any picture."""
-        return clip_features(config).tokens
+    def vision_tower(self, config: PreTrainedConfig) -> VisionTower:
+        """Shape of the vision encoder; see `Family.vision_tower`."""
+        return tower_shape(config, clip_features(config))
+
+    def picture_call(
+        self,
+        size: tuple[int, int],  # noqa: ARG002
+        config: PreTrainedConfig,
+        settings: Mapping[str, Any],  # noqa: ARG002
+    ) -> VisionCall:
+        """Every picture is one square; see `Family.picture_call`."""
+        features = clip_features(config)
+        return VisionCall(1, (features.side, features.side), features.tokens)
 
     def prompt_builder(self, processor: Path, config: PreTrainedConfig) -> ChatPrompts:
         """Prompt builder from a directory with tokenizer and image processor files."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,14 +17,12 @@ from ep_export.families.clip_features import clip_features
 from ep_export.families.llava import Llava
 from ep_export.families.llava_next_prompt import LlavaNextPrompts
 from ep_export.families.tiles import checked_resolutions, pack_index, tile_grid
+from ep_export.vision_flops import VisionCall
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 __all__ = ["LlavaNext", "refuse_uneven_tiles"]
-
-# A photograph of 640 x 480, the size of most benchmark pictures: 576 + 36 x (48 + 1) = 2340 visual tokens.
-_TYPICAL_PICTURE = (640, 480)
 
 
 class LlavaNext(Llava):
@@ -49,9 +47,17 @@ class LlavaNext(Llava):
         refuse_uneven_tiles(config, tile)
         return super().dims(config)
 
-    def default_visual_tokens(self, config: PreTrainedConfig) -> int:
-        """Visual tokens of a 640 x 480 photograph."""
-        return int(_pack(_TYPICAL_PICTURE, config).shape[0])
+    def picture_call(
+        self,
+        size: tuple[int, int],
+        config: PreTrainedConfig,
+        settings: Mapping[str, Any],  # noqa: ARG002 - the config says it
+    ) -> VisionCall:
+        """The picture whole and in tiles; see `Family.picture_call`."""
+        features = clip_features(config)
+        rows, columns = tile_grid(size, config.image_grid_pinpoints, features.image_size)
+        grid = (features.side, features.side)
+        return VisionCall(1 + rows * columns, grid, int(_pack(size, config).shape[0]))
 
     def prompt_builder(self, processor: Path, config: PreTrainedConfig) -> ChatPrompts:
         """Prompt builder from a directory with tokenizer and image processor files."""

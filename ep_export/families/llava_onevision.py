@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,20 +12,18 @@ from numpy.typing import NDArray
 from ep_export.dims import DecoderDims
 from ep_export.families.base import Picture, VisionTrace
 from ep_export.families.chat_prompts import ChatPrompts
-from ep_export.families.clip_features import siglip_features
+from ep_export.families.clip_features import siglip_features, tower_shape
 from ep_export.families.llama_text import text_dims
 from ep_export.families.llava_next import LlavaNext, refuse_uneven_tiles
 from ep_export.families.llava_onevision_prompt import LlavaOnevisionPrompts, most_tiles
 from ep_export.families.llava_onevision_tiles import Packing, pack_frame, pack_picture, pack_whole
 from ep_export.families.tiles import tile_grid
+from ep_export.vision_flops import VisionCall, VisionTower
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 __all__ = ["LlavaOnevision"]
-
-# A photograph of 640 x 480, the size of most benchmark pictures: 729 + 40 x (54 + 1) = 2929 visual tokens.
-_TYPICAL_PICTURE = (640, 480)
 
 
 class LlavaOnevision(LlavaNext):
@@ -45,9 +43,33 @@ class LlavaOnevision(LlavaNext):
         most_tiles(config)
         return text_dims(config, model_types=("qwen2",))
 
-    def default_visual_tokens(self, config: PreTrainedConfig) -> int:
-        """Visual tokens of a 640 x 480 photograph."""
-        return int(_tiled(_TYPICAL_PICTURE, config).index.shape[0])
+    def vision_tower(self, config: PreTrainedConfig) -> VisionTower:
+        """Shape of the vision encoder; see `Family.vision_tower`."""
+        return tower_shape(config, siglip_features(config))
+
+    def picture_call(
+        self,
+        size: tuple[int, int],
+        config: PreTrainedConfig,
+        settings: Mapping[str, Any],  # noqa: ARG002 - the config says it
+    ) -> VisionCall:
+        """The picture whole and in tiles; see `Family.picture_call`."""
+        features = siglip_features(config)
+        rows, columns = tile_grid(size, config.image_grid_pinpoints, features.image_size)
+        tokens = int(_tiled(size, config).index.shape[0])
+        return VisionCall(1 + rows * columns, (features.side, features.side), tokens)
+
+    def video_calls(
+        self,
+        size: tuple[int, int],  # noqa: ARG002 - every frame is one square
+        frames: int,
+        config: PreTrainedConfig,
+        settings: Mapping[str, Any],  # noqa: ARG002
+    ) -> tuple[VisionCall, ...]:
+        """A frame a call; see `Family.video_calls`."""
+        side = siglip_features(config).side
+        packed = (pack_frame(side, last=frame == frames - 1) for frame in range(frames))
+        return tuple(VisionCall(1, (side, side), int(each.index.shape[0])) for each in packed)
 
     def prompt_builder(self, processor: Path, config: PreTrainedConfig) -> ChatPrompts:
         """Prompt builder from a directory with tokenizer and image processor files."""

@@ -11,6 +11,7 @@ from ep_export.errors import UserError
 from ep_export.families.base import Picture, VisionTrace
 from ep_export.families.qwen2_vl import Qwen2VL
 from ep_export.families.windows import window_layout
+from ep_export.vision_flops import VisionTower
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -38,6 +39,24 @@ class Qwen2_5_VL(Qwen2VL):  # noqa: N801 - the model's name
                 hint="check config.json",
             )
         return super().dims(config)
+
+    def vision_tower(self, config: PreTrainedConfig) -> VisionTower:
+        """Shape of the vision encoder; see `Family.vision_tower`."""
+        vision = config.vision_config
+        joined = vision.spatial_merge_size**2
+        full = {block for block in vision.fullatt_block_indexes if 0 <= block < vision.depth}
+        return VisionTower(
+            patch_values=vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
+            blocks=vision.depth,
+            hidden_size=vision.hidden_size,
+            heads=vision.num_heads,
+            ffn_size=vision.intermediate_size,
+            gated=True,
+            joined=joined,
+            projector=(joined * vision.hidden_size, vision.out_hidden_size),
+            window_side=_window_side(config) * vision.spatial_merge_size,
+            full_blocks=len(full),
+        )
 
     def vision_feeds(self, picture: Picture, config: PreTrainedConfig) -> dict[str, NDArray[Any]]:
         """Inputs of `vision_encoder.onnx` for one picture or part of a video, in the stem's order.

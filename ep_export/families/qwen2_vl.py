@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,11 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ep_export.dims import DecoderDims
-from ep_export.errors import UserError
+from ep_export.errors import UserError, as_user_error
 from ep_export.families.base import DecoderModules, Family, Picture, PromptInputs, VisionTrace
 from ep_export.families.language_model import decoder_modules
 from ep_export.families.qwen2_vl_prompt import Qwen2VLPrompts
 from ep_export.families.windows import patch_positions
+from ep_export.vision_flops import VisionCall, VisionTower
 
 if TYPE_CHECKING:
     import torch
@@ -21,8 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Qwen2VL"]
 
-# A photograph of 640 x 480, the size of most benchmark pictures: 23 x 17 = 391 visual tokens.
-_TYPICAL_PICTURE = (640, 480)
+# Pixels of a picture after scaling, at least and at most, in the published preprocessor_config.json.
+_PUBLISHED_PIXELS = (56 * 56, 16384 * 28 * 28)
 
 
 class Qwen2VL(Family):
@@ -51,11 +53,54 @@ class Qwen2VL(Family):
             position_axes=3,
         )
 
-    def default_visual_tokens(self, config: PreTrainedConfig) -> int:
-        """Visual tokens of a 640 x 480 photograph."""
-        side = int(config.vision_config.patch_size) * config.vision_config.spatial_merge_size
-        width, height = (max(1, round(pixels / side)) for pixels in _TYPICAL_PICTURE)
-        return int(width * height)
+    def vision_tower(self, config: PreTrainedConfig) -> VisionTower:
+        """Shape of the vision encoder; see `Family.vision_tower`."""
+        vision = config.vision_config
+        joined = vision.spatial_merge_size**2
+        return VisionTower(
+            patch_values=vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
+            blocks=vision.depth,
+            hidden_size=vision.embed_dim,
+            heads=vision.num_heads,
+            ffn_size=int(vision.embed_dim * vision.mlp_ratio),
+            gated=False,
+            joined=joined,
+            projector=(joined * vision.embed_dim, vision.hidden_size),
+        )
+
+    def picture_call(
+        self, size: tuple[int, int], config: PreTrainedConfig, settings: Mapping[str, Any]
+    ) -> VisionCall:
+        """One call on a grid that follows the picture's shape; see `Family.picture_call`."""
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+        vision = config.vision_config
+        bounds = settings.get("size") or {}
+        least, most = (
+            int(settings.get(old) or bounds.get(new) or published)
+            for old, new, published in zip(
+                ("min_pixels", "max_pixels"),
+                ("shortest_edge", "longest_edge"),
+                _PUBLISHED_PIXELS,
+                strict=True,
+            )
+        )
+        merge = vision.spatial_merge_size
+        width, height = size
+        with as_user_error(
+            f"a picture of {width} x {height} pixels cannot be prepared", hint="give another size"
+        ):
+            scaled = smart_resize(height, width, vision.patch_size * merge, least, most)
+        rows, columns = (pixels // vision.patch_size for pixels in scaled)
+        return VisionCall(1, (rows, columns), rows * columns // merge**2)
+
+    def video_calls(
+        self, size: tuple[int, int], frames: int, config: PreTrainedConfig, settings: Mapping[str, Any]
+    ) -> tuple[VisionCall, ...]:
+        """A part is a temporal patch; see `Family.video_calls`."""
+        parts = -(-frames // config.vision_config.temporal_patch_size)
+        call = self.picture_call(size, config, settings)
+        return tuple(call for _ in range(parts))
 
     def prompt_builder(self, processor: Path, config: PreTrainedConfig) -> Qwen2VLPrompts:
         """Prompt builder from a directory with tokenizer and image processor files."""

@@ -7,6 +7,8 @@ picture of its own.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,7 @@ from ep_export.families.base import DecoderModules, Family, Picture, PromptInput
 from ep_export.families.language_model import decoder_modules
 from ep_export.families.llama_text import text_dims
 from ep_export.families.smolvlm_prompt import SmolVLMPrompts, tile_side, tokens_along
+from ep_export.vision_flops import VisionCall, VisionTower
 
 if TYPE_CHECKING:
     import torch
@@ -26,9 +29,9 @@ if TYPE_CHECKING:
 
 __all__ = ["SmolVLM"]
 
-# A photograph of 640 x 480 is scaled until it is 4 tiles long, as all published image processors do: 4 x 3
-# tiles and the picture seen whole. The config does not say how far it is scaled.
-_TYPICAL_TILES = 4 * 3 + 1
+# A picture is scaled up or down until it is so many tiles long, as all published image processors do: one of
+# 640 x 480 becomes 4 x 3 tiles and the picture seen whole. The config does not say how far it is scaled.
+_PUBLISHED_TILES = 4
 
 
 class SmolVLM(Family):
@@ -60,9 +63,42 @@ class SmolVLM(Family):
             )
         return text_dims(config)
 
-    def default_visual_tokens(self, config: PreTrainedConfig) -> int:
-        """Visual tokens of a 640 x 480 photograph."""
-        return _TYPICAL_TILES * tokens_along(config) ** 2
+    def vision_tower(self, config: PreTrainedConfig) -> VisionTower:
+        """Shape of the vision encoder; see `Family.vision_tower`."""
+        vision = config.vision_config
+        return VisionTower(
+            patch_values=vision.num_channels * vision.patch_size**2,
+            blocks=vision.num_hidden_layers,
+            hidden_size=vision.hidden_size,
+            heads=vision.num_attention_heads,
+            ffn_size=vision.intermediate_size,
+            gated=False,
+            joined=config.scale_factor**2,
+            projector=(config.text_config.hidden_size,),
+            tile_side=tile_side(config),
+        )
+
+    def picture_call(
+        self, size: tuple[int, int], config: PreTrainedConfig, settings: Mapping[str, Any]
+    ) -> VisionCall:
+        """The picture in tiles and whole; see `Family.picture_call`."""
+        tile = config.vision_config.image_size
+        longest = (settings.get("size") or {}).get("longest_edge") or _PUBLISHED_TILES * tile
+        along = math.ceil(longest / tile)
+        # Sides are scaled twice and rounded up to whole tiles.
+        across = max(1, math.ceil(int(along * tile * min(size) / max(size)) / tile))
+        split = settings.get("do_image_splitting", True) and along * across > 1
+        return _tiles(1 + along * across if split else 1, config)
+
+    def video_calls(
+        self,
+        size: tuple[int, int],  # noqa: ARG002 - every frame is one square
+        frames: int,
+        config: PreTrainedConfig,
+        settings: Mapping[str, Any],  # noqa: ARG002
+    ) -> tuple[VisionCall, ...]:
+        """A frame a call; see `Family.video_calls`."""
+        return (_tiles(1, config),) * frames
 
     def prompt_builder(self, processor: Path, config: PreTrainedConfig) -> SmolVLMPrompts:
         """Prompt builder from a directory with tokenizer and image processor files."""
@@ -109,3 +145,8 @@ class SmolVLM(Family):
             example_feeds={"pixel_values": np.zeros((3, 3, size, size), dtype=np.float32)},
             dynamic_axes={"pixel_values": {0: "tiles"}},
         )
+
+
+def _tiles(tiles: int, config: PreTrainedConfig) -> VisionCall:
+    side = tile_side(config)
+    return VisionCall(tiles, (side, side), tiles * tokens_along(config) ** 2)

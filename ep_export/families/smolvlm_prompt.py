@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ep_export.errors import UserError
-from ep_export.families.base import Picture, PromptInputs, Video, Visual
+from ep_export.families.base import Picture, PromptInputs, Turn, Video
 from ep_export.families.chat_prompts import ChatPrompts, Parts
 from ep_export.families.number_words import number_words
 from ep_export.families.processor_files import prepare
@@ -77,16 +77,16 @@ class SmolVLMPrompts(ChatPrompts):
         # Not every tokenizer has a token for it, and a question must not place a video.
         self._special = tuple(dict.fromkeys([*self._special, _VIDEO]))
 
-    def build(self, visuals: Sequence[Visual], prompt: str) -> PromptInputs:
-        """Apply the chat template with pictures and videos before the question, as Hugging Face would.
+    def build_chat(self, turns: Sequence[Turn]) -> PromptInputs:
+        """Apply the chat template to a conversation, as Hugging Face would.
 
         Raises:
-            UserError: See `ChatPrompts.build`.
+            UserError: See `ChatPrompts.build_chat`.
         """
         # Hugging Face's processor sets the checkpoint's own template aside for videos: it lacks them.
-        videos = any(isinstance(visual, Video) for visual in visuals)
+        videos = any(isinstance(part, Video) for turn in turns for part in turn.parts)
         self._template = _video_template() if videos and self._takes_videos else self._own_template
-        return super().build(visuals, prompt)
+        return super().build_chat(turns)
 
     def _process(self, pixels: NDArray[np.uint8]) -> Picture:
         made = self._tiles([pixels], return_row_col_info=True)

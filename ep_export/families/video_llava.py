@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ep_export.families.base import VisionTrace
+from ep_export.families.base import TYPICAL_PICTURE, VisionTrace
 from ep_export.families.chat_prompts import ChatPrompts
 from ep_export.families.clip_features import TowerFeatures, clip_features
 from ep_export.families.llava import Llava
 from ep_export.families.video_llava_prompt import VideoLlavaPrompts
+from ep_export.vision_flops import VisionCall, VisionTower
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -32,9 +34,26 @@ class VideoLlava(Llava):
         "by torchvision: not available here"
     )
 
-    def default_visual_tokens(self, config: PreTrainedConfig) -> int:
-        """Visual tokens of a video of 8 frames."""
-        return _TYPICAL_FRAMES * _frame_features(config).tokens
+    def vision_tower(self, config: PreTrainedConfig) -> VisionTower:
+        """Shape of either encoder; see `Family.vision_tower`."""
+        return replace(super().vision_tower(config), towers=2)
+
+    def video_calls(
+        self,
+        size: tuple[int, int],  # noqa: ARG002 - every frame is one square
+        frames: int,
+        config: PreTrainedConfig,
+        settings: Mapping[str, Any],  # noqa: ARG002
+    ) -> tuple[VisionCall, ...]:
+        """A frame a call; see `Family.video_calls`."""
+        features = _frame_features(config)
+        return (VisionCall(1, (features.side, features.side), features.tokens),) * frames
+
+    def typical_calls(
+        self, config: PreTrainedConfig, settings: Mapping[str, Any] | None = None
+    ) -> tuple[VisionCall, ...]:
+        """A video of 8 frames."""
+        return self.video_calls(TYPICAL_PICTURE, _TYPICAL_FRAMES, config, settings or {})
 
     def prompt_builder(self, processor: Path, config: PreTrainedConfig) -> ChatPrompts:
         """Prompt builder from a directory with tokenizer and image processor files."""

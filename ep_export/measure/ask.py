@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from ep_export.errors import UserError
+from ep_export.first_token import prompt_plan
 from ep_export.measure.bench import build_prompt
 from ep_export.measure.choosing import Prompted, kept_by
 from ep_export.measure.full_pass import before_placeholder, run_full
+from ep_export.measure.layer_curves import LayerCurves
 from ep_export.measure.pruned import gap, pruned_log_probs
 from ep_export.measure.question import QuestionResult, WayResult, normalise
+from ep_export.measure.scaled import scaled_outcomes
 from ep_export.measure.spelling import says
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def measure(bench: Bench, question: Question, *, entropies: bool = True) -> Ques
     Args:
         bench: The setting.
         question: What is asked.
-        entropies: Also measure the layer entropies of its picture.
+        entropies: Also measure the layer entropies of its picture, and what the setting wants beside them.
 
     Raises:
         UserError: The picture, the question or the answer cannot be used.
@@ -39,7 +40,8 @@ def measure(bench: Bench, question: Question, *, entropies: bool = True) -> Ques
     prompt = build_prompt(bench, question)
     spellings = [bench.speller.spell(answer) for answer in question.answers]
     own, full = _own_answer(bench, prompt, spellings, entropies=entropies)
-    if not np.isfinite([*full.query_entropy, *full.key_entropy]).all():
+    curves = full.curves or LayerCurves()
+    if not curves.finite:
         raise UserError("the model's states are not finite on this picture")
     said = bench.builder.decode(own).strip()
     right = normalise(said) in {normalise(known) for known in question.answers} if spellings else None
@@ -56,21 +58,50 @@ def measure(bench: Bench, question: Question, *, entropies: bool = True) -> Ques
         answer_tokens=len(own),
         full_answer=said,
         full_right=right,
-        query_entropy=full.query_entropy,
-        key_entropy=full.key_entropy,
+        query_entropy=tuple(curves.query_entropy),
+        key_entropy=tuple(curves.key_entropy),
+        metrics={key: _short(values) for key, values in curves.metrics.items()},
         ways={
-            key: _way_result([outcomes[sets] for sets in draws], len(own), known=bool(spellings))
-            for key, draws in kept.items()
+            **{
+                key: _way_result(
+                    [outcomes[sets] for sets in draws], len(own), known=bool(spellings), kept=_counts(draws)
+                )
+                for key, draws in kept.items()
+            },
+            **{
+                key: _way_result(
+                    [(one.gap, one.right)],
+                    len(own),
+                    known=bool(spellings),
+                    kept=(one.visual_tokens,),
+                    vision_flops=one.vision_flops,
+                )
+                for key, one in scaled_outcomes(bench, question, prompt, full, own, spellings).items()
+            },
         },
+        vision_flops=prompt_plan(bench.checkpoint, prompt).vision_flops,
     )
+
+
+def _counts(draws: Sequence[KeptSets]) -> tuple[int, ...]:
+    """Visual tokens that go on after every cut, the same for all draws."""
+    return tuple(len(positions) for _, positions in draws[0])
 
 
 def full_pass(
     bench: Bench, prompt: PromptInputs, answer: Sequence[int], *, entropies: bool = False
 ) -> FullPass:
     """The unpruned pass over a prompt and an answer, with the layers of all ways."""
-    family, layers = bench.checkpoint.family, bench.setting.layers
-    return run_full(bench.model, family, prompt, answer, layers=layers, entropies=entropies)
+    setting = bench.setting
+    return run_full(
+        bench.model,
+        bench.checkpoint.family,
+        prompt,
+        answer,
+        layers=setting.layers,
+        entropies=entropies,
+        metrics=setting.metrics,
+    )
 
 
 def _own_answer(
@@ -113,9 +144,23 @@ def _judge(
     return {sets: (gaps[sets], right[sets]) for sets in gaps}
 
 
-def _way_result(draws: Sequence[tuple[Gap, bool]], answer_tokens: int, *, known: bool) -> WayResult:
+def _way_result(
+    draws: Sequence[tuple[Gap, bool]],
+    answer_tokens: int,
+    *,
+    known: bool,
+    kept: tuple[int, ...],
+    vision_flops: int | None = None,
+) -> WayResult:
     return WayResult(
-        kl=tuple(float(f"{gap.kl / answer_tokens:.6g}") for gap, _ in draws),  # a journal line stays short
+        kl=_short([gap.kl / answer_tokens for gap, _ in draws]),
         agreement=tuple(gap.agreements / answer_tokens for gap, _ in draws),
         right="".join("01"[right] for _, right in draws) if known else "",
+        kept=kept,
+        vision_flops=vision_flops,
     )
+
+
+def _short(values: Sequence[float]) -> tuple[float, ...]:
+    """So many digits as any number here is good for: a journal line stays short."""
+    return tuple(float(f"{value:.6g}") for value in values)

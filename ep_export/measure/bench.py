@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ep_export.families.base import DecoderModules, PromptBuilder, PromptInputs
     from ep_export.measure.question import Question
 
-__all__ = ["Bench", "Setting", "build_prompt", "check_device", "make_bench"]
+__all__ = ["Bench", "Setting", "build_prompt", "check_device", "gpus_of", "make_bench", "with_setting"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,10 @@ class Setting:
         draws: Of a way that leaves a choice to chance.
         seed: Of the draws.
         max_new_tokens: Longest answer of the unpruned model.
-        device: Where torch runs, e.g. "cpu" or "cuda".
+        device: Where torch runs, e.g. "cpu" or "cuda"; "auto" spreads the model over all GPUs that this
+            process sees, "auto:N" says besides how many GPUs a worker of a cluster gets.
+        entropies: Measure the layer entropies of every picture, with the first question about it.
+        metrics: And with them the layer metrics.
     """
 
     ways: tuple[Way, ...]
@@ -40,6 +43,8 @@ class Setting:
     seed: int
     max_new_tokens: int
     device: str
+    entropies: bool = True
+    metrics: bool = False
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -84,9 +89,11 @@ def make_bench(checkpoint: Checkpoint, setting: Setting) -> Bench:
 
     check_device(setting.device)
     dtype = torch.float32 if setting.device == "cpu" else getattr(torch, checkpoint.dtype)
-    model = load_model(checkpoint, dtype=dtype).to(setting.device)
+    if _is_spread(setting.device):
+        model = load_model(checkpoint, dtype=dtype, device_map="auto")
+    else:
+        model = load_model(checkpoint, dtype=dtype).to(setting.device)
     builder = checkpoint.family.prompt_builder(checkpoint.path, checkpoint.config)
-    names = {cut.method for way in setting.ways for cut in way.cuts}
     return Bench(
         checkpoint=checkpoint,
         setting=setting,
@@ -94,8 +101,18 @@ def make_bench(checkpoint: Checkpoint, setting: Setting) -> Bench:
         decoder=checkpoint.family.decoder(model),
         builder=builder,
         speller=Speller(checkpoint.path, builder.eos_token_ids),
-        methods={name: method_named(name) for name in sorted(names)},
+        methods=_methods(setting),
     )
+
+
+def with_setting(bench: Bench, setting: Setting) -> Bench:
+    """The same loaded model for another setting on the same device."""
+    return replace(bench, setting=setting, methods=_methods(setting))
+
+
+def _methods(setting: Setting) -> dict[str, Method]:
+    names = {cut.method for way in setting.ways for cut in way.cuts}
+    return {name: method_named(name) for name in sorted(names)}
 
 
 def check_device(device: str) -> None:
@@ -104,11 +121,32 @@ def check_device(device: str) -> None:
     Raises:
         UserError: There is no such device.
     """
+    if _is_spread(device):
+        gpus_of(device)
+        return
     try:
         torch.empty(1).to(device)
     except (RuntimeError, AssertionError) as error:  # torch raises either
         message = f"device {device} cannot be used: {reason(error)}"
         raise UserError(message, hint="leave --device out to run on the CPU") from error
+
+
+def gpus_of(device: str) -> int:
+    """How many GPUs one worker needs.
+
+    Raises:
+        UserError: "auto:" is followed by no number.
+    """
+    if not _is_spread(device):
+        return 0 if device == "cpu" else 1
+    count = device.partition(":")[2] or "1"
+    if not (count.isascii() and count.isdigit() and int(count)):
+        raise UserError(f"device {device} names no number of GPUs", hint="write it as auto:2")
+    return int(count)
+
+
+def _is_spread(device: str) -> bool:
+    return device.partition(":")[0] == "auto"
 
 
 def build_prompt(bench: Bench, question: Question) -> PromptInputs:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ep_export.adaptive import own_tokens
 from ep_export.choosers import CutTokens, choose
 from ep_export.measure.pruned import Arrival, KeptSets, arrivals
 from ep_export.measure.view import instruction_positions, token_view
@@ -68,7 +69,7 @@ def kept_by(bench: Bench, prompted: Prompted, ways: Sequence[Way]) -> dict[str, 
                 here = AtCut(bench, prompted, arrival)
                 for way, draw in begun[sets]:
                     method = drawn_method(bench, prompted.question, way, number, draw)
-                    positions = here.choose(method, counts[way][number])
+                    positions = here.choose(method, counts[way][number], way)
                     kept[way, draw] = (*sets, (layer, tuple(positions.tolist())))
     chosen: dict[str, list[KeptSets]] = {}
     for (way, _), sets in kept.items():
@@ -113,10 +114,15 @@ class AtCut:
             visual_index=arrival.visual_index,
         )
 
-    def choose(self, method: Method, k: int) -> torch.Tensor:
-        """[k] int64 prompt positions that stay, ascending."""
+    def choose(self, method: Method, k: int, way: Way | None = None) -> torch.Tensor:
+        """[k] int64 prompt positions that stay, ascending; fewer where the way's keep is the prompt's own."""
         if method.chooser is not None:
-            places = choose(method.chooser, self.tokens(method.chooser), k).kept
+            tokens = self.tokens(method.chooser)
+            choice = choose(method.chooser, tokens, k)
+            if way is not None and way.keep.threshold is not None and choice.scores is not None:
+                k = self._own_tokens(way, choice.scores)
+                choice = choose(method.chooser, tokens, k)
+            places = choice.kept
         elif method.choose is not None:
             places = method.choose(self.view, k)
         else:
@@ -126,6 +132,10 @@ class AtCut:
             expected = f"expected {k} ascending visual positions"
             raise RuntimeError(f"{method.key} returned {places.tolist()}, {expected}")
         return self._arrival.positions[places]
+
+    def _own_tokens(self, way: Way, scores: torch.Tensor) -> int:
+        size = {"layers": self._bench.checkpoint.dims.layers, "visual_tokens": len(scores)}
+        return own_tokens(way.keep, scores.cpu().numpy(), way.schedule, **size)
 
 
 def _counts(bench: Bench, prompted: Prompted, ways: Sequence[Way]) -> dict[Way, tuple[int, ...]]:

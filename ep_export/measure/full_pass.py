@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ep_export.entropy import layer_entropy
+from ep_export.measure.layer_curves import LayerCurves, record_curves
 from ep_export.reference.spans import SpanRecorder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from ep_export.families.base import DecoderModules, Family, PromptInputs
+    from ep_export.families.base import Family, PromptInputs
     from ep_export.policy import Source
 
 __all__ = ["FullPass", "before_placeholder", "run_full"]
@@ -34,8 +34,7 @@ class FullPass:
         hidden: K -> [1, length, d], what enters layer K.
         projections: K -> by source what layer K-1 projects, [1, length, heads * head_dim]; K = 0 has none.
         arguments: Layer -> keyword arguments it was called with.
-        query_entropy: [L] nats; empty unless asked for.
-        key_entropy: [L] nats.
+        curves: Entropies and metrics of every layer; None unless asked for.
     """
 
     visual_index: torch.Tensor
@@ -45,8 +44,7 @@ class FullPass:
     hidden: dict[int, torch.Tensor]
     projections: dict[int, dict[Source, torch.Tensor]]
     arguments: dict[int, dict[str, Any]]
-    query_entropy: tuple[float, ...] = ()
-    key_entropy: tuple[float, ...] = ()
+    curves: LayerCurves | None = None
 
 
 def run_full(
@@ -57,6 +55,7 @@ def run_full(
     *,
     layers: Iterable[int],
     entropies: bool = False,
+    metrics: bool = False,
 ) -> FullPass:
     """Run prompt and answer through the unpruned model once.
 
@@ -67,6 +66,7 @@ def run_full(
         answer: What is fed after the prompt, at least one token; the last is only predicted.
         layers: Layers K whose states are kept; what enters the decoder (K = 0) always is.
         entropies: Also compute every layer's entropies.
+        metrics: With them the layer metrics.
     """
     decoder = family.decoder(model)
     ids = np.concatenate([prompt.input_ids, np.asarray([answer[:-1]], dtype=np.int64)], axis=1)
@@ -75,23 +75,21 @@ def run_full(
     visual = torch.from_numpy(prompt.visual_index).to(model.device)
     last = len(decoder.layers)
     recorder = SpanRecorder(decoder, {0, *layers, last}, arguments=True)
-    curves = _EntropyCurves(visual)
+    length = prompt.input_ids.shape[1]
     with ExitStack() as undo, torch.inference_mode():
         recorder.install(undo)
-        if entropies:
-            curves.install(decoder, undo)
+        curves = record_curves(decoder, visual, length, undo, metrics=metrics) if entropies else None
         model(**inputs, use_cache=False, logits_to_keep=1)
         logits = decoder.lm_head(decoder.norm(recorder.hidden[last][0, -len(answer) :]))
     return FullPass(
         visual_index=visual,
-        prompt_length=prompt.input_ids.shape[1],
+        prompt_length=length,
         length=ids.shape[1],
         log_probs=logits.float().log_softmax(dim=-1),
         hidden=recorder.hidden,
         projections=recorder.projections,
         arguments=recorder.arguments,
-        query_entropy=tuple(curves.query),
-        key_entropy=tuple(curves.key),
+        curves=curves,
     )
 
 
@@ -101,25 +99,3 @@ def before_placeholder(answer: list[int], config: PreTrainedConfig) -> list[int]
 
     places = visual_positions(torch.tensor(answer), config)
     return answer[: int(places[0]) + 1] if len(places) else answer
-
-
-class _EntropyCurves:
-    """Entropy of the visual tokens' queries and keys, layer by layer while they are computed."""
-
-    def __init__(self, visual: torch.Tensor) -> None:
-        self._visual = visual
-        self.query: list[float] = []
-        self.key: list[float] = []
-
-    def install(self, decoder: DecoderModules, undo: ExitStack) -> None:
-        """Register every hook; `undo` removes them."""
-        for layer in decoder.layers:
-            attention: Any = layer.self_attn
-            for projection, curve in ((attention.q_proj, self.query), (attention.k_proj, self.key)):
-                undo.callback(projection.register_forward_hook(self._measure(curve)).remove)
-
-    def _measure(self, curve: list[float]) -> Any:
-        def hook(_module: Any, _args: Any, output: torch.Tensor) -> None:
-            curve.append(layer_entropy(output[0, self._visual]))
-
-        return hook

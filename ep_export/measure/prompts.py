@@ -1,7 +1,8 @@
 """What the model is asked about pictures: one file format for all that ask.
 
 A list of questions, asked in turn, one a picture; or an object file name -> one entry or a list of them. An
-entry is a question, or `{"question": ..., "answer": ...}`, the answer a text or a list of which any counts.
+entry is a question, or `{"question": ..., "answer": ..., "kind": ...}`: the answer a text or a list of which
+any counts, the kind the user's own name for questions of one sort. Both may be left out.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ __all__ = [
     "Prompts",
     "Questions",
     "entries_for",
+    "kind_of",
+    "question_of",
     "questions_for",
+    "read_asked",
     "read_prompts",
     "read_questions",
 ]
@@ -54,22 +58,38 @@ def read_prompts(path: Path) -> Prompts:
     raise UserError(f"prompts file {path} holds no questions", hint=_HINT)
 
 
-def read_questions(path: Path) -> Questions:
-    """Questions from a JSON file, answers left out.
+def read_asked(path: Path) -> Prompts:
+    """Prompts from a JSON file of which every entry is a question.
 
     Raises:
         UserError: See `read_prompts`; or an entry that is no question.
     """
     prompts = read_prompts(path)
+    if isinstance(prompts, Mapping):
+        for name, entries in prompts.items():
+            if not entries or any(question_of(entry) is None for entry in entries):
+                raise UserError(f"prompts file {path} holds no questions about {name}", hint=_HINT)
+    return prompts
+
+
+def read_questions(path: Path) -> Questions:
+    """As `read_asked`, the questions' texts alone."""
+    prompts = read_asked(path)
     if not isinstance(prompts, Mapping):
         return prompts
-    questions: dict[str, list[str]] = {}
-    for name, entries in prompts.items():
-        texts: list[Any] = [e.get("question") if isinstance(e, dict) else e for e in entries]
-        if not texts or not all(map(_is_question, texts)):
-            raise UserError(f"prompts file {path} holds no questions about {name}", hint=_HINT)
-        questions[name] = texts
-    return questions
+    return {name: [question_of(entry) or "" for entry in entries] for name, entries in prompts.items()}
+
+
+def question_of(entry: Any) -> str | None:
+    """The text of an entry; None where it is no question."""
+    text = entry.get("question") if isinstance(entry, dict) else entry
+    return text if _is_question(text) else None
+
+
+def kind_of(entry: Any) -> str | None:
+    """What sort of question an entry is, where it says so."""
+    kind = entry.get("kind") if isinstance(entry, dict) else None
+    return kind.strip() or None if isinstance(kind, str) else None
 
 
 def entries_for(prompts: Prompts, name: str, turn: int) -> Sequence[Any]:

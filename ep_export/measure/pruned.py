@@ -74,7 +74,10 @@ class Arrival:
             positions=positions,
             visual_index=torch.isin(positions, full.visual_index).nonzero()[:, 0],
             hidden=hidden[: len(positions)],
-            projections={source: states[: len(positions)] for source, states in projections.items()},
+            projections={
+                source: states[: len(positions)].to(hidden.device)  # of a layer on another GPU, see `load_model`
+                for source, states in projections.items()
+            },
         )
 
 

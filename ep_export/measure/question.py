@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ep_export.measure.pictures import PictureFile
 
@@ -54,11 +54,16 @@ class WayResult:
         kl: Mean KL(full || pruned) over the positions of the unpruned model's own answer, nats.
         agreement: Share of these positions where the unpruned model's top token stays on top.
         right: "1" or "0" a draw; empty where no right answer is known.
+        kept: For every cut the visual tokens that go on; of a picture scaled down all it has.
+        vision_flops: Of a picture scaled down, what its vision encoder costs; None where it is the picture's
+            own.
     """
 
     kl: tuple[float, ...]
     agreement: tuple[float, ...]
     right: str
+    kept: tuple[int, ...] = ()
+    vision_flops: int | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,8 @@ class QuestionResult:
         query_entropy: [L] nats; empty for a picture that another question has measured.
         key_entropy: [L] nats.
         ways: Way key -> result; ways whose keep is impossible on this picture are left out.
+        vision_flops: Of the vision encoder on the picture as it is.
+        metrics: Key of every `ep_export.entropy.LayerMetric` -> [L]; empty as `query_entropy` is.
     """
 
     key: str
@@ -86,6 +93,8 @@ class QuestionResult:
     query_entropy: tuple[float, ...]
     key_entropy: tuple[float, ...]
     ways: Mapping[str, WayResult]
+    metrics: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    vision_flops: int = 0
 
 
 def normalise(text: str) -> str:

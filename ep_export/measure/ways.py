@@ -6,12 +6,20 @@ The keep means the same for all: the average share over all layers, layers befor
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 
 from ep_export.errors import UsageError, UserError
 from ep_export.plan import check_schedule, kept_tokens
 from ep_export.policy import Chooser, Cut, Keep, MaxMin, Schedule, chooser_named
 
-__all__ = ["Way", "WayCut", "one_cut", "scheduled_way"]
+__all__ = ["Scaling", "Way", "WayCut", "one_cut", "scheduled_way"]
+
+
+class Scaling(str, Enum):
+    """What a picture that is scaled down, and not pruned, has in common with a pruned one."""
+
+    TOKENS = "tokens"  # the average number of visual tokens
+    FLOPS = "flops"  # FLOPs up to the first token, vision encoder included
 
 
 @dataclass(frozen=True)
@@ -34,16 +42,20 @@ class Way:
     """One way of pruning.
 
     Attributes:
-        cuts: In the order of their layers.
+        cuts: In the order of their layers; none where the picture is scaled down.
         keep: Average over all layers.
+        scaling: How the picture is scaled down instead; None where tokens are pruned.
     """
 
     cuts: tuple[WayCut, ...]
     keep: Keep
+    scaling: Scaling | None = None
 
     @property
     def key(self) -> str:
         """Its name in journals and tables, e.g. `2:divprune@0.25`, `2:0.5:divprune+8:0.1:random@0.2`."""
+        if self.scaling is not None:
+            return f"scaled-{self.scaling.value}@{self.keep}"
         cuts = (
             f"{cut.layer}:{cut.method}" if cut.share is None else f"{cut.layer}:{cut.share:g}:{cut.method}"
             for cut in self.cuts
@@ -56,15 +68,17 @@ class Way:
         return Schedule(tuple(Cut(cut.layer, _chooser(cut.method), cut.share) for cut in self.cuts))
 
     def kept(self, *, layers: int, visual_tokens: int) -> tuple[int, ...]:
-        """For every cut the visual tokens that go on; see `kept_tokens`.
+        """For every cut the visual tokens that go on, at most; see `kept_tokens`.
 
         Raises:
             UsageError: The keep is impossible.
         """
-        return kept_tokens(self.keep, self.schedule, layers=layers, visual_tokens=visual_tokens)
+        return kept_tokens(self.keep.largest, self.schedule, layers=layers, visual_tokens=visual_tokens)
 
     def fits(self, *, layers: int, visual_tokens: int) -> bool:
-        """Whether the keep is possible there."""
+        """Whether the keep is possible there; of a picture scaled down only its size can tell."""
+        if self.scaling is not None:
+            return False
         try:
             self.kept(layers=layers, visual_tokens=visual_tokens)
         except UserError:

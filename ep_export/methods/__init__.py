@@ -1,36 +1,54 @@
-"""Ways of choosing visual tokens: the choosers a bundle can prune by, and rivals, one file each.
+"""Ways of keeping fewer visual tokens: the choosers a bundle can prune by, and rivals, one file each.
 
-Left out, because they are not a choice of tokens at given layers: PyramidDrop (arXiv 2410.17247) drops in
-stages of its own; SparseVLM (arXiv 2410.04417) prunes at several layers, each by its own share, and merges
-what it drops into new tokens.
+Merging is left out: SparseVLM (arXiv 2410.04417) is here without it, and VisionZip (arXiv 2412.04467), whose
+contextual tokens are sums of others, is not here.
 """
 
 from __future__ import annotations
 
 from ep_export.errors import UsageError, near_matches
 from ep_export.methods.cdpruner import CDPRUNER
-from ep_export.methods.contract import Choose, LayerStates, Method, Place, TokenView
+from ep_export.methods.contract import Choose, LayerStates, Method, Place, StageCut, TokenView
 from ep_export.methods.dart import DART
 from ep_export.methods.fastv import FASTV
 from ep_export.methods.ours import CHOOSER_METHODS, chooser_method
+from ep_export.methods.scaled import SCALED, SCALED_FLOPS
+from ep_export.methods.scope import SCOPE
+from ep_export.methods.sparsevlm import SPARSEVLM, SPARSEVLM_STAGES
+from ep_export.methods.stages import HORIZON, PYRAMID_DROP
 from ep_export.policy import chooser_named
 
 __all__ = [
     "METHODS",
+    "SCALED",
+    "SCALED_FLOPS",
     "Choose",
     "LayerStates",
     "Method",
     "Place",
+    "StageCut",
     "TokenView",
     "chooser_method",
     "find_methods",
     "method_named",
 ]
 
-METHODS: tuple[Method, ...] = (*CHOOSER_METHODS[:-1], FASTV, DART, CDPRUNER, CHOOSER_METHODS[-1])
+METHODS: tuple[Method, ...] = (
+    *CHOOSER_METHODS[:-1],
+    FASTV,
+    DART,
+    CDPRUNER,
+    SCOPE,
+    PYRAMID_DROP,
+    SPARSEVLM_STAGES,
+    HORIZON,
+    SCALED,
+    SCALED_FLOPS,
+    CHOOSER_METHODS[-1],
+)
 """In the order of the tables: ours, the rivals, the floor."""
 
-_KNOWN = {method.key: method for method in METHODS}
+_KNOWN = {method.key: method for method in (*METHODS, SPARSEVLM)}
 
 
 def method_named(key: str) -> Method:

@@ -16,7 +16,16 @@ import torch
 
 from ep_export.policy import Chooser, Random
 
-__all__ = ["Choose", "LayerStates", "Method", "Place", "TokenView", "keep_best"]
+__all__ = [
+    "Choose",
+    "LayerStates",
+    "Method",
+    "Place",
+    "StageCut",
+    "Stages",
+    "TokenView",
+    "keep_best",
+]
 
 _T = TypeVar("_T")
 
@@ -109,6 +118,27 @@ class Place(str, Enum):
 
     INSIDE = "inside"  # at a layer K >= 1: it reads states of layer K-1
     ANYWHERE = "anywhere"  # also before the decoder, K = 0
+    STAGES = "stages"  # at several layers of its own
+    PICTURE = "picture"  # nowhere: the picture itself is made smaller
+
+
+@dataclass(frozen=True)
+class StageCut:
+    """One stage of a method that has several.
+
+    Attributes:
+        layer: K.
+        method: Key of what chooses there.
+        share: Of the prompt's visual tokens that go on, before shares are scaled to the keep.
+    """
+
+    layer: int
+    method: str
+    share: float
+
+
+Stages = Callable[[int, float], tuple[StageCut, ...]]
+"""(layers of the model, keep) -> stages in the order of their layers, at least one."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +154,8 @@ class Method:
         chooser: What a bundle of ep-export would prune by; None for a rival.
         choose: Of a rival, see `Choose`; None for a method of ours.
         published_layer: The K its authors use by default; None where that depends on the model.
+        stages: Where a method of several stages drops tokens.
+        chooser_stages: Whether what chooses at them is all ours, so that a bundle can prune this way.
     """
 
     key: str
@@ -134,11 +166,13 @@ class Method:
     chooser: Chooser | None = None
     choose: Choose | None = None
     published_layer: int | None = None
+    stages: Stages | None = None
+    chooser_stages: bool = False
 
     @property
     def ours(self) -> bool:
         """Whether a bundle can prune this way."""
-        return self.chooser is not None
+        return self.chooser is not None or self.chooser_stages
 
     @property
     def chance(self) -> bool:

@@ -6,7 +6,7 @@ Nothing is computed here; their exact forms are in `ep_export.choosers`.
 from __future__ import annotations
 
 from ep_export.methods.contract import Method, Place
-from ep_export.policy import Chooser, MaxMin, Random, Scorer, Select, Source, TopK
+from ep_export.policy import Chooser, Coverage, MaxMin, Random, Scorer, Select, TopK, reads_projections
 
 __all__ = ["CHOOSER_METHODS", "chooser_method"]
 
@@ -28,13 +28,12 @@ def chooser_method(chooser: Chooser) -> Method:
     for method in CHOOSER_METHODS:
         if method.chooser == chooser:
             return method
-    reads_layer = isinstance(chooser, TopK) and chooser.source is not Source.HIDDEN
     return Method(
         key=chooser.name,
         title=chooser.name,
         source="ep-export",
         idea=f"keeps by {chooser}",
-        place=Place.INSIDE if reads_layer else Place.ANYWHERE,
+        place=Place.INSIDE if reads_projections(chooser) else Place.ANYWHERE,
         chooser=chooser,
     )
 
@@ -62,6 +61,20 @@ _DIVPRUNE = Method(
     published_layer=0,
 )
 
+_SCOPE = "after SCOPE, arXiv 2510.24214"
+
+
+def _coverage(chooser: Coverage) -> Method:
+    score = _SCORERS[chooser.scorer][2]
+    return Method(
+        key=chooser.name,
+        title=f"Coverage, {chooser.select.value} {chooser.scorer.value}",
+        source=_SCOPE,
+        idea=f"keeps tokens of {chooser.select.value} {score} that are far from what is kept already",
+        chooser=chooser,
+    )
+
+
 _RANDOM = Method(
     key=Random().name,
     title="Random",
@@ -74,6 +87,7 @@ _RANDOM = Method(
 CHOOSER_METHODS: tuple[Method, ...] = (
     *(_scored(scorer, select) for scorer in Scorer for select in Select),
     _DIVPRUNE,
+    *(_coverage(Coverage(scorer, select)) for scorer in (Scorer.PAPER, Scorer.NORM) for select in Select),
     _RANDOM,
 )
 """The paper's first, the floor last."""

@@ -138,18 +138,18 @@ def greedy_answer(
     prompt: PromptInputs,
     max_new_tokens: int,
     *,
-    plan: Prunable,
+    plan: Prunable | None,
     eos_token_ids: Sequence[int],
     repetition_penalty: float,
     select: SelectTokens | None = None,
 ) -> Answer:
-    """Pruned greedy answer with the scores it was chosen from.
+    """Greedy answer with the scores it was chosen from.
 
     Args:
         model: From `load_model`.
         prompt: The prompt.
         max_new_tokens: At most so many tokens.
-        plan: See `prune`.
+        plan: See `prune`; None: nothing is pruned.
         eos_token_ids: Where to stop.
         repetition_penalty: 1 is plain argmax.
         select: See `prune`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -27,6 +28,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     *,
     quantised: Mapping[str, StoredLinear] | None = None,
+    device_map: str | Mapping[str, str | int] | None = None,
 ) -> PreTrainedModel:
     """Load the model from its local directory: safetensors only, no code from the checkpoint, no network.
 
@@ -39,13 +41,19 @@ def load_model(
         dtype: Weights are converted to it; bfloat16 and float16 weights widen exactly to float32.
         quantised: Linear layers of a bundle (see `bundle_layers`), whose dequantised weights take the place
             of the checkpoint's: a bundle is judged by its arithmetic, not by its rounding.
+        device_map: Spread the modules over devices with accelerate: "auto", or module name -> device, as
+            Hugging Face's `from_pretrained` takes it. What passes from one layer to the next lies on the
+            first device, so that layers can be run one by one. None: everything on the CPU.
 
     Returns:
         The model in eval mode, its parameters without gradients.
 
     Raises:
-        UserError: A weight the model needs is missing or has another shape.
+        UserError: A weight the model needs is missing or has another shape; accelerate is missing, or the
+            checkpoint is one that it cannot spread.
     """
+    if device_map is not None:
+        _check_spreading(checkpoint)
     if checkpoint.published is not None:
         return _assembled(checkpoint, dtype, quantised)
     from transformers import AutoModelForImageTextToText
@@ -60,6 +68,7 @@ def load_model(
             trust_remote_code=False,
             ignore_mismatched_sizes=True,  # told below, by name
             output_loading_info=True,
+            device_map=device_map,
         )
     mismatched = (entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"])
     wrong = sorted({*info["missing_keys"], *mismatched})
@@ -71,7 +80,31 @@ def load_model(
         )
     if quantised:
         _dequantise(model, checkpoint, quantised)
+    if device_map is not None:
+        _return_to_first_device(checkpoint, model)
     return model.eval().requires_grad_(requires_grad=False)
+
+
+def _check_spreading(checkpoint: Checkpoint) -> None:
+    if importlib.util.find_spec("accelerate") is None:
+        raise UserError(
+            "accelerate, which spreads a model over devices, is not installed",
+            hint="pip install 'ep-export[accelerate]'",
+        )
+    if checkpoint.published is not None:
+        raise UserError(
+            f"checkpoint {checkpoint.path} is quantised, and cannot be spread over devices",
+            hint="give one device, e.g. cuda, or the unquantised checkpoint",
+        )
+
+
+def _return_to_first_device(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+    """Accelerate's hooks bring inputs to a module; these bring its output back to where they came from."""
+    decoder = checkpoint.family.decoder(model)
+    for module in (*decoder.layers, decoder.norm, decoder.lm_head):
+        hook = getattr(module, "_hf_hook", None)
+        if hook is not None:
+            hook.io_same_device = True
 
 
 def _assembled(

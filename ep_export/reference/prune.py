@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from ep_export.adaptive import check_adaptive, own_tokens
 from ep_export.choosers import CutTokens, choose
 from ep_export.errors import UserError
 from ep_export.families import family_of
@@ -189,6 +190,7 @@ def _check(model: PreTrainedModel, plan: Prunable) -> None:
         )
     check_keep(plan.keep)
     check_schedule(plan.schedule, dims.layers)
+    check_adaptive(plan.keep, plan.schedule)
     attention = model.config.get_text_config()._attn_implementation  # noqa: SLF001 - the only place it is kept
     if attention not in {"sdpa", "eager"}:
         # Flash attention takes gaps in position_ids for borders between packed sequences.
@@ -278,7 +280,7 @@ class _Hooks:
         # one token is a decode step, whatever its id
         visual = visual_positions(ids[0], self._model.config) if length > 1 else ids.new_empty(0)
         budgets = kept_tokens(
-            self._plan.keep, self._plan.schedule, layers=self._dims.layers, visual_tokens=len(visual)
+            self._plan.keep.largest, self._plan.schedule, layers=self._dims.layers, visual_tokens=len(visual)
         )
         self._prompt = _Prompt(visual, length, plain_length(kwargs.get("past_key_values")), budgets)
         if length > 1:
@@ -353,6 +355,8 @@ class _Hooks:
         )
         if self._select is None:
             choice = choose(settings.chooser, tokens, k)
+            if self._plan.keep.threshold is not None and choice.scores is not None:
+                choice = choose(settings.chooser, tokens, self._own_tokens(choice.scores, prompt))
             kept, scores = choice.kept.to(hidden.device), choice.scores
         else:
             kept, scores = self._selected(cut, tokens, k), None
@@ -367,8 +371,13 @@ class _Hooks:
         self.trace.cuts = (*self.trace.cuts, trace)
         return local
 
+    def _own_tokens(self, scores: torch.Tensor, prompt: _Prompt) -> int:
+        """Where every prompt has a keep of its own, how many of its visual tokens go on."""
+        size = {"layers": self._dims.layers, "visual_tokens": len(prompt.visual)}
+        return own_tokens(self._plan.keep, scores.cpu().numpy(), self._plan.schedule, **size)
+
     def _selected(self, cut: int, tokens: CutTokens, k: int) -> torch.Tensor:
-        """What the caller's `select` keeps.
+        """What the caller's `select` keeps: k tokens, or where every prompt has its own keep at most k.
 
         Raises:
             ValueError: It broke its contract.
@@ -376,7 +385,9 @@ class _Hooks:
         if self._select is None:  # unreachable: `_choose` asks
             raise RuntimeError("there is no select")
         kept = self._select(cut, tokens, k).to(tokens.visual_index.device)
-        if len(set(kept.tolist())) != k or not torch.isin(kept, tokens.visual_index).all():
+        count = len(set(kept.tolist()))
+        right = count <= k if self._plan.keep.threshold is not None else count == k
+        if not right or count < len(kept) or not torch.isin(kept, tokens.visual_index).all():
             expected = f"{k} different positions of visual tokens"
             raise ValueError(f"select must return {expected}, got {kept.tolist()}")
         return kept

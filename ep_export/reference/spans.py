@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ep_export.choosers.base import CutTokens
-from ep_export.policy import Source, TopK
+from ep_export.policy import Source, scored_source
 
 if TYPE_CHECKING:
     from ep_export.dims import DecoderDims
@@ -133,8 +133,8 @@ def cut_tokens(
     """
     arrived = hidden.index_select(0, visual_index)
     states = None
-    if isinstance(cut.chooser, TopK):
-        source = cut.chooser.source
+    source = scored_source(cut.chooser)
+    if source is not None:
         chosen = arrived if source is Source.HIDDEN else projections[source].index_select(0, visual_index)
         heads = dims.kv_heads if source in _GROUPED else dims.heads
         states = chosen.reshape(len(visual_index), heads, -1)

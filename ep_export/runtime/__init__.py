@@ -7,7 +7,7 @@ from ep_export.runtime.components import Components
 from ep_export.runtime.generate import AnswerCut, Continuation, Finish, Generation
 from ep_export.runtime.kept import KeptPicture, kept_pictures
 from ep_export.runtime.onnxruntime_runner import OnnxRuntimeOptions, OnnxRuntimeRunner
-from ep_export.runtime.pictures import open_picture
+from ep_export.runtime.pictures import open_picture, read_picture
 from ep_export.runtime.prefill import KeptCut, Prefill
 from ep_export.runtime.sampling import Sampling
 from ep_export.runtime.session import Session
@@ -33,4 +33,5 @@ __all__ = [
     "kept_pictures",
     "open_picture",
     "open_video",
+    "read_picture",
 ]

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
-__all__ = ["Feed", "Runner", "RunnerFactory", "Value"]
+__all__ = ["Buffer", "Feed", "Runner", "RunnerFactory", "Value"]
 
 
 class Value(Protocol):
@@ -26,6 +26,18 @@ class Value(Protocol):
 
     def numpy(self) -> NDArray[Any]:
         """Its values on the host; bfloat16 as float32."""
+        ...
+
+
+class Buffer(Value, Protocol):
+    """Memory that outlives a run: caches [slots, KVH, capacity, D], read and written in place."""
+
+    def rows(self, start: int, stop: int) -> Value:
+        """Consecutive entries of the first axis: the same memory."""
+        ...
+
+    def write(self, row: int, values: NDArray[Any]) -> None:
+        """Copy [KVH, P, D] into the first P places of one entry of the first axis."""
         ...
 
 
@@ -53,6 +65,27 @@ class Runner(ABC):
         Raises:
             UserError: An input is missing, unknown, or refused by the backend.
         """
+
+    def run_in_place(
+        self, feeds: Mapping[str, Feed], into: Mapping[str, Value], *, on_device: Collection[str] = ()
+    ) -> dict[str, Value]:
+        """Run once, with some outputs written into memory that is there already.
+
+        Args:
+            feeds: See `run`.
+            into: Outputs -> rows of a `Buffer` of this runner, also such that an input reads.
+            on_device: See `run`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no memory that outlives a run")
+
+    def buffer(self, name: str, shape: tuple[int, ...]) -> Buffer:
+        """Zeros of an input's type in the memory this runner computes in.
+
+        Args:
+            name: Of the input.
+            shape: Of the memory.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no memory that outlives a run")
 
     @abstractmethod
     def close(self) -> None:

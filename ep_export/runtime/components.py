@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ep_export.bundle import Component, Manifest, Role
 from ep_export.dims import DecoderDims
 from ep_export.runtime.base import Feed, Runner, Value
 
-__all__ = ["Components", "empty_caches", "past_feeds", "run_span"]
+__all__ = ["Components", "cache_names", "empty_caches", "length_feeds", "past_feeds", "run_span"]
 
 _LOGITS = "logits"
 _PAST, _PRESENT = "past_key_values.", "present."
@@ -64,30 +65,67 @@ class Components:
 
 
 def run_span(
-    components: Components, span: Component, hidden: Feed, position_ids: Feed, caches: Mapping[str, Feed]
+    components: Components,
+    span: Component,
+    hidden: Feed,
+    position_ids: Feed,
+    caches: Mapping[str, Any],
+    *,
+    lengths: Sequence[int] | None = None,
 ) -> dict[str, Value]:
     """One span over new positions; only logits come to the host.
 
     Args:
         components: The opened bundle.
         span: Which.
-        hidden: [1, T, d], what enters its first layer.
-        position_ids: [A, 1, T] int64.
+        hidden: [B, T, d], what enters its first layer.
+        position_ids: [A, B, T] int64.
         caches: Of at least its layers, by input name.
+        lengths: Rows of these caches that are filled, one number for every B: the span then writes into
+            them. None: all are, and the span gives new ones.
 
     Returns:
         Its outputs by name.
     """
     runner = components.runner(span)
-    feeds: dict[str, Feed] = {"inputs_embeds": hidden, "position_ids": position_ids}
-    feeds |= {name: caches[name] for name in runner.input_names if name.startswith(_PAST)}
-    return runner.run(feeds, on_device=set(runner.output_names) - {_LOGITS})
+    past = {name: caches[name] for name in runner.input_names if name.startswith(_PAST)}
+    filled = [next(iter(past.values())).shape[2]] * hidden.shape[0] if lengths is None else lengths
+    feeds: dict[str, Feed] = {"inputs_embeds": hidden, "position_ids": position_ids, **past}
+    feeds |= {
+        name: array
+        for name, array in length_feeds(filled, hidden.shape[1]).items()
+        if name in runner.input_names
+    }
+    on_device = set(runner.output_names) - {_LOGITS}
+    if lengths is None:
+        return runner.run(feeds, on_device=on_device)
+    into = {name.replace(_PAST, _PRESENT, 1): cache for name, cache in past.items()}
+    return runner.run_in_place(feeds, into, on_device=on_device)
+
+
+def length_feeds(past: Sequence[int], new: int) -> dict[str, NDArray[Any]]:
+    """What a span of fixed capacity is told of its caches; a span takes those of these inputs it has.
+
+    Args:
+        past: Filled rows, one number for every sequence of the batch.
+        new: T, positions that follow.
+
+    Returns:
+        `seqlens_k` [B] and `total_sequence_length` [] int32, as GroupQueryAttention reads them.
+    """
+    last = np.asarray(past, dtype=np.int32) + (new - 1)
+    return {"seqlens_k": last, "total_sequence_length": np.asarray(last.max() + 1, dtype=np.int32)}
+
+
+def cache_names(layers: Iterable[int]) -> Iterator[str]:
+    """Names of the caches that spans of these layers take."""
+    return (f"{_PAST}{i}.{part}" for i in layers for part in ("key", "value"))
 
 
 def empty_caches(dims: DecoderDims) -> dict[str, Feed]:
     """Caches of length 0 for all layers; runners convert their type."""
     empty: Any = np.zeros((1, dims.kv_heads, 0, dims.head_dim), dtype=np.float32)
-    return {f"{_PAST}{i}.{part}": empty for i in range(dims.layers) for part in ("key", "value")}
+    return dict.fromkeys(cache_names(range(dims.layers)), empty)
 
 
 def past_feeds(outputs: Mapping[str, Value]) -> dict[str, Value]:

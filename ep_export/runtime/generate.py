@@ -13,14 +13,19 @@ from enum import Enum
 import numpy as np
 from numpy.typing import NDArray
 
+from ep_export.plan import Pair
 from ep_export.policy import Keep
-from ep_export.runtime.base import Feed
-from ep_export.runtime.components import Components, past_feeds, run_span
+from ep_export.runtime.batch import open_decoder
+from ep_export.runtime.components import Components, cache_names
 from ep_export.runtime.kept import KeptPicture
 from ep_export.runtime.prefill import Prefill, Timer
 from ep_export.runtime.sampling import TokenChooser
 
 __all__ = ["AnswerCut", "Continuation", "Decoding", "Finish", "Generation", "run_decode"]
+
+
+_ROOM = 256
+"""Rows that caches of fixed capacity grow by."""
 
 
 class Finish(str, Enum):
@@ -29,6 +34,8 @@ class Finish(str, Enum):
     END = "end"  # the model ended it
     LENGTH = "length"  # max_new_tokens
     CONTEXT = "context"  # the model's context is full
+    STOP = "stop"  # a text that the request named; of a served answer
+    CANCELLED = "cancelled"  # nobody wanted the rest; of a served answer
 
 
 @dataclass(frozen=True)
@@ -56,13 +63,14 @@ class Generation:
         prompt_tokens: S.
         visual_tokens: N.
         kept_index: [M] prompt positions that reach the last span.
-        timings_ms: prepare, vision, embed, prefill (spans), prune, decode (all steps), decode_per_token,
-            total.
+        timings_ms: prepare, vision, embed, prefill (spans), prune, first_token (all of these), decode (all
+            steps), decode_per_token, total.
         keep: The amount kept that was asked for.
         finish: Why it ended.
         pictures: What was kept of each picture.
         cuts: Every cut the prompt went through; none without a picture.
         policies: Names of the choosers in use, cut by cut.
+        first_token_flops: Of vision encoder and prefill: of this prompt unpruned, and as it was answered.
     """
 
     answer: str
@@ -76,6 +84,7 @@ class Generation:
     pictures: tuple[KeptPicture, ...]
     cuts: tuple[AnswerCut, ...]
     policies: tuple[str, ...]
+    first_token_flops: Pair
 
 
 @dataclass(frozen=True)
@@ -101,34 +110,24 @@ class Continuation:
     Args:
         components: The opened bundle.
         prefill: Of the prompt.
-        next_position: Position id of the first generated token.
+        room: Tokens that caches of fixed capacity are made for; they grow beyond when they must.
 
     Attributes:
         logits: [vocab_size] float32, of the next token.
     """
 
-    def __init__(self, components: Components, prefill: Prefill, next_position: int) -> None:
+    def __init__(self, components: Components, prefill: Prefill, room: int = _ROOM) -> None:
         self.logits: NDArray[np.float32] = prefill.logits
-        self._components = components
-        self._caches = dict(prefill.caches)
-        self._position = next_position
+        names = (next(iter(cache_names(span.layer_range))) for span in components.manifest.spans)
+        capacity = [prefill.caches[name].shape[2] + room for name in names]
+        self._decoder = open_decoder(components, slots=1, capacity=capacity)
+        self._decoder.admit(0, prefill)
 
     def feed(self, token: int) -> None:
         """Append a token, whichever chose it."""
-        manifest = self._components.manifest
-        embed = self._components.runner(manifest.embed)
-        hidden: Feed = embed.run(
-            {"input_ids": np.array([[token]], dtype=np.int64)}, on_device=("inputs_embeds",)
-        )["inputs_embeds"]
-        position_ids = np.full((manifest.dims.position_axes, 1, 1), self._position, dtype=np.int64)
-        for span in manifest.spans:
-            outputs = run_span(self._components, span, hidden, position_ids, self._caches)
-            self._caches |= past_feeds(outputs)  # in place of the shorter ones, whose memory is free again
-            if "logits" in outputs:
-                self.logits = outputs["logits"].numpy().reshape(-1)
-            else:
-                hidden = outputs["hidden_states"]
-        self._position += 1
+        if self._decoder.room(0) == 0:
+            self._decoder.grow(_ROOM)
+        self.logits = self._decoder.step({0: token})[0]
 
 
 def run_decode(answer: Continuation, decoding: Decoding, timer: Timer) -> tuple[int, ...]:

@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ep_export.errors import UserError
-from ep_export.runtime.base import Feed, Runner, Value
+from ep_export.runtime.base import Buffer, Feed, Runner, Value
 from ep_export.runtime.bfloat16 import narrow, widen
+from ep_export.runtime.onnxruntime_buffer import OrtBuffer, OrtRows
 from ep_export.runtime.providers import CPU, device_of, node_counts, prepare_providers
 
 __all__ = ["OnnxRuntimeOptions", "OnnxRuntimeRunner"]
@@ -113,27 +114,46 @@ class OnnxRuntimeRunner(Runner):
 
     def run(self, feeds: Mapping[str, Feed], *, on_device: Collection[str] = ()) -> dict[str, Value]:
         """See `Runner.run`."""
+        return self.run_in_place(feeds, {}, on_device=on_device)
+
+    def run_in_place(
+        self, feeds: Mapping[str, Feed], into: Mapping[str, Value], *, on_device: Collection[str] = ()
+    ) -> dict[str, Value]:
+        """See `Runner.run_in_place`."""
         if set(feeds) != set(self.input_names):
             missing = sorted(set(self.input_names) - set(feeds))
             unknown = sorted(set(feeds) - set(self.input_names))
             raise UserError(f"{self._file.name} misses inputs {missing} and does not know {unknown}")
         ready = {name: self._to_ort(feed, self._types[name]) for name, feed in feeds.items()}
         try:
-            outputs = self._run_bound(ready, on_device)
+            outputs = self._run_bound(ready, on_device, into)
         except _errors() as error:
             raise UserError(
                 f"{self._file.name} failed: {_first_line(error)}",
                 hint="check the inputs against the manifest",
             ) from error
-        return dict(zip(self.output_names, map(_OrtTensor, outputs), strict=True))
+        return {**dict(zip(self.output_names, map(_OrtTensor, outputs), strict=True)), **into}
 
-    def _run_bound(self, ready: Mapping[str, Any], on_device: Collection[str]) -> Sequence[Any]:
-        """Run with every output bound to the memory it is to lie in; ONNX Runtime allocates it there."""
+    def buffer(self, name: str, shape: tuple[int, ...]) -> Buffer:
+        """See `Runner.buffer`."""
+        return OrtBuffer.zeros(shape, self._types[name], self._device)
+
+    def _run_bound(
+        self, ready: Mapping[str, Any], on_device: Collection[str], into: Mapping[str, Value]
+    ) -> Sequence[Any]:
+        """Run with every output bound to the memory it is to lie in; ONNX Runtime allocates what is open."""
         binding = self._session.io_binding()
         for name, value in ready.items():
-            binding.bind_ortvalue_input(name, value)
+            if isinstance(value, OrtRows):
+                binding.bind_input(name, *value.binding)
+            else:
+                binding.bind_ortvalue_input(name, value)
         for name in self.output_names:
-            binding.bind_output(name, self._device if name in on_device else _HOST)
+            rows = into.get(name)
+            if isinstance(rows, OrtRows):
+                binding.bind_output(name, *rows.binding)
+            else:
+                binding.bind_output(name, self._device if name in on_device else _HOST)
         binding.synchronize_inputs()
         self._session.run_with_iobinding(binding)
         binding.synchronize_outputs()
@@ -170,11 +190,14 @@ def _converter(onnxruntime: Any) -> Callable[[Feed, str], Any]:
         "tensor(float)": np.float32,
         "tensor(float16)": np.float16,
         "tensor(int64)": np.int64,
+        "tensor(int32)": np.int32,
     }
 
     def convert(feed: Feed, kind: str) -> Any:
         if isinstance(feed, _OrtTensor):
             return feed.value
+        if isinstance(feed, OrtRows):
+            return feed
         array = feed if isinstance(feed, np.ndarray) else feed.numpy()
         if kind == "tensor(bfloat16)":
             return make_typed(narrow(array), _BFLOAT16)

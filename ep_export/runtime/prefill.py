@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +13,14 @@ from numpy.typing import NDArray
 
 from ep_export.bundle import Component, Role
 from ep_export.families.base import PromptInputs
-from ep_export.policy import Schedule, TopK
+from ep_export.policy import Schedule, scored_source
 from ep_export.runtime.base import Feed, Value
 from ep_export.runtime.components import Components, empty_caches, past_feeds, run_span
 
 __all__ = ["KeptCut", "Prefill", "Timer", "run_prefill", "run_prune"]
+
+OwnTokens = Callable[[NDArray[np.float32]], int]
+"""[N] scores of the visual tokens that arrive at a cut -> how many go on."""
 
 _READ = frozenset({"kept_index", "scores"})
 """Outputs of a prune component that the host reads."""
@@ -55,6 +58,7 @@ class Prefill:
         logits: [vocab_size] float32, of the last position.
         caches: `past_key_values.{i}.key` and `.value` -> value, as the next step takes them; as long as what
             reached layer i.
+        next_position: Position id of the first generated token.
     """
 
     visual_embeds: tuple[NDArray[Any], ...]
@@ -62,6 +66,7 @@ class Prefill:
     cuts: tuple[KeptCut, ...]
     logits: NDArray[np.float32]
     caches: Mapping[str, Value]
+    next_position: int
 
     @property
     def kept_index(self) -> NDArray[np.int64]:
@@ -91,6 +96,8 @@ def run_prefill(
     vision_feeds: Sequence[Mapping[str, NDArray[Any]]],
     cuts: tuple[Schedule, Sequence[int]] | None,
     timer: Timer,
+    *,
+    own: OwnTokens | None = None,
 ) -> Prefill:
     """Run the vision encoders once a picture, then everything else once over the whole prompt.
 
@@ -101,6 +108,8 @@ def run_prefill(
         cuts: The bundle's schedule with the policies to use, and for every cut the visual tokens that go on;
             None runs the spans alone.
         timer: Gets vision, embed, prefill (all spans) and prune.
+        own: Where every prompt has a keep of its own: says from the scores at the only cut how many go on, at
+            most as many as `cuts` says. The prune component then runs twice: to score, and to keep.
     """
     visual = _encode(components, prompt, vision_feeds, timer)
     with timer.stage("embed"):
@@ -109,13 +118,14 @@ def run_prefill(
         if visual:
             embeds = embeds.copy()  # the runner's own memory
             embeds[0, prompt.visual_index] = np.concatenate(visual)
-    pruned, outputs, caches = _walk(components, prompt, embeds, cuts, timer)
+    pruned, outputs, caches = _walk(components, prompt, embeds, cuts, timer, own)
     return Prefill(
         visual_embeds=visual,
         inputs_embeds=embeds,
         cuts=_in_prompt_positions(components, pruned),
         logits=outputs["logits"].numpy().reshape(-1),
         caches=caches,
+        next_position=prompt.next_position,
     )
 
 
@@ -139,8 +149,9 @@ def run_prune(
     """
     runner = components.runner(prune)
     feeds: dict[str, Feed] = {**arrived, "keep_slots": np.zeros(kept, dtype=np.int64)}
-    if isinstance(prune.chooser, TopK) and "states" in runner.input_names:
-        feeds["states"] = arrived[f"{prune.chooser.source.value}_states"]
+    source = None if prune.chooser is None else scored_source(prune.chooser)
+    if source is not None and "states" in runner.input_names:
+        feeds["states"] = arrived[f"{source.value}_states"]
     return runner.run(
         {name: feeds[name] for name in runner.input_names}, on_device=set(runner.output_names) - _READ
     )
@@ -167,6 +178,7 @@ def _walk(
     embeds: NDArray[Any],
     cuts: tuple[Schedule, Sequence[int]] | None,
     timer: Timer,
+    own: OwnTokens | None,
 ) -> tuple[list[tuple[Component, dict[str, Value]]], dict[str, Value], dict[str, Value]]:
     """From the embeddings to the logits; nothing comes back to the host but what it reads of a cut.
 
@@ -187,7 +199,10 @@ def _walk(
     for stage in stages:
         if stage.role is Role.PRUNE:
             with timer.stage("prune"):
-                outputs = run_prune(components, stage, arrived, next(kept))
+                most = next(kept)
+                outputs = run_prune(components, stage, arrived, most)
+                if own is not None and (fewer := own(outputs["scores"].numpy())) != most:
+                    outputs = run_prune(components, stage, arrived, fewer)
             pruned.append((stage, outputs))
             arrived = {
                 "hidden": outputs["kept_hidden"],

@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
+from ep_export.adaptive import check_adaptive, own_tokens
 from ep_export.bundle import Bundle, Component
 from ep_export.errors import UsageError, UserError
 from ep_export.families import family_named
 from ep_export.families.base import PromptBuilder, PromptInputs, Visual
 from ep_export.families.bounds import check_dims
+from ep_export.first_token import prompt_plan
 from ep_export.plan import kept_tokens
 from ep_export.policy import Keep, Schedule
 from ep_export.runtime.base import Feed, Runner, RunnerFactory
+from ep_export.runtime.batch import SlotDecoder, open_decoder
 from ep_export.runtime.components import Components
 from ep_export.runtime.generate import (
     AnswerCut,
@@ -45,6 +48,8 @@ class Session:
     Attributes:
         bundle: The bundle.
         config: The model's config.
+        family: The model's family.
+        dims: Of its decoder.
         prompts: Builds prompts and decodes answers.
     """
 
@@ -55,7 +60,8 @@ class Session:
         self.config = config
         self.prompts = prompts
         self._components = components
-        self._family = family_named(bundle.manifest.family)
+        self.family = family_named(bundle.manifest.family)
+        self.dims = bundle.manifest.dims
 
     @classmethod
     def open(
@@ -136,9 +142,13 @@ class Session:
         schedule = self.bundle.manifest.scheduled(policies) if prune else None
         return self._prefill(prompt, schedule, self._keep(keep, schedule), Timer())
 
-    def continuation(self, prompt: PromptInputs, prefill: Prefill) -> Continuation:
+    def continuation(self, prefill: Prefill) -> Continuation:
         """What follows a prefill, token by token, whoever chooses the tokens."""
-        return Continuation(self._components, prefill, prompt.next_position)
+        return Continuation(self._components, prefill)
+
+    def decoder(self, *, slots: int, capacity: int | Sequence[int]) -> SlotDecoder:
+        """Several answers at once, token by token; see `open_decoder`."""
+        return open_decoder(self._components, slots=slots, capacity=capacity)
 
     def generate(
         self,
@@ -181,13 +191,13 @@ class Session:
         with timer.stage("prepare"):
             ready = self.prompts.build(visuals, prompt)
         prefill = self._prefill(ready, schedule, keep, timer)
-        answer = self.continuation(ready, prefill)
-        kept_index, cuts = prefill.kept_index, prefill.cuts
-        del prefill  # its caches, which the answer outgrows
         length = ready.input_ids.shape[1]
-        room = manifest.dims.max_positions - length + 1  # the last token is never fed back
+        limit = min(max_new_tokens, manifest.dims.max_positions - length + 1)  # the last is never fed back
+        answer = Continuation(self._components, prefill, limit - 1)
+        kept_index, cuts = prefill.kept_index, prefill.cuts
+        del prefill  # its caches, which the answer has copied or outgrows
         decoding = Decoding(
-            limit=min(max_new_tokens, room),
+            limit=limit,
             eos_token_ids=() if ignore_eos else self.prompts.eos_token_ids,
             chooser=TokenChooser(
                 ready.input_ids[0].tolist(),
@@ -209,6 +219,7 @@ class Session:
             pictures=kept_pictures(ready, [cut.kept_index for cut in cuts]),
             cuts=tuple(AnswerCut(cut.layer, cut.policy, tuple(cut.kept_index.tolist())) for cut in cuts),
             policies=tuple(cut.chooser.name for cut in schedule.cuts) if schedule else (),
+            first_token_flops=prompt_plan(self, ready, schedule, keep).first_token,
         )
 
     def _keep(self, keep: Keep | None, schedule: Schedule | None) -> Keep:
@@ -226,16 +237,21 @@ class Session:
                 hint="use fewer or smaller pictures, or a shorter question",
             )
         cuts: tuple[Schedule, tuple[int, ...]] | None = None
+        own: Callable[[NDArray[Any]], int] | None = None
         if schedule is not None:
             visual_tokens = prompt.visual_index.shape[0]
-            kept = kept_tokens(keep, schedule, layers=manifest.dims.layers, visual_tokens=visual_tokens)
+            size = {"layers": manifest.dims.layers, "visual_tokens": visual_tokens}
+            check_adaptive(keep, schedule)
+            kept = kept_tokens(keep.largest, schedule, **size)
             cuts = (schedule, kept) if visual_tokens else None
+            if keep.threshold is not None:
+                own = partial(own_tokens, keep, schedule=schedule, **size)
         if cuts is not None:  # opened before anything is timed
             for stage in manifest.stages(cuts[0]):
                 self._components.runner(stage)
         with timer.stage("prepare"):
-            feeds = [self._family.vision_feeds(picture, self.config) for picture in prompt.pictures]
-        return run_prefill(self._components, prompt, feeds, cuts, timer)
+            feeds = [self.family.vision_feeds(picture, self.config) for picture in prompt.pictures]
+        return run_prefill(self._components, prompt, feeds, cuts, timer, own=own)
 
 
 def _load_config(bundle: Bundle) -> PreTrainedConfig:
@@ -252,6 +268,7 @@ def _timings(timer: Timer, tokens: int, start: float) -> dict[str, float]:
     names = ("prepare", "vision", "embed", "prefill", "prune")
     return {
         **{name: timer.ms.get(name, 0.0) for name in names},
+        "first_token": sum(timer.ms.get(name, 0.0) for name in names),
         "decode": decode,
         "decode_per_token": decode / steps,
         "total": total,

@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ep_export.calibrate.figure import draw_entropy, hue_of
-from ep_export.policy import Select
+from ep_export.policy import ADAPTIVE, Select
 from ep_export.sweep.record import RANDOM, RECOMMENDED, SCHEDULE, Row, SweepRecord
 
 if TYPE_CHECKING:
@@ -27,13 +27,34 @@ _HUES = {
     "fastv": "#b3261e",
     "dart": "#a16207",
     "cdpruner": "#0ea5e9",
+    "scope": "#0f766e",
+    "pyramiddrop": "#9a3412",
+    "sparsevlm": "#be185d",
+    "horizon": "#4338ca",
+    "scaled": "#111827",
+    "scaled-flops": "#4b5563",
+    ADAPTIVE: "#c026d3",
     RANDOM: "#8a8f98",
     RECOMMENDED: "#e0218a",
     SCHEDULE: "#f59e0b",
 }
 _OTHER_HUE = "#9d174d"
-_MARKS = {"fastv": "s", "divprune": "D", "dart": "^", "cdpruner": "v", RECOMMENDED: "*", SCHEDULE: "P"}
-_STRONG = frozenset({RECOMMENDED, SCHEDULE, RANDOM})
+_MARKS = {
+    "fastv": "s",
+    "divprune": "D",
+    "dart": "^",
+    "cdpruner": "v",
+    "scope": "<",
+    "pyramiddrop": ">",
+    "sparsevlm": "h",
+    "horizon": "X",
+    "scaled": "d",
+    "scaled-flops": "p",
+    RECOMMENDED: "*",
+    ADAPTIVE: "H",
+    SCHEDULE: "P",
+}
+_STRONG = frozenset({RECOMMENDED, ADAPTIVE, SCHEDULE, RANDOM})
 
 
 @dataclass(frozen=True)

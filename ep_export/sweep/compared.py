@@ -11,13 +11,18 @@ from fractions import Fraction
 
 from ep_export.calibrate.candidates import candidate_layers
 from ep_export.errors import UsageError, UserError
-from ep_export.measure.ways import Way, one_cut, scheduled_way
-from ep_export.methods import Method, Place
+from ep_export.measure.ways import Scaling, Way, WayCut, one_cut, scheduled_way
+from ep_export.methods import METHODS, SCALED, SCALED_FLOPS, Method, Place
 from ep_export.plan import check_schedule
-from ep_export.policy import Cut, Keep, Random, Schedule
+from ep_export.policy import ADAPTIVE, Cut, Keep, Random, Schedule
 from ep_export.sweep.record import RECOMMENDED, SCHEDULE
 
 __all__ = ["Compared", "auto_layers", "compared_ways"]
+
+_SCALED = {SCALED.key: Scaling.TOKENS, SCALED_FLOPS.key: Scaling.FLOPS}
+
+_UNPLACED = frozenset(method.key for method in METHODS if method.place in {Place.STAGES, Place.PICTURE})
+"""Methods at whose first layer nothing else needs to be compared."""
 
 _MOST_LAYERS = 4
 """Layers a keep is tried at by default: enough to see a trend, few enough to wait for."""
@@ -43,8 +48,8 @@ class Compared:
 
     @property
     def layer(self) -> int:
-        """K of the first cut."""
-        return self.way.cuts[0].layer
+        """K of the first cut; 0 where the picture is scaled down before the model sees it."""
+        return self.way.cuts[0].layer if self.way.cuts else 0
 
 
 def auto_layers(keep: float, layers: int) -> tuple[int, ...]:
@@ -74,6 +79,7 @@ def compared_ways(
     methods: Sequence[Method],
     *,
     recommended: Mapping[float, Schedule] | None = None,
+    adaptive: Mapping[float, tuple[Schedule, Keep]] | None = None,
     schedule: Schedule | None = None,
 ) -> tuple[tuple[Compared, ...], tuple[str, ...]]:
     """Everything that is compared, keep by keep and layer by layer; and a note for what is impossible.
@@ -84,6 +90,7 @@ def compared_ways(
         wanted: Layers; `auto_layers` when None.
         methods: K = 0 is added for those that can prune there.
         recommended: Keep -> what a calibration recommends; its first layer is compared too.
+        adaptive: Keep -> a schedule, and the keep of that average by which every prompt has its own.
         schedule: Compared besides, its shares scaled to every keep; so is its first layer.
 
     Raises:
@@ -97,8 +104,13 @@ def compared_ways(
         budget = Keep(ratio=keep)
         more = {RECOMMENDED: (recommended or {}).get(keep), SCHEDULE: schedule}
         extra = [Compared(k, scheduled_way(s, budget, layers=layers), keep) for k, s in more.items() if s]
+        if adaptive and keep in adaptive:
+            one_cut_schedule, own = adaptive[keep]
+            extra.append(Compared(ADAPTIVE, scheduled_way(one_cut_schedule, own, layers=layers), keep))
+        extra += _elsewhere(methods, budget, keep, layers)
         tried = set(auto_layers(keep, layers) if wanted is None else wanted)
-        here = tried | {row.layer for row in extra}
+        here = tried | {row.layer for row in extra if row.method not in _UNPLACED}
+        here |= {0} if any(row.layer == 0 for row in extra) else set()
         if any(method.place is Place.ANYWHERE and not method.chance for method in methods):
             here.add(0)
         at_keep: list[Compared] = []
@@ -106,7 +118,7 @@ def compared_ways(
             possible = [
                 Compared(method.key, one_cut(layer, method.key, budget), keep)
                 for method in methods
-                if layer > 0 or method.place is Place.ANYWHERE
+                if method.place is Place.ANYWHERE or (layer > 0 and method.place is Place.INSIDE)
             ]
             possible += [row for row in extra if row.layer == layer]
             refused = _refusals(possible, layers)
@@ -121,10 +133,24 @@ def compared_ways(
     return tuple(rows), tuple(dict.fromkeys(notes))
 
 
+def _elsewhere(methods: Sequence[Method], budget: Keep, keep: float, layers: int) -> list[Compared]:
+    """Methods that have layers of their own, or none."""
+    rows = []
+    for method in methods:
+        if method.stages is not None:
+            cuts = tuple(WayCut(one.layer, one.method, one.share) for one in method.stages(layers, keep))
+            rows.append(Compared(method.key, Way(cuts, budget), keep))
+        elif method.key in _SCALED:
+            rows.append(Compared(method.key, Way((), budget, _SCALED[method.key]), keep))
+    return rows
+
+
 def _refusals(rows: Sequence[Compared], layers: int) -> dict[Way, str]:
     """Ways whose keep is impossible, and why."""
     refused = {}
     for row in rows:
+        if row.way.scaling is not None:
+            continue  # only a picture's size can tell
         try:
             row.way.kept(layers=layers, visual_tokens=layers)
         except UserError as error:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from ep_export.sweep.record import PAPER, RANDOM, RECOMMENDED, SCHEDULE, Row, SweepRecord
+from ep_export.policy import ADAPTIVE
+from ep_export.sweep.record import PAPER, RANDOM, RECOMMENDED, SCHEDULE, Row, SameBudget, SweepRecord
 
 __all__ = ["findings"]
 
 
 def findings(record: SweepRecord) -> tuple[str, ...]:
     """The findings, most important first."""
-    said = [_unpruned(record)]
+    said = [*record.notes[:1]] if record.scarce else []
+    said.append(_unpruned(record))
     for keep in record.keeps:
         said += _at_keep(record, keep)
     said += _paper_against_random(record)
@@ -38,9 +40,9 @@ def _at_keep(record: SweepRecord, keep: float) -> Iterable[str]:
     rows = [row for row in record.rows if row.keep == keep]
     if not rows:
         return
-    best = max(rows, key=lambda row: row.measure.value)
-    title = record.method(best.method).title
-    said = f"Keep {keep:g}: best in hindsight is {title} at layer {best.layer}, {best.measure}"
+    best = next((row for row in rows if row.below_best is None), rows[0])
+    tied = [row for row in rows if row.tied and row is not best and row.budget is best.budget]
+    said = f"Keep {keep:g}: best in hindsight is {_called(record, best)}, {best.measure}{_ties(record, tied)}"
     ours = next((row for row in rows if row.method == RECOMMENDED), None)
     if ours is not None:
         saved = 1 - ours.flops / record.unpruned.flops
@@ -50,9 +52,50 @@ def _at_keep(record: SweepRecord, keep: float) -> Iterable[str]:
         others = [f"{record.method(row.method).title} {row.measure.value:.1%}" for row in there if row]
         said += f"; there {' and '.join(others)}" if others else ""
     yield said + "."
+    yield from _smaller_picture(record, rows, best)
+    yield from _adaptive(rows, ours)
     told = next((row for row in rows if row.method == SCHEDULE), None)
     if told is not None:
         yield f"Your schedule at keep {keep:g} ({told.where}): {told.measure}."
+
+
+def _called(record: SweepRecord, row: Row) -> str:
+    """E.g. `DivPrune at layer 2`."""
+    title = record.method(row.method).title
+    return f"{title} at layer {row.layer}" if len(row.cuts) == 1 else title
+
+
+def _ties(record: SweepRecord, tied: Sequence[Row]) -> str:
+    """Rows that are not told apart from the best, the closest first."""
+    if not tied:
+        return ", told apart from all others"
+    tied = sorted(tied, key=lambda row: -row.measure.value)
+    names = ", ".join(_called(record, row) for row in tied[:3])
+    more = f" and {len(tied) - 3} more" if len(tied) > 3 else ""
+    return f", a tie with {names}{more}"
+
+
+def _smaller_picture(record: SweepRecord, rows: Sequence[Row], best: Row) -> Iterable[str]:
+    """Pruning against scaling the picture down, at either budget."""
+    for row in rows:
+        if row.cuts or row is best or row.below_best is None:
+            continue
+        same = "FLOPs to the first token" if row.budget is SameBudget.FIRST_TOKEN else "average tokens"
+        verdict = {1: "worse than the best", 0: "a tie with the best", -1: "better than any pruning"}
+        yield (
+            f"A smaller picture at the same {same} ({row.kept_tokens[0]:.0f} visual tokens, "
+            f"{row.first_token_flops / record.unpruned.first_token_flops:.0%} of the unpruned first token): "
+            f"{row.measure}, {verdict[row.below_best.side]}."
+        )
+
+
+def _adaptive(rows: Sequence[Row], recommended: Row | None) -> Iterable[str]:
+    row = next((row for row in rows if row.method == ADAPTIVE), None)
+    if row is None:
+        return
+    same = recommended is not None and recommended.cuts == row.cuts
+    fixed = f", at a fixed keep {recommended.measure}" if recommended is not None and same else ""
+    yield f"Every picture keeping its own number ({row.where}): {row.measure}{fixed}."
 
 
 def _paper_against_random(record: SweepRecord) -> Iterable[str]:

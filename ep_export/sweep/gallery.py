@@ -111,7 +111,7 @@ def _answers(
     prompt = build_prompt(bench, question)
     prompted = Prompted(question, prompt, full_pass(bench, prompt, bench.speller.end[:1]))
     kept = kept_by(bench, prompted, list(dict.fromkeys(one.way for one in shown)))
-    known = {normalise(answer) for answer in question.answers} or {normalise(result.full_answer)}
+    known = {normalise(answer) for answer in question.answers}
     answers = []
     for one in shown:
         sets = kept[one.way.key][0]
@@ -123,8 +123,9 @@ def _answers(
                 layer=one.layer,
                 keep=one.keep,
                 answer=text,
-                right=normalise(text) in known,
+                right=normalise(text) in known if known else None,
                 kept=parts,
+                same=normalise(text) == normalise(result.full_answer),
             )
         )
     return tuple(answers)

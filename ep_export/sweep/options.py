@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ep_export.calibrate.run import DEFAULT_MAX_NEW_TOKENS
+from ep_export.measure.executors import Executor
 from ep_export.methods import METHODS, Method
 from ep_export.policy import Schedule
 from ep_export.sweep.recommended import Calibration
@@ -29,7 +30,7 @@ class SweepOptions:
         gallery_pictures: Pictures of the gallery.
         seed: Of every random choice.
         device: Where torch runs.
-        jobs: Processes that ask questions; each holds the model.
+        executor: Who asks the questions; this process when None.
     """
 
     keeps: tuple[float, ...]
@@ -44,4 +45,4 @@ class SweepOptions:
     gallery_pictures: int = 8
     seed: int = 0
     device: str = "cpu"
-    jobs: int = 1
+    executor: Executor | None = None

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from ep_export.calibrate.choose import check_belongs
 from ep_export.calibrate.record import Record, read_calibration
 from ep_export.calibrate.run import calibrate
+from ep_export.measure.executors import Executor
 from ep_export.measure.pictures import find_pictures
 from ep_export.measure.prompts import GENERIC_QUESTIONS, Questions
 from ep_export.policy import Keep
@@ -52,7 +53,7 @@ def recommendations(
     pictures: frozenset[str],
     seed: int,
     device: str,
-    jobs: int,
+    executor: Executor | None,
     work: Path,
     progress: Progress = silent,
 ) -> tuple[Recommended, ...]:
@@ -65,7 +66,7 @@ def recommendations(
         pictures: Hashes of the sweep's own pictures.
         seed: Of a calibration done here.
         device: Of a calibration done here.
-        jobs: Of a calibration done here.
+        executor: Of a calibration done here.
         work: Where its journal lies.
         progress: See `calibrate`.
 
@@ -90,7 +91,7 @@ def recommendations(
                 max_images=calibration.max_images,
                 seed=seed,
                 device=device,
-                jobs=jobs,
+                executor=executor,
                 work=work,
                 progress=functools.partial(_for_keep, progress, keep),
             )

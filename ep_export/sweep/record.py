@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
 from ep_export.dims import DecoderDims
 from ep_export.documents import read_document, write_document
 from ep_export.measure.question import Skipped
 from ep_export.measure.ways import WayCut
-from ep_export.policy import Schedule
+from ep_export.policy import Keep, Schedule
 from ep_export.runtime.kept import KeptPicture
 from ep_export.sweep.statistics import MeanInterval
 
@@ -35,13 +36,14 @@ __all__ = [
     "Prefill",
     "Recommended",
     "Row",
+    "SameBudget",
     "SweepRecord",
     "Unpruned",
     "read_sweep",
     "write_sweep",
 ]
 
-SWEEP_FORMAT = 2
+SWEEP_FORMAT = 3
 SWEEP_FILE = "sweep.json"
 
 PAPER, RANDOM = "paper-highest", "random"
@@ -96,15 +98,28 @@ class Difference:
         return self.accuracy.side if self.accuracy is not None else -self.kl.side
 
 
+class SameBudget(str, Enum):
+    """What ways of one keep have in common. Pruned ones have both: their vision encoder costs the same."""
+
+    AVERAGE = "average"  # visual tokens, averaged over all layers
+    FIRST_TOKEN = "first_token"  # noqa: S105 - FLOPs up to the first token alone: a picture scaled down by less
+
+    @property
+    def words(self) -> str:
+        """For the heading of a table."""
+        return "average tokens" if self is SameBudget.AVERAGE else "FLOPs up to the first token"
+
+
 @dataclass(frozen=True)
 class Row:
     """One way of pruning.
 
     Attributes:
         method: Key of its `MethodInfo`.
-        layer: K of its first cut: layers 0..K-1 see every visual token. 0 prunes before the decoder.
+        layer: K of its first cut: layers 0..K-1 see every visual token. 0 prunes before the decoder, or
+            scales the picture down.
         keep: Average share of visual tokens over all layers.
-        cuts: Where tokens are dropped, and by which method.
+        cuts: Where tokens are dropped, and by which method; none where the picture is scaled down.
         published: Whether `layer` is where the method's authors prune (None: they leave it open).
         seeds: Random draws a question was measured with; 1 for a method without chance.
         accuracy: Exact answers; None without answers. Over pictures and draws where there are several.
@@ -112,11 +127,15 @@ class Row:
         kl: KL(full || pruned) in nats, mean over answer positions, then over questions.
         kept_tokens: Mean visual tokens that go on after every cut.
         flops: Mean prefill FLOPs of the decoder layers.
+        first_token_flops: Mean of the same with the vision encoder.
         kv_bytes: Mean cache of the visual tokens in float16.
         prefill: Measured time; None where it was not measured.
         right: A string a draw, a character a question in the order of `SweepRecord.questions`: "1" right, "0"
             wrong. Empty without answers.
         over_random: Paired difference from random tokens; None for these, and where there are none.
+        below_best: By how much the best row of this keep is better, paired, in what rows are ranked by; None
+            for that row.
+        budget: What the row has in common with the others of this keep.
     """
 
     method: str
@@ -130,20 +149,34 @@ class Row:
     kl: MeanInterval
     kept_tokens: tuple[float, ...]
     flops: float
+    first_token_flops: float
     kv_bytes: float
     prefill: Prefill | None
     right: tuple[str, ...]
     over_random: Difference | None
+    below_best: MeanInterval | None = None
+    budget: SameBudget = SameBudget.AVERAGE
 
     @property
     def where(self) -> str:
         """The cuts in words, e.g. `layer 2 divprune, layer 8 random`."""
+        if not self.cuts:
+            return f"picture scaled down to {self.kept_tokens[0]:.0f} visual tokens"
         return ", ".join(f"layer {cut.layer} {cut.method}" for cut in self.cuts)
 
     @property
     def measure(self) -> MeanInterval:
         """What rows are ranked by: accuracy where answers are known, else agreement with the full model."""
         return self.accuracy if self.accuracy is not None else self.agreement
+
+    def belongs(self, budget: SameBudget) -> bool:
+        """Whether the row has that in common with the others of its keep: pruned ones have both."""
+        return bool(self.cuts) or self.budget is budget
+
+    @property
+    def tied(self) -> bool:
+        """Whether the best row of this keep is not told apart from it."""
+        return self.below_best is None or self.below_best.side <= 0
 
 
 @dataclass(frozen=True)
@@ -156,6 +189,7 @@ class Unpruned:
         visual_tokens: Mean N.
         text_tokens: Mean of the other prompt tokens.
         flops: Mean prefill FLOPs of the decoder layers.
+        first_token_flops: Mean of the same with the vision encoder.
         kv_bytes: Mean cache of the visual tokens in float16.
         prefill_ms: Median measured decoder prefill; None where it was not measured.
     """
@@ -165,6 +199,7 @@ class Unpruned:
     visual_tokens: float
     text_tokens: float
     flops: float
+    first_token_flops: float
     kv_bytes: float
     prefill_ms: float | None
 
@@ -231,6 +266,8 @@ class Recommended:
         regret_kl: KL of the recommended row minus that row's, paired; 0 when it is the best.
         regret_accuracy: Accuracy of the row most accurate in hindsight minus the recommended row's, paired;
             None without answers.
+        threshold: The keep by which every prompt has its own, and the cut it is for; None where the record
+            has none.
     """
 
     keep: float
@@ -243,6 +280,7 @@ class Recommended:
     best_layer: int | None = None
     regret_kl: MeanInterval | None = None
     regret_accuracy: MeanInterval | None = None
+    threshold: Keep | None = None
 
 
 @dataclass(frozen=True)
@@ -292,7 +330,8 @@ class GalleryAnswer:
         layer: K of its first cut.
         keep: Average.
         answer: Generated text.
-        right: Whether it is the right answer; where none is known, whether it is the unpruned model's.
+        right: Whether it is the right answer; None where none is known.
+        same: Whether it is the unpruned model's.
         kept: What was kept of every part of the picture (most families have one, tiled ones several).
     """
 
@@ -300,8 +339,9 @@ class GalleryAnswer:
     layer: int
     keep: float
     answer: str
-    right: bool
+    right: bool | None
     kept: tuple[KeptPicture, ...]
+    same: bool = False
 
 
 @dataclass(frozen=True)
@@ -353,6 +393,8 @@ class SweepRecord:
         gallery: Pictures.
         seconds: How long the run took that wrote this; an interrupted one before it is not counted.
         notes: What a reader should know, e.g. combinations that are impossible.
+        scarce: Whether there are so few pictures that most differences are chance; the first note then says
+            how few.
         format: Version of this structure.
     """
 
@@ -377,6 +419,7 @@ class SweepRecord:
     gallery: tuple[GalleryEntry, ...]
     seconds: float
     notes: tuple[str, ...] = ()
+    scarce: bool = False
     format: int = SWEEP_FORMAT
 
     def method(self, key: str) -> MethodInfo:

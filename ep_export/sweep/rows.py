@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ep_export.entropy import find_collapse
-from ep_export.measure.ways import one_cut
+from ep_export.measure.ways import Scaling, one_cut
 from ep_export.methods import find_methods, method_named
-from ep_export.plan import Plan, make_plan
-from ep_export.policy import Keep
+from ep_export.plan import layer_flops, span_tokens
+from ep_export.policy import ADAPTIVE, Keep
 from ep_export.sweep.record import (
     RANDOM,
     RECOMMENDED,
@@ -24,6 +24,7 @@ from ep_export.sweep.record import (
     Prefill,
     Recommended,
     Row,
+    SameBudget,
     Unpruned,
 )
 
@@ -36,6 +37,14 @@ if TYPE_CHECKING:
     from ep_export.sweep.statistics import MeanInterval, Sampling
 
 __all__ = ["entropies", "in_hindsight", "method_infos", "rows", "unpruned"]
+
+
+_OWN = frozenset({RECOMMENDED, ADAPTIVE, SCHEDULE})
+"""Rows that are no method's."""
+
+_AVERAGE = SameBudget.AVERAGE
+_CACHE_BYTES = 2
+"""float16."""
 
 
 class _Column:
@@ -51,9 +60,17 @@ class _Column:
 
     def accuracy(self, sampling: Sampling) -> MeanInterval | None:
         """Exact answers."""
-        if self.right is None:
-            return None
-        return sampling.share(self.right[:, 0] > 0) if self.right.shape[1] == 1 else sampling.mean(self.right)
+        return None if self.right is None else sampling.share(self.right)
+
+    def below(self, best: _Column, sampling: Sampling) -> MeanInterval:
+        """By how much another way is better, in what rows are ranked by."""
+        return sampling.difference(best.ranked - self.ranked)
+
+    @property
+    def ranked(self) -> NDArray[np.float64]:
+        """[questions, 1] mean over draws of what rows are ranked by."""
+        values = self.agreement if self.right is None else self.right
+        return np.asarray(values.mean(axis=1, keepdims=True))
 
     @property
     def marks(self) -> tuple[str, ...]:
@@ -81,7 +98,18 @@ def rows(
         prefill: Way key -> measured time, where there is one.
     """
     columns = {one.way.key: _Column(one.way, results) for one in compared}
-    return tuple(_row(one, columns, results, dims, sampling, prefill) for one in compared)
+    best = _best(compared, columns)
+    return tuple(_row(one, columns, best[one.keep], results, dims, sampling, prefill) for one in compared)
+
+
+def _best(compared: Sequence[Compared], columns: Mapping[str, _Column]) -> dict[float, _Column]:
+    """For every keep what ranks first among ways of the same average; of equal ones the closest by KL."""
+    best: dict[float, _Column] = {}
+    for keep in dict.fromkeys(one.keep for one in compared):
+        here = [columns[one.way.key] for one in compared if one.keep == keep and _budget(one) is _AVERAGE]
+        here = here or [columns[one.way.key] for one in compared if one.keep == keep]
+        best[keep] = max(here, key=lambda column: (float(column.ranked.mean()), -float(column.kl.mean())))
+    return best
 
 
 def unpruned(
@@ -90,15 +118,13 @@ def unpruned(
     """The same questions without pruning."""
     known = results[0].full_right is not None
     right = np.array([bool(result.full_right) for result in results])
-    way = one_cut(0, RANDOM, Keep(ratio=1.0))  # keeps everything
-    plans = _plans(way, results, dims)
+    costs = [_cost(dims, result, [(dims.layers, result.visual_tokens)]) for result in results]
     return Unpruned(
-        accuracy=sampling.share(right) if known else None,
+        accuracy=sampling.share(right[:, None].astype(np.float64)) if known else None,
         right="".join("01"[int(one)] for one in right) if known else "",
         visual_tokens=float(np.mean([result.visual_tokens for result in results])),
         text_tokens=float(np.mean([result.text_tokens for result in results])),
-        flops=float(np.mean([plan.prefill_flops.full for plan in plans])),
-        kv_bytes=float(np.mean([plan.visual_kv_bytes.full for plan in plans])),
+        **_mean_cost(costs),
         prefill_ms=prefill_ms,
     )
 
@@ -143,7 +169,9 @@ def in_hindsight(
     accuracy = None
     if own.right is not None:
         top = max((column.right for column in columns.values() if column.right is not None), key=np.mean)
-        accuracy = sampling.mean(top - own.right)
+        accuracy = sampling.difference(
+            top.mean(axis=1, keepdims=True) - own.right.mean(axis=1, keepdims=True)
+        )
     return replace(
         recommended,
         best_method=best.method,
@@ -160,23 +188,27 @@ def method_infos(compared: Sequence[Compared], schedule: Schedule | None) -> tup
     if RECOMMENDED in keys:
         idea = "keeps what a calibration on other pictures measured best"
         infos.append(MethodInfo(RECOMMENDED, "Recommended", "ep-export calibrate", idea, ours=True))
+    if ADAPTIVE in keys:
+        idea = "lets every picture keep its own number of tokens, at the same average"
+        infos.append(MethodInfo(ADAPTIVE, "Adaptive keep", "ep-export calibrate", idea, ours=True))
     if SCHEDULE in keys:
         ours = all(_is_ours(one.way) for one in compared if one.method == SCHEDULE)
         infos.append(MethodInfo(SCHEDULE, "Your schedule", "--cut", str(schedule), ours=ours))
-    methods = find_methods(tuple(key for key in keys if key not in {RECOMMENDED, SCHEDULE}))
+    methods = find_methods(tuple(key for key in keys if key not in _OWN))
     return (*infos, *(MethodInfo(m.key, m.title, m.source, m.idea, m.ours) for m in methods))
 
 
 def _row(
     one: Compared,
     columns: Mapping[str, _Column],
+    best: _Column,
     results: Sequence[QuestionResult],
     dims: DecoderDims,
     sampling: Sampling,
     prefill: Mapping[str, Prefill],
 ) -> Row:
-    column, plans = columns[one.way.key], _plans(one.way, results, dims)
-    kept = np.mean([plan.kept_visual_tokens for plan in plans], axis=0)
+    column = columns[one.way.key]
+    kept = np.mean([result.ways[one.way.key].kept for result in results], axis=0)
     return Row(
         method=one.method,
         layer=one.layer,
@@ -185,19 +217,20 @@ def _row(
         published=_published(one),
         seeds=column.kl.shape[1],
         accuracy=column.accuracy(sampling),
-        agreement=sampling.mean(column.agreement),
+        agreement=sampling.share(column.agreement),
         kl=sampling.mean(column.kl),
         kept_tokens=tuple(float(count) for count in kept),
-        flops=float(np.mean([plan.prefill_flops.pruned for plan in plans])),
-        kv_bytes=float(np.mean([plan.visual_kv_bytes.pruned for plan in plans])),
+        **_mean_cost([_way_cost(one.way, result, dims) for result in results]),
         prefill=prefill.get(one.way.key),
         right=column.marks,
         over_random=_over_random(one, columns, sampling),
+        below_best=None if column is best else column.below(best, sampling),
+        budget=_budget(one),
     )
 
 
 def _published(one: Compared) -> bool | None:
-    if one.method in {RECOMMENDED, SCHEDULE}:
+    if one.method in _OWN:
         return None
     layer = method_named(one.method).published_layer
     return None if layer is None else layer == one.layer
@@ -205,22 +238,52 @@ def _published(one: Compared) -> bool | None:
 
 def _over_random(one: Compared, columns: Mapping[str, _Column], sampling: Sampling) -> Difference | None:
     """The paired difference from random tokens at the same layer and keep."""
-    floor = columns.get(one_cut(one.layer, RANDOM, one.way.keep).key)
+    floor = columns.get(one_cut(one.layer, RANDOM, Keep(ratio=one.keep)).key)
     if floor is None or one.method == RANDOM:
         return None
     own, accuracy = columns[one.way.key], None
     if own.right is not None and floor.right is not None:
-        accuracy = sampling.mean(own.right - floor.right)
+        accuracy = sampling.difference(own.right - floor.right)
     return Difference(accuracy, sampling.mean(own.kl - floor.kl))
 
 
-def _plans(way: Way, results: Sequence[QuestionResult], dims: DecoderDims) -> list[Plan]:
-    sizes = [{"visual_tokens": r.visual_tokens, "text_tokens": r.text_tokens} for r in results]
-    return [make_plan(dims, way.schedule, way.keep, **size) for size in sizes]
+def _budget(one: Compared) -> SameBudget:
+    return SameBudget.FIRST_TOKEN if one.way.scaling is Scaling.FLOPS else SameBudget.AVERAGE
+
+
+def _way_cost(way: Way, result: QuestionResult, dims: DecoderDims) -> tuple[int, int, int]:
+    """Decoder FLOPs, FLOPs to the first token and cache bytes of what was really kept on a question."""
+    measured = result.ways[way.key]
+    if way.scaling is not None:
+        spans = [(dims.layers, measured.kept[0])]
+    else:
+        kept = span_tokens(way.schedule, dims.layers, result.visual_tokens, measured.kept)
+        spans = [(len(span), visual) for span, visual in kept]
+    return _cost(dims, result, spans, vision_flops=measured.vision_flops)
+
+
+def _cost(
+    dims: DecoderDims,
+    result: QuestionResult,
+    spans: Sequence[tuple[int, int]],
+    *,
+    vision_flops: int | None = None,
+) -> tuple[int, int, int]:
+    """The same of (layers, visual tokens they see)."""
+    flops = sum(layers * layer_flops(dims, visual + result.text_tokens) for layers, visual in spans)
+    cached = sum(layers * visual for layers, visual in spans)
+    vision = result.vision_flops if vision_flops is None else vision_flops
+    return flops, flops + vision, cached * 2 * dims.kv_heads * dims.head_dim * _CACHE_BYTES
+
+
+def _mean_cost(costs: Sequence[tuple[int, int, int]]) -> dict[str, float]:
+    names = ("flops", "first_token_flops", "kv_bytes")
+    return {name: float(mean) for name, mean in zip(names, np.mean(costs, axis=0), strict=True)}
 
 
 def _is_ours(way: Way) -> bool:
-    return all(method_named(cut.method).ours for cut in way.cuts)
+    """Whether a bundle can prune this way."""
+    return bool(way.cuts) and all(method_named(cut.method).ours for cut in way.cuts)
 
 
 def _floats(values: NDArray[np.float64]) -> tuple[float, ...]:

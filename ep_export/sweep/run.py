@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 import torch
 
+from ep_export.adaptive import adaptive_schedule
 from ep_export.errors import UserError
 from ep_export.measure.bench import Bench, Setting, make_bench
 from ep_export.measure.journal import Workplace
@@ -25,7 +26,7 @@ from ep_export.measure.provenance import tool_versions
 from ep_export.measure.question import Question, QuestionResult, Skipped
 from ep_export.measure.run import Announce, measure_all
 from ep_export.plan import check_keep
-from ep_export.policy import Keep
+from ep_export.policy import ADAPTIVE, Keep
 from ep_export.progress import Progress, silent
 from ep_export.staging import refuse_existing, staged
 from ep_export.sweep.compared import Compared, compared_ways
@@ -44,7 +45,7 @@ from ep_export.sweep.record import (
     write_sweep,
 )
 from ep_export.sweep.rows import entropies, in_hindsight, method_infos, rows, unpruned
-from ep_export.sweep.statistics import Sampling
+from ep_export.sweep.statistics import Sampling, wilson
 from ep_export.sweep.timing import time_prefill
 
 if TYPE_CHECKING:
@@ -54,6 +55,9 @@ if TYPE_CHECKING:
 __all__ = ["sweep"]
 
 _T = TypeVar("_T")
+
+_FEW_PICTURES = 100
+"""Fewer leave an interval of 20 points at a share of one half."""
 
 _TIMED_ROUNDS = 3
 """Measurements a prompt and way; the median of three leaves out one disturbance."""
@@ -120,7 +124,7 @@ def sweep(
             bench.setting,
             questions,
             work=work,
-            jobs=options.jobs,
+            executor=options.executor,
             stage="asking",
             bench=bench,
             progress=progress,
@@ -138,6 +142,8 @@ def sweep(
                 f"the first: {refused[0].name}: {refused[0].reason}",
                 hint="give readable pictures, and answers the model's tokenizer can write",
             )
+        compared, impossible = _everywhere(compared, [result for _, result in answered])
+        notes = (*_scarce(answered), *notes, *impossible)
         measured = _Measured(compared, answered, [*skipped, *refused], recommended, notes)
         with staged(out, overwrite=overwrite, marker=SWEEP_FILE) as aside:
             name = images.name or str(images)
@@ -162,7 +168,7 @@ def _recommended(
         pictures=frozenset(question.digest for question in questions),
         seed=options.seed,
         device=options.device,
-        jobs=options.jobs,
+        executor=options.executor,
         work=work,
         progress=progress,
     )
@@ -177,8 +183,42 @@ def _compared(
         options.layers,
         options.methods,
         recommended={one.keep: one.schedule for one in recommended if one.schedule is not None},
+        adaptive={
+            one.keep: (adaptive_schedule(one.threshold.threshold), one.threshold)
+            for one in recommended
+            if one.threshold is not None and one.threshold.threshold is not None
+        },
         schedule=options.schedule,
     )
+
+
+def _everywhere(
+    compared: Sequence[Compared], results: Sequence[QuestionResult]
+) -> tuple[tuple[Compared, ...], tuple[str, ...]]:
+    """What was possible on every question, and a note for what was not."""
+    missing = {
+        one: sum(one.way.key not in result.ways for result in results) for one in dict.fromkeys(compared)
+    }
+    notes = tuple(
+        f"{one.method} at keep {one.keep:g} is left out: no picture is small enough on {count} of "
+        f"{len(results)} questions"
+        for one, count in missing.items()
+        if count
+    )
+    return tuple(one for one in compared if not missing[one]), notes
+
+
+def _scarce(answered: Sequence[tuple[Question, QuestionResult]]) -> tuple[str, ...]:
+    """A warning where so few pictures were asked about that most differences cannot be seen."""
+    pictures = len({question.digest for question, _ in answered})
+    if pictures >= _FEW_PICTURES:
+        return ()
+    low, high = wilson(pictures / 2, pictures)
+    warning = (
+        f"ONLY {pictures} PICTURES: a share of 50% may be anything from {low:.0%} to {high:.0%}, so that "
+        f"most differences here are chance; ask about {_FEW_PICTURES} or more"
+    )
+    return (warning,)
 
 
 def _setting(options: SweepOptions, compared: Sequence[Compared]) -> Setting:
@@ -220,7 +260,8 @@ def _record(
     checkpoint, results = bench.checkpoint, measured.results
     questions = [question for question, _ in measured.answered]
     timed = _spread(questions, options.timed_prompts)
-    timings = time_prefill(bench, timed, rounds=_TIMED_ROUNDS, progress=progress) if timed else None
+    ways = tuple(dict.fromkeys(one.way for one in measured.compared))
+    timings = time_prefill(bench, timed, ways, rounds=_TIMED_ROUNDS, progress=progress) if timed else None
     sampling = Sampling(_picture_numbers(questions), seed=options.seed)
     return SweepRecord(
         model=checkpoint.source,
@@ -266,6 +307,7 @@ def _record(
         ),
         seconds=time.monotonic() - started,
         notes=tuple(measured.notes),
+        scarce=bool(_scarce(measured.answered)),
     )
 
 
@@ -288,9 +330,13 @@ def _shown(compared: Sequence[Compared], recommended: Sequence[Recommended]) -> 
     shown: list[Compared] = []
     layers = {one.keep: one.schedule.cuts[0].layer for one in recommended if one.schedule is not None}
     for keep in dict.fromkeys(one.keep for one in compared):
-        here = [one for one in compared if one.keep == keep]
+        here = [one for one in compared if one.keep == keep and one.way.scaling is None]
         layer = layers.get(keep) or min((one.layer for one in here if one.layer > 0), default=0)
-        always = [one for one in here if one.method == SCHEDULE or (one.layer == 0 and one.method != RANDOM)]
+        always = [
+            one
+            for one in here
+            if one.method in {SCHEDULE, ADAPTIVE} or (one.layer == 0 and one.method != RANDOM)
+        ]
         shown += [one for one in here if one.layer == layer or one in always]
     return shown
 

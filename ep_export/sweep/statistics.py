@@ -46,11 +46,11 @@ class MeanInterval:
         return f"{self.value:.1%} [{self.low:.1%}, {self.high:.1%}]"
 
 
-def wilson(right: int, trials: float) -> tuple[float, float]:
+def wilson(right: float, trials: float) -> tuple[float, float]:
     """Wilson's 95% interval of a share.
 
     Args:
-        right: Successes.
+        right: Successes; a mean of several draws need not be whole.
         trials: Trials, above 0.
 
     Returns:
@@ -62,7 +62,7 @@ def wilson(right: int, trials: float) -> tuple[float, float]:
         _Z / (1 + square / trials) * math.sqrt(share * (1 - share) / trials + square / (4 * trials * trials))
     )
     # at the ends the two terms are equal but for rounding
-    return middle - half if right else 0.0, middle + half if right < trials else 1.0
+    return max(0.0, middle - half) if right else 0.0, min(1.0, middle + half) if right < trials else 1.0
 
 
 class Sampling:
@@ -74,27 +74,35 @@ class Sampling:
     """
 
     def __init__(self, pictures: NDArray[np.int64], *, seed: int = 0) -> None:
-        _, group = np.unique(pictures, return_inverse=True)
-        self._one_each = len(group) == group.max() + 1
-        count = int(group.max()) + 1
+        _, self._group = np.unique(pictures, return_inverse=True)
+        self.questions = len(self._group)
+        self.pictures = int(self._group.max()) + 1
+        # two pictures more than there are, which `difference` gives outcomes to
+        count = self.pictures + 2
         generator = np.random.default_rng(seed)
-        drawn = generator.multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
-        weights = drawn[:, group].astype(np.float64)
-        self._weights = weights / weights.sum(axis=1, keepdims=True)
+        self._drawn = generator.multinomial(
+            self.pictures, np.full(self.pictures, 1 / self.pictures), RESAMPLES
+        )
+        self._drawn_more = generator.multinomial(count, np.full(count, 1 / count), RESAMPLES)
         self._seed = seed
 
-    def share(self, right: NDArray[np.bool_]) -> MeanInterval:
-        """Accuracy of one run.
+    def share(self, values: NDArray[np.float64]) -> MeanInterval:
+        """Mean of numbers from 0 to 1, such as right and wrong: Wilson's interval, which is never empty.
 
-        Wilson's interval where every question has a picture of its own, else over pictures.
+        Questions about one picture, and draws, are not independent: trials are as many as would vary as much
+        as the mean does over resampled pictures and draws, at most one a question; as many as pictures where
+        nothing varies.
 
         Args:
-            right: [questions].
+            values: [questions, draws], 0 to 1.
         """
-        if not self._one_each:
-            return self.mean(right[:, None].astype(np.float64))
-        low, high = wilson(int(right.sum()), len(right))
-        return MeanInterval(float(right.mean()), low, high, "wilson")
+        value = float(values.mean())
+        trials = float(self.questions)
+        if self.pictures < self.questions or values.shape[1] > 1:
+            spread = float(self._means(values, self._drawn).var())
+            trials = min(trials, value * (1 - value) / spread) if spread > 0 else float(self.pictures)
+        low, high = wilson(value * trials, max(trials, 1.0))
+        return MeanInterval(value, low, high, "wilson")
 
     def mean(self, values: NDArray[np.float64]) -> MeanInterval:
         """Mean over questions and draws, bootstrapped over pictures and draws.
@@ -102,11 +110,40 @@ class Sampling:
         Args:
             values: [questions, draws].
         """
+        return self._interval(values, self._means(values, self._drawn))
+
+    def difference(self, values: NDArray[np.float64]) -> MeanInterval:
+        """Mean of paired differences between -1 and 1, bootstrapped as in `mean`; never without width.
+
+        Where few outcomes differ, those that were not seen count too: two pictures are added of which one
+        speaks for either side (after Agresti and Min 2005, Statistics in Medicine 24).
+
+        Args:
+            values: [questions, draws], -1 to 1.
+        """
+        each = np.full((1, values.shape[1]), self.questions / self.pictures)
+        return self._interval(values, self._means(values, self._drawn_more, extra=(each, -each)))
+
+    def _means(
+        self,
+        values: NDArray[np.float64],
+        drawn: NDArray[np.int64],
+        extra: tuple[NDArray[np.float64], ...] = (),
+    ) -> NDArray[np.float64]:
+        """[resamples] means over resampled pictures and draws."""
         draws = values.shape[1]
-        means = self._weights @ values  # [resamples, draws]
+        sums = np.zeros((self.pictures, draws))
+        np.add.at(sums, self._group, values)
+        counts = np.bincount(self._group, minlength=self.pictures).astype(np.float64)
+        counts = np.concatenate([counts, np.full(len(extra), self.questions / self.pictures)])
+        means = drawn @ np.concatenate([sums, *extra]) / (drawn @ counts)[:, None]  # [resamples, draws]
         if draws > 1:
             generator = np.random.default_rng(self._seed + 1)
             picks = generator.integers(draws, size=(RESAMPLES, draws))
             means = np.take_along_axis(means, picks, axis=1)
-        low, high = np.quantile(means.mean(axis=1), [0.025, 0.975])
-        return MeanInterval(float(values.mean()), float(low), float(high), "bootstrap")
+        return np.asarray(means.mean(axis=1))
+
+    def _interval(self, values: NDArray[np.float64], means: NDArray[np.float64]) -> MeanInterval:
+        value = float(values.mean())
+        low, high = (float(end) for end in np.quantile(means, [0.025, 0.975]))
+        return MeanInterval(value, min(low, value), max(high, value), "bootstrap")

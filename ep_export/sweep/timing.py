@@ -6,6 +6,7 @@ computes to choose, and the gather. Vision encoder and token embeddings are the 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -19,11 +20,13 @@ from ep_export.measure.bench import build_prompt
 from ep_export.measure.choosing import AtCut, Prompted
 from ep_export.measure.full_pass import run_full
 from ep_export.measure.pruned import Arrival
+from ep_export.measure.scaled import scaled_prompt
 from ep_export.progress import Progress, silent
 from ep_export.reference import SpanRecorder, run_layers, staying
 from ep_export.sweep.record import Prefill
 
 if TYPE_CHECKING:
+    from ep_export.families.base import PromptInputs
     from ep_export.measure.bench import Bench
     from ep_export.measure.question import Question
     from ep_export.measure.ways import Way
@@ -45,7 +48,12 @@ class Timings:
 
 
 def time_prefill(
-    bench: Bench, questions: Sequence[Question], *, rounds: int, progress: Progress = silent
+    bench: Bench,
+    questions: Sequence[Question],
+    ways: Sequence[Way],
+    *,
+    rounds: int,
+    progress: Progress = silent,
 ) -> Timings:
     """Measure every way on a few prompts.
 
@@ -55,25 +63,26 @@ def time_prefill(
     Args:
         bench: The setting.
         questions: Which prompts.
+        ways: What is timed, each possible on every prompt.
         rounds: Measurements a prompt.
         progress: Called as ("timing", done, total).
     """
     groups: dict[object, list[Way]] = {}
-    for way in bench.setting.ways:
-        groups.setdefault((way.cuts[0].layer, way.keep), []).append(way)
+    for way in ways:
+        groups.setdefault((way.cuts[0].layer if way.cuts else None, way.keep), []).append(way)
     full_ms: list[list[float]] = []
-    way_ms: dict[str, list[list[float]]] = {way.key: [] for way in bench.setting.ways}
+    way_ms: dict[str, list[list[float]]] = {way.key: [] for way in ways}
     progress("timing", 0, len(questions))
     for number, question in enumerate(questions, start=1):
         stand = _Stand(bench, question)
-        for ways in groups.values():
-            stand.full(), stand.pruned(ways[0])
+        for group in groups.values():
+            stand.full(), stand.pruned(group[0])
         full_ms.append([])
         for times in way_ms.values():
             times.append([])
-        for ways in [*groups.values()] * rounds:
+        for group in [*groups.values()] * rounds:
             full_ms[-1].append(stand.full())
-            for way in ways:
+            for way in group:
                 way_ms[way.key][-1].append(stand.pruned(way))
         progress("timing", number, len(questions))
     return Timings(
@@ -100,9 +109,10 @@ def _prefill(full_ms: Sequence[Sequence[float]], way_ms: Sequence[Sequence[float
 class _Stand:
     """One prompt, ready to be timed."""
 
-    def __init__(self, bench: Bench, question: Question) -> None:
+    def __init__(self, bench: Bench, question: Question, prompt: PromptInputs | None = None) -> None:
         self._bench = bench
-        prompt = build_prompt(bench, question)
+        self._smaller: dict[Way, _Stand | None] = {}
+        prompt = prompt or build_prompt(bench, question)
         end = bench.speller.end[:1]  # one token to predict: exactly the prompt is fed
         self._full = run_full(bench.model, bench.checkpoint.family, prompt, end, layers=())
         self._prompted = Prompted(question, prompt, self._full)
@@ -115,7 +125,10 @@ class _Stand:
         return self._now() - start
 
     def pruned(self, way: Way) -> float:
-        """Milliseconds of the prefill pruned that way."""
+        """Milliseconds of the prefill pruned that way, or about the picture scaled down."""
+        if way.scaling is not None:
+            smaller = self._scaled(way)
+            return smaller.full() if smaller is not None else math.nan
         visual = self._full.visual_index
         counts = way.kept(layers=self._layers, visual_tokens=len(visual))
         start = self._now()
@@ -131,11 +144,20 @@ class _Stand:
                 projected = recorder.projected(cut.layer)
                 arrival = Arrival.of(self._full, cut.layer, positions, hidden[0], projected)
                 at_cut = AtCut(self._bench, self._prompted, arrival)
-                rows = staying(self._full.length, visual, at_cut.choose(self._bench.methods[cut.method], k))
+                rows = staying(
+                    self._full.length, visual, at_cut.choose(self._bench.methods[cut.method], k, way)
+                )
                 hidden = hidden.index_select(1, torch.searchsorted(positions, rows))
                 positions, layer = rows, cut.layer
             self._finish(self._run(hidden, range(layer, self._layers), rows))
         return self._now() - start
+
+    def _scaled(self, way: Way) -> _Stand | None:
+        if way not in self._smaller:
+            question = self._prompted.question
+            prompt = scaled_prompt(self._bench, question, self._prompted.prompt, way)
+            self._smaller[way] = None if prompt is None else _Stand(self._bench, question, prompt)
+        return self._smaller[way]
 
     @property
     def _layers(self) -> int:

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ep_export.adaptive import bounds, own_tokens
 from ep_export.choosers import EXACT_TOLERANCE, CutTokens, KeptDifference, choose, difference
 from ep_export.choosers.coverage import importance
 from ep_export.choosers.greedy import FIRST_SCORE
 from ep_export.dims import DecoderDims
 from ep_export.entropy import approximation_spread, token_scores
-from ep_export.policy import Chooser, Coverage, MaxMin, TopK
+from ep_export.policy import Chooser, Coverage, Keep, MaxMin, Schedule, TopK
 from ep_export.validate.comparison import Comparison
 from ep_export.validate.report import Verdict
 from ep_export.validate.tolerance import float32_tolerance, score_tolerance
 
-__all__ = ["choice_tolerance", "compare_choice", "graph_spread"]
+__all__ = ["choice_tolerance", "compare_choice", "compare_own_tokens", "graph_spread"]
 
 _VERDICTS = {
     KeptDifference.EQUAL: Verdict.PASS,
@@ -59,6 +61,50 @@ def compare_choice(
     if math.isfinite(gap):
         note += f", by choices no further apart than {gap:.1e}"
     return Comparison(_VERDICTS[verdict], gap, tolerance, 1.0, where, note)
+
+
+def compare_own_tokens(
+    where: str,
+    keep: Keep,
+    schedule: Schedule,
+    tokens: CutTokens,
+    k: int,
+    tolerance: float,
+    *,
+    layers: int,
+) -> Comparison:
+    """How many tokens a prompt keeps, where that follows from its scores, against the exact number.
+
+    Args:
+        where: The case, for the report.
+        keep: With a threshold.
+        schedule: Of one cut.
+        tokens: What arrived at the cut, exactly.
+        k: How many the bundle keeps.
+        tolerance: How far a score may be from the threshold and still count on either side.
+        layers: L.
+    """
+    size = {"layers": layers, "visual_tokens": len(tokens.visual_index)}
+    _, most = bounds(keep, schedule, **size)
+    scores = choose(schedule.cuts[0].chooser, tokens, most).scores
+    if scores is None or keep.threshold is None:
+        raise ValueError(f"{schedule} has no scores that decide how many tokens stay")
+    exact, *shifted = (
+        own_tokens(moved, scores.numpy(), schedule, **size)
+        for moved in (keep, *(_moved(keep, side * tolerance) for side in (-1, 1)))
+    )
+    gap = float(abs(k - exact))
+    if k == exact:
+        return Comparison(Verdict.PASS, gap, 0.0, 1.0, where)
+    tied = min(shifted) <= k <= max(shifted)
+    note = f"{k} tokens kept, exactly {exact}" + (", by scores at the threshold" if tied else "")
+    return Comparison(Verdict.AMBIGUOUS if tied else Verdict.FAIL, gap, 0.0, 1.0, where, note)
+
+
+def _moved(keep: Keep, distance: float) -> Keep:
+    if keep.threshold is None:
+        return keep
+    return replace(keep, threshold=replace(keep.threshold, value=keep.threshold.value + distance))
 
 
 def choice_tolerance(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ep_export.page import render
+from ep_export.plan import Pair
 from ep_export.validate.picture import draw_kept
 from ep_export.validate.questions import make_clip
 from ep_export.validate.report import Case, Report, Stage, Verdict
@@ -29,6 +30,7 @@ _MEANING = {
     Verdict.FAIL: "The bundle differs from the pruned Hugging Face model beyond rounding. Do not rely on it.",
 }
 _TITLES = {
+    "preprocessing": "Preprocessing",
     "positions": "Positions",
     "vision": "Vision encoder",
     "embeddings": "Text embeddings",
@@ -77,16 +79,27 @@ def write_html(report: Report, path: Path, pictures: Sequence[Image.Image]) -> N
 
 
 def _numbers(report: Report) -> dict[str, str]:
-    """What the report comes to in three numbers."""
-    with_pictures = [case for case in report.cases if case.visual_tokens]
-    kept = sum(case.kept_tokens for case in with_pictures)
-    visual = sum(case.visual_tokens for case in with_pictures)
-    same = sum(case.answer == case.reference_answer for case in report.cases)
+    """What the report comes to, most wanted first."""
+    cases, pictured = report.cases, [case for case in report.cases if case.visual_tokens]
+    numbers = {}
+    if pictured:
+        alike = sum(case.reference_answer == case.unpruned_answer for case in pictured)
+        numbers = {
+            "of the FLOPs to the first token saved": _saved([case.first_token_flops for case in pictured]),
+            "of the decoder's prefill alone saved": _saved([case.prefill_flops for case in pictured]),
+            "pruned answers as without pruning": f"{alike} / {len(pictured)}",
+        }
+    same = sum(case.answer == case.reference_answer for case in cases)
     return {
+        **numbers,
+        "bundle's answers as the pruned model's": f"{same} / {len(cases)}",
         "agreement on which tokens to keep": f"{report.kept_overlap:.2%}",
-        "answers the same": f"{same} / {len(report.cases)}",
-        "visual tokens reach the last layer": f"{kept} / {visual}",
     }
+
+
+def _saved(flops: Sequence[Pair]) -> str:
+    """Over all prompts together."""
+    return f"{1 - sum(pair.pruned for pair in flops) / sum(pair.full for pair in flops):.1%}"
 
 
 def _figures(case: Case, pictures: Sequence[Image.Image]) -> Iterator[_Figure]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ep_export.adaptive import bounds
 from ep_export.bundle import Component
 from ep_export.choosers import CutTokens
 from ep_export.plan import kept_tokens
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ep_export.families.base import PromptInputs
-    from ep_export.policy import Keep
+    from ep_export.policy import Keep, Schedule
     from ep_export.runtime import Session
     from ep_export.runtime.generate import Generation
     from ep_export.runtime.prefill import Prefill
@@ -87,6 +89,7 @@ class Observation:
         half: As `given`, by the oracle in the graphs' half type.
         answer: The oracle's greedy answer with the bundle's kept sets.
         answer_text: The same as text.
+        unpruned_text: The oracle's greedy answer with every visual token.
         forced: Whether `given` really has the bundle's kept sets; false when they are no valid ones.
         prunes: Every cut's prune component alone; none without visual tokens.
     """
@@ -100,6 +103,7 @@ class Observation:
     half: PrefillStates | None
     answer: Answer
     answer_text: str
+    unpruned_text: str
     forced: bool
     prunes: tuple[PruneRun, ...]
 
@@ -138,8 +142,8 @@ def observe(
     keep: Keep = generation.keep
     got = session.prefill(prompt, keep, policies)
     spec = PruneSpec(schedule, keep)
-    budgets = kept_tokens(keep, schedule, layers=manifest.dims.layers, visual_tokens=len(prompt.visual_index))
     kept = [cut.kept_index for cut in got.cuts]
+    budgets = _budgets(keep, schedule, prompt, kept, manifest.dims.layers)
     forced = _valid(kept, prompt, budgets)
     select = kept_as(kept) if forced and kept else None
     given = capture(oracle.exact, prompt, spec, select=select)
@@ -148,15 +152,16 @@ def observe(
         # the half run must not choose by itself: its own near-ties are not the bundle's
         same = kept_as([trace.kept_index for trace in given.cuts])
         half = capture(oracle.half, prompt, spec, select=same)
-    answer = greedy_answer(
+    ask = partial(
+        greedy_answer,
         oracle.exact,
         prompt,
         max_new_tokens,
-        plan=spec,
-        select=select,
         eos_token_ids=session.prompts.eos_token_ids,
         repetition_penalty=session.prompts.repetition_penalty,
     )
+    answer = ask(plan=spec, select=select)
+    unpruned = ask(plan=None) if given.cuts else answer
     prunes = tuple(
         _run_prune(session, manifest.prune(cut, settings.chooser.name), given, cut)
         for cut, settings in enumerate(schedule.cuts)
@@ -172,6 +177,7 @@ def observe(
         half=half,
         answer=answer,
         answer_text=session.prompts.decode(answer.token_ids),
+        unpruned_text=session.prompts.decode(unpruned.token_ids),
         forced=forced,
         prunes=prunes,
     )
@@ -181,6 +187,22 @@ def _run_prune(session: Session, component: Component, given: PrefillStates, cut
     feeds = rounded(component, prune_feeds(component, given, cut))
     tokens = prune_tokens(component, session.bundle.manifest.dims, feeds)
     return PruneRun(component, feeds, tokens, session.run(component.name, feeds))
+
+
+def _budgets(
+    keep: Keep, schedule: Schedule, prompt: PromptInputs, kept: Sequence[NDArray[np.int64]], layers: int
+) -> tuple[int, ...]:
+    """Visual tokens that go on at every cut; where a prompt has its own keep, what the bundle decided.
+
+    A token whose score is the threshold but for rounding may count on one side and not on the other: one
+    number then serves both, and `stages` judges whether it is right.
+    """
+    visual = len(prompt.visual_index)
+    if keep.threshold is None or not kept:
+        return kept_tokens(keep, schedule, layers=layers, visual_tokens=visual)
+    low, high = bounds(keep, schedule, layers=layers, visual_tokens=visual)
+    count = int(np.isin(kept[0], prompt.visual_index).sum())
+    return (min(max(count, low), high),)
 
 
 def _valid(kept: Sequence[NDArray[np.int64]], prompt: PromptInputs, budgets: Sequence[int]) -> bool:

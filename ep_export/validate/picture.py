@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["draw_kept"]
+__all__ = ["captioned", "draw_kept"]
 
 _LONG_SIDE = 1120
 """Pixels of the drawing's longer side: crisp on a phone at 3x and on a printed half page."""
@@ -65,7 +66,7 @@ def draw_kept(
     pixels = np.where(inside[..., None], pixels, _dimmed(pixels))
     pixels = _lines(pixels, mask, cell)
     drawing = Images.fromarray(np.clip(pixels.round(), 0, 255).astype(np.uint8))
-    return _captioned(drawing, caption) if caption else drawing
+    return captioned(drawing, caption) if caption else drawing
 
 
 def _dimmed(pixels: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -99,16 +100,25 @@ def _lines(pixels: NDArray[np.float64], mask: NDArray[np.bool_], cell: int) -> N
     return drawn
 
 
-def _captioned(drawing: Image.Image, caption: str) -> Image.Image:
+def captioned(drawing: Image.Image, *lines: str) -> Image.Image:
+    """A drawing with lines of text below it; long ones are broken, very long ones end in dots."""
     from PIL import Image as Images
     from PIL import ImageDraw, ImageFont
 
-    size = max(16, drawing.width // 40)
+    size = min(36, max(14, drawing.width // 40))
     font = ImageFont.load_default(size=size)
-    band = int(size * 2.2)
-    page = Images.new("RGB", (drawing.width, drawing.height + band), (16, 22, 34))
+    broken = [part for line in lines for part in _broken(line, int(1.8 * drawing.width / size))]
+    pitch = int(size * 1.5)
+    page = Images.new("RGB", (drawing.width, drawing.height + pitch * len(broken) + size), (16, 22, 34))
     page.paste(drawing, (0, 0))
-    ImageDraw.Draw(page).text(
-        (size * 0.8, drawing.height + band / 2), caption, fill=(235, 238, 245), font=font, anchor="lm"
-    )
+    draw = ImageDraw.Draw(page)
+    for number, line in enumerate(broken):
+        top = drawing.height + size / 2 + pitch * (number + 0.5)
+        draw.text((size * 0.8, top), line, fill=(235, 238, 245), font=font, anchor="lm")
     return page
+
+
+def _broken(text: str, characters: int) -> list[str]:
+    """Text in at most three lines; with what the font cannot draw left out."""
+    plain = "".join(c for c in " ".join(text.split()) if c.isprintable())
+    return textwrap.wrap(plain, max(8, characters), max_lines=3, placeholder=" ...")

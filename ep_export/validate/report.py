@@ -8,9 +8,11 @@ from enum import Enum
 from typing import Any
 
 from ep_export.documents import encode
+from ep_export.numerics import RoundingCost
+from ep_export.plan import Pair
 from ep_export.runtime import KeptPicture
 
-__all__ = ["Case", "Report", "RoundingCost", "Stage", "Verdict", "text_lines", "to_json"]
+__all__ = ["Case", "Report", "Stage", "Verdict", "text_lines", "to_json"]
 
 
 class Verdict(str, Enum):
@@ -61,6 +63,7 @@ class Case:
         prompt: The question.
         answer: The bundle's greedy answer.
         reference_answer: The oracle's, given the bundle's kept sets.
+        unpruned_answer: The oracle's with every visual token.
         prompt_tokens: S.
         visual_tokens: N.
         kept_tokens: Visual tokens that reach the last span.
@@ -68,35 +71,23 @@ class Case:
         kept_overlap: Share of the tokens the oracle itself would keep, of those that arrive at a cut in the
             bundle, that the bundle keeps; the mean over cuts, 1 without pictures.
         pictures: What was kept of each picture, or part of a video.
+        first_token_flops: Vision encoder and prefill, full and pruned.
+        prefill_flops: The decoder's share of them.
     """
 
     name: str
     prompt: str
     answer: str
     reference_answer: str
+    unpruned_answer: str
     prompt_tokens: int
     visual_tokens: int
     kept_tokens: int
     kept_by_cut: tuple[int, ...]
     kept_overlap: float
     pictures: tuple[KeptPicture, ...]
-
-
-@dataclass(frozen=True)
-class RoundingCost:
-    """How far a variant of the model is from the unquantised, unpruned one.
-
-    Attributes:
-        variant: "quantised", "pruned" or "quantised and pruned".
-        kl: Mean KL over the positions of its own answers, nats.
-        agreement: Share of these positions with the same top token.
-        positions: How many there were.
-    """
-
-    variant: str
-    kl: float
-    agreement: float
-    positions: int
+    first_token_flops: Pair
+    prefill_flops: Pair
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ import torch
 
 from ep_export.measure.full_pass import before_placeholder
 from ep_export.measure.pruned import gap
+from ep_export.numerics import RoundingCost
 from ep_export.reference import PruneSpec, greedy, prune
-from ep_export.validate.report import RoundingCost
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

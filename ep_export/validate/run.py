@@ -10,7 +10,8 @@ import numpy as np
 from ep_export.bundle import Bundle
 from ep_export.checkpoint import check_origin
 from ep_export.choosers import choose
-from ep_export.numerics import Numerics
+from ep_export.first_token import prompt_plan
+from ep_export.numerics import Numerics, RoundingCost
 from ep_export.policy import Schedule
 from ep_export.progress import Progress, silent
 from ep_export.reference import PruneSpec, load_model
@@ -18,8 +19,9 @@ from ep_export.runtime import Session
 from ep_export.runtime.kept import kept_pictures
 from ep_export.validate.comparison import Finding
 from ep_export.validate.observe import Observation, Oracle, observe
+from ep_export.validate.preprocessing import compare_preprocessing, own_processor
 from ep_export.validate.questions import check_asked, questions
-from ep_export.validate.report import Case, Report, RoundingCost
+from ep_export.validate.report import Case, Report
 from ep_export.validate.rounding import rounding_costs
 from ep_export.validate.setting import HALF_TYPES, Setting, vision_layers
 from ep_export.validate.stages import find, fold_stages
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from ep_export.policy import Keep
 
 __all__ = ["validate"]
+
+_OWN_PROCESSOR = "compared with transformers' own processor; a video's is left out"
 
 
 def validate(
@@ -72,6 +76,7 @@ def validate(
     cases: list[Case] = []
     prompted: list[PromptInputs] = []
     quantised = bundle_layers(bundle)
+    processor, no_processor = own_processor(checkpoint)
     with Session.open(bundle, exact=True) as session:
         every, no_video = questions(manifest, session.prompts, len(pictures), prompts)
         half_type = HALF_TYPES.get(manifest.precision)
@@ -84,13 +89,21 @@ def validate(
                 session, oracle, question, pictures, policies=policies, max_new_tokens=max_new_tokens
             )
             keep = observation.generation.keep
-            findings.append(find(setting, observation))
-            cases.append(_case(observation, schedule))
+            found = find(setting, observation)
+            if processor is not None:
+                shown = [] if question.clip else question.visuals(pictures)
+                own = processor(shown, question.prompt) if shown else None
+                found = (compare_preprocessing(question.name, observation.prompt, own, checkpoint), *found)
+            findings.append(found)
+            cases.append(_case(checkpoint, observation, schedule))
             prompted.append(observation.prompt)
             progress("validate", len(cases), len(every))
     return Report(
         subject=manifest.model_name,
-        settings=_settings(bundle, schedule, keep, no_video),
+        settings={
+            **_settings(bundle, schedule, keep, no_video),
+            "preprocessing": f"not compared: {no_processor}" if no_processor else _OWN_PROCESSOR,
+        },
         stages=fold_stages(findings),
         cases=tuple(cases),
         policies=tuple(cut.chooser.name for cut in schedule.cuts),
@@ -144,15 +157,17 @@ def _layers(layers: range) -> str:
     return f"{layers.start} to {layers.stop - 1}" if len(layers) > 1 else str(layers.start)
 
 
-def _case(seen: Observation, schedule: Schedule) -> Case:
+def _case(checkpoint: Checkpoint, seen: Observation, schedule: Schedule) -> Case:
     cuts = [cut.kept_index for cut in seen.got.cuts]
     visual = seen.prompt.visual_index
     kept = tuple(int(np.isin(visual, index).sum()) for index in cuts)
+    plan = prompt_plan(checkpoint, seen.prompt, schedule, seen.generation.keep)
     return Case(
         name=seen.question.name,
         prompt=seen.question.prompt,
         answer=seen.generation.answer,
         reference_answer=seen.answer_text,
+        unpruned_answer=seen.unpruned_text,
         prompt_tokens=seen.prompt.input_ids.shape[1],
         visual_tokens=len(visual),
         kept_tokens=kept[-1] if kept else len(visual),
@@ -161,6 +176,8 @@ def _case(seen: Observation, schedule: Schedule) -> Case:
         pictures=kept_pictures(
             seen.prompt, cuts, numbers=None if seen.question.clip else seen.question.pictures
         ),
+        first_token_flops=plan.first_token,
+        prefill_flops=plan.prefill_flops,
     )
 
 

@@ -19,7 +19,12 @@ from ep_export.bundle import Precision
 from ep_export.choosers import choose
 from ep_export.policy import Coverage, MaxMin
 from ep_export.reference import PrefillStates
-from ep_export.validate.choices import choice_tolerance, compare_choice, graph_spread
+from ep_export.validate.choices import (
+    choice_tolerance,
+    compare_choice,
+    compare_own_tokens,
+    graph_spread,
+)
 from ep_export.validate.comparison import Comparison, Finding, compare, fold
 from ep_export.validate.observe import Observation, PruneRun
 from ep_export.validate.report import Stage, Verdict
@@ -168,7 +173,19 @@ def _kept(setting: Setting, case: Observation, stage: str, cut: int, spread: flo
     comparison = compare_choice(
         case.question.name, settings.chooser, tokens, case.kept_there(cut), case.budgets[cut], tolerance
     )
-    return Finding(stage, (comparison,), reason)
+    if case.generation.keep.threshold is None:
+        return Finding(stage, (comparison,), reason)
+    layers = setting.manifest.dims.layers
+    counted = compare_own_tokens(
+        f"{case.question.name}, how many",
+        case.generation.keep,
+        setting.schedule,
+        tokens,
+        case.budgets[cut],
+        tolerance,
+        layers=layers,
+    )
+    return Finding(stage, (comparison, counted), reason)
 
 
 def _arrays(setting: Setting, case: Observation, stage: str, pairs: _Pairs) -> Finding:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ep_export.validate.picture import draw_kept
+from ep_export.validate.picture import captioned, draw_kept
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -42,9 +42,18 @@ def draw_kept_video(video: Video, parts: Sequence[KeptPicture], *, cut: int = -1
     first = drawings[0]
     width = max(_LEAST_WIDTH, first.width // columns)
     height = max(1, round(first.height * width / first.width))
-    across, down = width + _GAP, height + _GAP
+    drawings = [
+        captioned(drawing.resize((width, height), Images.Resampling.LANCZOS), _frames(i * step, step, video))
+        for i, drawing in enumerate(drawings)
+    ]
+    across, down = width + _GAP, drawings[0].height + _GAP
     sheet = Images.new("RGB", (columns * across - _GAP, rows * down - _GAP), _PAPER)
     for i, drawing in enumerate(drawings):
-        small = drawing.resize((width, height), Images.Resampling.LANCZOS)
-        sheet.paste(small, (i % columns * across, i // columns * down))
+        sheet.paste(drawing, (i % columns * across, i // columns * down))
     return sheet
+
+
+def _frames(first: int, count: int, video: Video) -> str:
+    """Which of the frames that were shown a part stands for, from 1."""
+    last = min(first + count, len(video.frames))
+    return f"frame {first + 1}" if last == first + 1 else f"frames {first + 1} to {last}"

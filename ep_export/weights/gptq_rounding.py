@@ -1,8 +1,10 @@
 """Calibrated rounding: GPTQ (Frantar et al., ICLR 2023, arXiv 2210.17323).
 
 Inputs are rounded one after the other; what each leaves wrong is spread over those not rounded yet, by the
-second moments of what really enters the layer. Own text after the paper's algorithm 1, with its lazy batches
-of 128 inputs; symmetric codes, one scale a block of inputs, found when the block is reached.
+second moments of what really enters the layer. Written as LDLQ (Chee et al., NeurIPS 2023, arXiv 2307.13304,
+whose theorem 6 says that it is the same algorithm): H = (U + I) D (U + I)', U strictly upper, and input k is
+rounded after adding sum_{j<k} U[j, k] (w_j - rounded w_j). One factorisation, no inverse: half the work and
+half the memory. Symmetric codes, one scale a block of inputs, chosen when the block is reached.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import torch
 
 from ep_export.numerics import WeightKind, Weights
 from ep_export.weights.packed import PackedLinear
-from ep_export.weights.rounding import block_scales, check_weight
+from ep_export.weights.rounding import block_scales, check_finite, check_group
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,42 +24,60 @@ if TYPE_CHECKING:
 __all__ = ["Moments", "round_calibrated"]
 
 _DAMPING = 0.01
-"""Share of the mean second moment added to all, as in the paper: inverses of few samples stay finite."""
+"""Share of the mean second moment added to all, as in the paper: factors of few samples stay finite."""
 
-_BATCH = 128
+_BATCH = 128  # inputs whose errors are spread together
 _LARGEST = {WeightKind.INT4: 7, WeightKind.INT8: 127}
 
 
 class Moments:
-    """Second moments of what enters a layer: [in, in], gathered batch by batch."""
+    """Second moments of what enters a layer: [in, in], gathered batch by batch, then factored once.
+
+    Attributes:
+        inputs: Of the layer.
+        rows: Seen so far.
+    """
 
     def __init__(self, inputs: int) -> None:
-        self.total = torch.zeros(inputs, inputs)
+        self.inputs = inputs
         self.rows = 0
-        self._spread: torch.Tensor | None = None
+        self._total: torch.Tensor | None = torch.zeros(inputs, inputs)
+        self._factor: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def add(self, activations: torch.Tensor) -> None:
-        """Add rows [.., in]."""
-        rows = activations.detach().reshape(-1, self.total.shape[0]).float().cpu()
-        self.total.addmm_(rows.T, rows)
+        """Add rows [.., in].
+
+        Raises:
+            ValueError: The moments were factored already, and let go of.
+        """
+        if self._total is None:
+            raise ValueError("rows after the moments were factored")
+        rows = activations.detach().reshape(-1, self.inputs).float().cpu()
+        self._total.addmm_(rows.T, rows)
         self.rows += len(rows)
-        self._spread = None
 
-    @property
-    def unseen(self) -> torch.Tensor:
-        """[in] bool: inputs that were always 0."""
-        return self.total.diagonal() == 0
+    def factor(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """How errors spread, and what never entered.
 
-    @property
-    def spread(self) -> torch.Tensor:
-        """[in, in] upper Cholesky factor of the inverse of the damped moments."""
-        if self._spread is None:
-            matrix = (self.total / self.rows).double()
-            matrix.diagonal()[self.unseen] = 1
+        Returns:
+            [in, in] float32, its strict upper triangle the U of the module's text; and [in] bool, inputs that
+            were always 0. At no time are there more than three float32 matrices of [in, in].
+        """
+        if self._factor is None:
+            assert self._total is not None  # noqa: S101 - let go of below
+            unseen = self._total.diagonal() == 0
+            # H = R R' with R upper is the lower factor of H read from its last row and column
+            flipped = self._total.flip(0, 1)
+            self._total = None
+            matrix = flipped.double().div_(self.rows)
+            del flipped
+            matrix.diagonal()[unseen.flip(0)] = 1
             matrix.diagonal().add_(_DAMPING * matrix.diagonal().mean())
-            inverse = torch.cholesky_inverse(torch.linalg.cholesky(matrix))
-            self._spread = torch.linalg.cholesky(inverse, upper=True).float()
-        return self._spread
+            torch.linalg.cholesky(matrix, out=matrix)
+            matrix.div_(matrix.diagonal().clone())  # each column by its pivot: U + I, flipped
+            matrix = matrix.float()
+            self._factor = matrix.flip(0, 1), unseen
+        return self._factor
 
 
 def round_calibrated(
@@ -81,32 +101,38 @@ def round_calibrated(
         UserError: The group does not divide the inputs, or a weight is not finite.
         ValueError: fp8, or no rows were seen.
     """
-    check_weight(weight, weights, name)
+    inputs, outputs = weight.shape
+    check_group(inputs, weights, name)
+    check_finite(weight, name)
     if weights.kind not in _LARGEST or not moments.rows:
         raise ValueError(f"{name}: {weights.kind.value} with {moments.rows} rows cannot be calibrated")
-    inputs, outputs = weight.shape
     group, largest = weights.group or inputs, _LARGEST[weights.kind]
-    left = torch.from_numpy(weight.copy())  # [in, out]; rows become what is left to round
-    left[moments.unseen] = 0
-    spread = moments.spread
+    spread, unseen = moments.factor()
+    wanted = torch.from_numpy(weight.copy())
+    wanted[unseen] = 0
+    errors = torch.empty(inputs, outputs)
     codes = torch.empty(inputs, outputs, dtype=torch.int8)
     scales = torch.empty(inputs // group, outputs)
-    for start in range(0, inputs, _BATCH):
-        stop = min(start + _BATCH, inputs)
-        errors = torch.empty(stop - start, outputs)
+    batch = min(group, _BATCH)
+    for start in range(0, inputs, batch):
+        stop = min(start + batch, inputs)
+        if start % group == 0:
+            block = _corrected(wanted, errors, spread, start, start + group)
+            scales[start // group] = torch.from_numpy(
+                block_scales(block[None].numpy(), weights.kind, scale_type)[0]
+            )
+        scale = scales[start // group]
+        left = _corrected(wanted, errors, spread, start, stop)
         for i in range(start, stop):
-            if i % group == 0:
-                # blocks longer than a batch have rows whose share of earlier batches is not added yet
-                block = left[i : i + group].clone()
-                if i + group > stop:
-                    block[stop - i :] -= spread[start:i, stop : i + group].T @ errors[: i - start]
-                scale = block_scales(block[None].numpy(), weights.kind, scale_type)
-                scales[i // group] = torch.from_numpy(scale)[0]
-            scale_row = scales[i // group]
-            code = (left[i] / scale_row).round().clamp(-largest - 1, largest)
+            value = left[i - start] + spread[start:i, i] @ errors[start:i]
+            code = (value / scale).round_().clamp_(-largest - 1, largest)
             codes[i] = code.to(torch.int8)
-            error = (left[i] - code * scale_row) / spread[i, i]
-            left[i:stop] -= spread[i, i:stop, None] * error
-            errors[i - start] = error
-        left[stop:] -= spread[start:stop, stop:].T @ errors
+            errors[i] = wanted[i] - code * scale
     return PackedLinear(weights.kind, codes.numpy(), scales.numpy())
+
+
+def _corrected(
+    wanted: torch.Tensor, errors: torch.Tensor, spread: torch.Tensor, start: int, stop: int
+) -> torch.Tensor:
+    """[stop - start, out]: inputs with what all before `start` left wrong."""
+    return torch.addmm(wanted[start:stop], spread[:start, start:stop].T, errors[:start])

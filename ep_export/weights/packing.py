@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from ep_export.numerics import Weights
-from ep_export.safetensors_index import TensorRef, read_tensor
+from ep_export.safetensors_index import TensorRef, map_tensor
 from ep_export.weights.packed import PackedLinear
 from ep_export.weights.rounding import round_nearest
 
@@ -51,7 +51,6 @@ def scale_type(compute: str) -> str:
     return "bfloat16" if compute == "bf16" else "float16"
 
 
-def read_weight(ref: TensorRef) -> NDArray[np.float32]:
-    """A linear layer's weight as W [in, out]; stored [out, in], of any float type."""
-    values: NDArray[np.float32] = read_tensor(ref).astype(np.float32)
-    return np.ascontiguousarray(values.T)
+def read_weight(ref: TensorRef) -> NDArray[Any]:
+    """A linear layer's weight as W [in, out], a view of the mapped file, of any float type."""
+    return map_tensor(ref).T

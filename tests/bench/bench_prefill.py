@@ -207,7 +207,7 @@ def paired(relation: Callable[[float, float], float], first: list[float], second
 
 
 def decode_once(case: Case, prefill: Prefill) -> float:
-    return timed(lambda: Continuation(case.components, prefill, case.prompt.next_position).feed(1))
+    return timed(lambda: Continuation(case.components, prefill).feed(1))
 
 
 def timed(program: Callable[[], object]) -> float:

@@ -84,7 +84,7 @@ def by_hand(session, picture, question, names, limit):
     prompt = session.prompts.build([picture], question)
     same, divergence = [], []
     sides = [session.prefill(prompt, prune=False), session.prefill(prompt, policies=names)]
-    states = [session.continuation(prompt, prefill) for prefill in sides]
+    states = [session.continuation(prefill) for prefill in sides]
     seen = set(prompt.input_ids[0].tolist())
     penalty = session.prompts.repetition_penalty
     for token in full.token_ids:

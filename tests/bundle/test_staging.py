@@ -1,6 +1,7 @@
 """Outputs are whole or absent, and nothing that ep-export did not write is ever deleted."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ep_export.errors import UserError
-from ep_export.staging import refuse_existing, staged
+from ep_export.staging import refuse_existing, scratch, set_aside, staged
 
 MARKER = "manifest.json"
 
@@ -336,6 +337,72 @@ def test_a_second_run_to_the_same_output_is_refused_and_one_to_another_is_not(tm
         run.communicate("", timeout=60)
     assert run.returncode == 0
     assert everything(tmp_path) == ["another", "out", "out/new"]
+
+
+@pytest.mark.parametrize(
+    "content", [None, "", '{"made_by": "ep-export", "ou', '{"made_by": "ep-export", "out": "out"}']
+)
+def test_a_run_killed_before_its_mark_leaves_a_folder_that_the_next_one_collects(tmp_path, content):
+    work = Path(tempfile.mkdtemp(prefix=".out.", suffix=".part", dir=tmp_path))
+    if content is not None:
+        (work / "mark").write_text(content)
+    refuse_existing(tmp_path / "another", overwrite=False, marker=MARKER)
+    assert names(tmp_path) == []
+
+
+def test_a_run_killed_while_it_deletes_its_work_leaves_the_mark_for_last(tmp_path, monkeypatch):
+    rmtree, deleted = shutil.rmtree, []
+
+    def note(path, **options):
+        deleted.append(sorted(file.name for file in Path(path).iterdir()))
+        rmtree(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", note)
+    with pytest.raises(ValueError, match="broken"), stage(tmp_path / "out") as aside:
+        (aside / "file").touch()
+        raise ValueError("broken")
+    assert deleted == [["file"], [".ep-export"]]
+
+
+def test_what_only_resembles_an_unfinished_work_folder_stays(tmp_path):
+    for name in (".mine.part", ".out.ABCDEFGH.part"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".out.abcdefgh.part").mkdir()
+    (tmp_path / ".out.abcdefgh.part" / "mark").write_text("of somebody")
+    (tmp_path / ".out.12345678.part").touch()
+    before = everything(tmp_path)
+    refuse_existing(tmp_path / "another", overwrite=False, marker=MARKER)
+    assert everything(tmp_path) == before
+
+
+def test_what_was_made_can_be_set_aside_and_the_earlier_output_stays(tmp_path):
+    out = write_output(tmp_path / "out", "old")
+    for name in ("out.failed", "out.failed-2"):
+        with stage(out, overwrite=True) as aside:
+            (aside / "new").touch()
+            assert set_aside(aside, out, suffix="failed") == tmp_path / name
+    assert everything(out) == ["manifest.json", "old"]
+    assert names(tmp_path) == ["out", "out.failed", "out.failed-2"]
+    assert everything(tmp_path / "out.failed") == ["new"]
+
+
+def test_work_in_an_output_leaves_nothing_in_it_and_is_done_by_one_at_a_time(tmp_path):
+    out = write_output(tmp_path / "out", "old")
+    with scratch(out, "report") as aside:
+        (aside / "new").touch()
+        with pytest.raises(UserError, match="being made by another run"), scratch(out, "report"):
+            pytest.fail("must not start")
+    assert everything(out) == ["manifest.json", "old"]
+
+
+def test_what_a_run_killed_at_work_in_an_output_left_hinders_nobody(tmp_path):
+    out = write_output(tmp_path / "out", "old")
+    work = out / ".report.abcdefgh.part"
+    (work / "new").mkdir(parents=True)
+    (work / ".ep-export").write_text(json.dumps({"made_by": "ep-export", "out": "report", "pid": 1}))
+    with stage(out, overwrite=True) as aside:
+        write_output(aside, "new")
+    assert everything(out) == ["manifest.json", "new"]
 
 
 def test_ctrl_c_the_moment_the_work_folder_exists_leaves_nothing(tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from ep_export.calibrate import run as calibrate_module
 from ep_export.calibrate.figure import is_our_plot
 from ep_export.checkpoint import Checkpoint, open_checkpoint
 from ep_export.errors import UsageError, UserError
-from ep_export.measure import run as run_module
+from ep_export.measure import executors as run_module
 from ep_export.policy import Cut, EvidenceKind, Keep, Schedule
 
 KEEP = Keep(ratio=0.5)

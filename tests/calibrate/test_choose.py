@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from ep_export.calibrate.choose import ScheduleRequest, find_published, needs_calibration, resolve_schedule
+from ep_export.calibrate.horizon import DropCurve, Horizon
 from ep_export.calibrate.record import Candidate, Provenance, Record, write_calibration
 from ep_export.dims import DecoderDims
 from ep_export.errors import UsageError, UserError
@@ -19,6 +20,7 @@ from ep_export.policy import (
     EvidenceKind,
     Keep,
     MaxMin,
+    Nothing,
     Random,
     Schedule,
     Scorer,
@@ -168,6 +170,36 @@ def test_recommended_schedule_of_two_cuts_is_taken_on_the_record_s_word() -> Non
     assert schedule == two
     assert evidence.kind is EvidenceKind.MEASURED
     assert "recommended by the record of 20 pictures" in evidence.summary
+
+
+TWO = Schedule((Cut(1, MaxMin(), 0.4), Cut(4, Nothing())))
+
+
+def test_recommended_schedule_of_two_cuts_has_the_figures_of_its_measurement() -> None:
+    candidate = Candidate(1, "divprune", 0.5, 0.01, 0.98, images=20, share=0.4, second=Cut(4, Nothing()))
+    record = measured(recommended=TWO, candidates=(candidate,), images_needed=300)
+    schedule, evidence = resolve_schedule(config(), ScheduleRequest(), fresh=record)
+    assert schedule == TWO
+    assert "measured on 20 pictures at keep 0.5: KL 0.01" in evidence.summary
+    assert "about 300 pictures needed to tell it from the next best" in evidence.summary
+
+
+def test_told_second_cut_before_the_measured_horizon_is_warned_of_with_the_number(tmp_path: Path) -> None:
+    layers = (1, 2, 3, 4, 5)
+    everything = DropCurve(layers, (2.0, 1.0, 0.7, 0.3, 0.0), (2.5, 1.5, 0.9, 0.4, 0.0), (0.5,) * 5, 5)
+    horizon = Horizon(20, everything, everything, "from layer 5 on")
+    file = tmp_path / "mine.json"
+    write_calibration(file, measured(horizon=horizon))
+    request = ScheduleRequest(cuts=TWO.cuts, calibration=file)
+    schedule, evidence = resolve_schedule(config(), request)
+    assert schedule == TWO
+    assert evidence.kind is EvidenceKind.TOLD
+    assert "warning: the cut at layer 4 lies before the information horizon, layer 5" in evidence.summary
+    assert "KL 0.3" in evidence.summary
+    late = replace(request, cuts=(Cut(1, MaxMin(), 0.4), Cut(5, Nothing())))
+    assert "warning" not in resolve_schedule(config(), late)[1].summary
+    with pytest.raises(UserError, match="measured on other weights"):
+        resolve_schedule(replace(config(), fingerprint="beef"), request)
 
 
 def test_given_record_wins_over_the_published_one(tmp_path: Path) -> None:

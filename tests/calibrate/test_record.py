@@ -6,10 +6,32 @@ from pathlib import Path
 
 import pytest
 
-from ep_export.calibrate.record import Candidate, Provenance, Record, read_calibration, write_calibration
+from ep_export.calibrate.horizon import DropCurve, Horizon
+from ep_export.calibrate.record import (
+    Candidate,
+    LayerCurve,
+    Provenance,
+    Record,
+    read_calibration,
+    write_calibration,
+)
 from ep_export.data import data_dir
 from ep_export.errors import UserError
-from ep_export.policy import Cut, EvidenceKind, Keep, MaxMin, Random, Schedule, Scorer, Select, TopK
+from ep_export.policy import (
+    Cut,
+    EvidenceKind,
+    Keep,
+    MaxMin,
+    Nothing,
+    Random,
+    Schedule,
+    Scorer,
+    Select,
+    TopK,
+)
+
+_CURVE = {"layers": [1], "kl": [0.1], "kl_high": [0.2], "top1_agreement": [1.0], "horizon": None}
+_HORIZON = {"images": 9, "half": _CURVE, "everything": _CURVE, "finding": ""}
 
 
 @pytest.fixture
@@ -67,6 +89,54 @@ def test_a_schedule_of_two_cuts_is_recorded_whole(record: Record, tmp_path: Path
     assert read_calibration(file).candidate_for(two) is None
 
 
+def test_a_schedule_of_two_cuts_finds_its_measurement(record: Record, tmp_path: Path) -> None:
+    file = tmp_path / "record.json"
+    two = Candidate(1, "divprune", 0.5, 0.01, 0.99, images=12, share=0.5, second=Cut(3, Nothing()))
+    write_calibration(file, replace(record, candidates=(*record.candidates, two)))
+    again = read_calibration(file)
+    assert again.candidates[-1].name == "divprune at 1, nothing at 3"
+    assert again.candidate_for(Schedule((Cut(1, MaxMin(), 0.5), Cut(3, Nothing())))) == two
+    assert again.candidate_for(Schedule((Cut(1, MaxMin(), 0.4), Cut(3, Nothing())))) is None
+    assert again.candidate_for(Schedule((Cut(1, MaxMin()),))) is None
+    assert again.random_floor(2) == record.candidates[2]
+
+
+def test_horizon_and_metrics_survive_the_round_trip(record: Record, tmp_path: Path) -> None:
+    file = tmp_path / "record.json"
+    curve = DropCurve((1, 2, 3), (0.5, 0.01, 0.0), (0.6, 0.02, 0.001), (0.9, 1.0, 1.0), 3)
+    horizon = Horizon(12, curve, replace(curve, horizon=None), "from layer 3 on")
+    whole = replace(
+        record,
+        horizon=horizon,
+        horizons=(replace(horizon, kind="counting"),),
+        metrics=(LayerCurve("vendi", (4.0, 3.0, 2.0, 2.0), (0.1,) * 4, 2, "it drops"),),
+        detectors="two see a collapse",
+        images_needed=90,
+    )
+    write_calibration(file, whole)
+    assert read_calibration(file) == whole
+    assert read_calibration(file).horizon.layer == 3
+
+
+def test_a_record_of_format_2_is_read_and_an_older_one_says_how_to_redo_it(
+    record: Record, tmp_path: Path
+) -> None:
+    file = tmp_path / "record.json"
+    write_calibration(file, record)
+    raw = json.loads(file.read_text())
+    for name in ("metrics", "detectors", "horizon", "horizons", "images_needed"):
+        del raw[name]
+    for candidate in raw["candidates"]:
+        for name in ("images", "share", "second"):
+            del candidate[name]
+    file.write_text(json.dumps({**raw, "format": 2}))
+    assert replace(read_calibration(file), format=record.format) == record
+    file.write_text(json.dumps({**raw, "format": 1}))
+    with pytest.raises(UserError, match="has format 1") as caught:
+        read_calibration(file)
+    assert "ep-export calibrate" in caught.value.hint
+
+
 def test_a_candidate_is_found_by_layer_and_policy(record: Record) -> None:
     assert record.candidate_for(Schedule((Cut(0, MaxMin()),))) == record.candidates[1]
     assert record.candidate_for(Schedule((Cut(2, MaxMin()),))) is None
@@ -88,6 +158,12 @@ def test_a_candidate_is_found_by_layer_and_policy(record: Record) -> None:
         ({"recommended": {"cuts": [{"layer": 1}, {"layer": 2}]}}, "has no share"),
         ({"recommended": {"cuts": [{"layer": 1, "chooser": {"kind": "magic"}}]}}, "recommended"),
         ({"candidates": [{"layer": 1}]}, "missing"),
+        (
+            {"metrics": [{"metric": "x", "values": [1.0], "spread": [1.0], "collapse": None, "finding": ""}]},
+            "x",
+        ),
+        ({"horizon": {**_HORIZON, "half": {**_CURVE, "layers": [1, 2]}}}, "other layers than it names"),
+        ({"horizon": {**_HORIZON, "half": {**_CURVE, "horizon": 4}}}, "not 1 to 3"),
         ({"candidates": [{"layer": 1, "policy": "magic", "keep": 1, "kl": 0, "top1_agreement": 1}]}, "magic"),
         (
             {"candidates": [{"layer": 4, "policy": "random", "keep": 1, "kl": 0, "top1_agreement": 1}]},

@@ -13,7 +13,7 @@ import torch
 from ep_export.choosers import CutTokens
 from ep_export.choosers.component import build_prune
 from ep_export.dims import DecoderDims
-from ep_export.policy import Chooser, Source, TopK
+from ep_export.policy import Chooser, Source, scored_source
 
 DIMS = DecoderDims(
     layers=4,
@@ -62,13 +62,11 @@ def prompt(chooser: Chooser, visual_index: np.ndarray, length: int, *, seed: int
     rng = np.random.default_rng(seed)
     hidden = spread_states(length, 1, DIMS.hidden_size, seed)[:, 0]
     states = None
-    if isinstance(chooser, TopK):
-        hidden_heads = hidden.reshape(length, DIMS.heads, -1)
-        states = (
-            hidden_heads
-            if chooser.source is Source.HIDDEN
-            else spread_states(length, HEADS[chooser.source], DIMS.head_dim, seed + 1)
-        )
+    source = scored_source(chooser)
+    if source is Source.HIDDEN:
+        states = hidden.reshape(length, DIMS.heads, -1)
+    elif source is not None:
+        states = spread_states(length, HEADS[source], DIMS.head_dim, seed + 1)
     positions = np.sort(rng.integers(0, 999, (DIMS.position_axes, 1, length)), axis=2)
     return Prompt(hidden, states, positions, visual_index.astype(np.int64))
 

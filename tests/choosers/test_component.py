@@ -11,7 +11,18 @@ from prune_graphs import DIMS, kept_positions, prompt, run, session
 
 from ep_export.choosers import choose
 from ep_export.choosers.component import build_prune
-from ep_export.policy import Chooser, MaxMin, Nothing, Random, Source, TopK, chooser_named
+from ep_export.policy import (
+    Chooser,
+    Coverage,
+    MaxMin,
+    Nothing,
+    Random,
+    Source,
+    TopK,
+    chooser_named,
+    reads_projections,
+    scored_source,
+)
 
 NAMES = (
     "paper-highest",
@@ -19,6 +30,9 @@ NAMES = (
     "norm-highest-value-per-picture",
     "order2-highest-hidden",
     "divprune",
+    "coverage-paper-highest",
+    "coverage-norm-lowest-value",
+    "coverage-order2-highest-hidden",
     "random",
     "random-7",
     "nothing",
@@ -60,8 +74,8 @@ def test_interface(name: str, dtype: ir.DataType, opset: int) -> None:
     assert {entry.domain: entry.version for entry in proto.opset_import}[""] == opset
     float_type, int64 = TYPES[dtype], onnx.TensorProto.INT64
     expected: dict[str, tuple[int, list[object]]] = {}
-    if isinstance(chooser, TopK) and chooser.source is not Source.HIDDEN:
-        heads = 6 if chooser.source is Source.QUERY else 3
+    if reads_projections(chooser):
+        heads = 6 if scored_source(chooser) is Source.QUERY else 3
         expected["states"] = (float_type, [1, "S", heads, 16])
     expected["hidden"] = (float_type, [1, "S", 48])
     expected["position_ids"] = (int64, [3, 1, "S"])
@@ -157,7 +171,7 @@ def test_projections_before_the_first_layer_are_refused() -> None:
 
 def test_one_graph_serves_every_k() -> None:
     at = prompt(MaxMin(), np.arange(4, 34), 40)
-    for chooser in (MaxMin(), Random(2), TopK()):
+    for chooser in (MaxMin(), Coverage(), Random(2), TopK()):
         opened, at = session(chooser), prompt(chooser, np.arange(4, 34), 40)
         for k in (1, 12, 30):
             outputs = run(opened, at, k)

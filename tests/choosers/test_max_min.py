@@ -12,7 +12,8 @@ import torch
 from prune_graphs import DIMS, Prompt, kept_positions, prompt, run, session
 
 from ep_export.choosers import CutTokens, KeptDifference, choose, difference
-from ep_export.choosers.max_min import FIRST_SCORE, farthest_first
+from ep_export.choosers.greedy import FIRST_SCORE
+from ep_export.choosers.max_min import farthest_first
 from ep_export.policy import MaxMin
 
 CHOOSER = MaxMin()

@@ -41,11 +41,15 @@ def twice(tiny_checkpoint, tmp_path_factory):
 def said_kept(result):
     """Of the sentence about kept tokens: all; count, layer and percentage of every cut; the average."""
     (line,) = [line for line in result.err.splitlines() if line.startswith("kept ")]
-    first = re.match(r"kept (\d+) of (\d+) visual tokens from layer (\d+) of 4 on \((\d+) % there", line)
-    later = re.findall(r"\), (\d+) from layer (\d+) on \((\d+) % there", line)
-    average = int(re.search(r" = (\d+) % on average\): \d+ % fewer decoder prefill FLOPs", line)[1])
-    count, visual, layer, share = map(int, first.groups())
-    return visual, [(count, layer, share), *(tuple(map(int, found)) for found in later)], average
+    counts, visual, shares, average = re.match(
+        r"kept (.+) of (\d+) visual tokens: (.+) = (\d+) % on average over 4 layers; \d+ % fewer FLOPs to the "
+        r"first token, \d+ % fewer in decoder prefill alone, \d+ % less visual KV cache$",
+        line,
+    ).groups()
+    cuts = re.findall(r"(\d+) % after layer (\d+)", shares)
+    kept = counts.split(", then ")
+    told = [(int(n), int(layer), int(share)) for n, (share, layer) in zip(kept, cuts, strict=True)]
+    return int(visual), told, int(average)
 
 
 def test_one_cut_is_told_with_what_it_means_on_average(tiny_bundle, folder):

@@ -7,6 +7,7 @@ from command_line import ep_export
 from tiny import tiny_picture
 
 from ep_export.bundle import read_manifest
+from ep_export.validate import Verdict
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +35,33 @@ def test_build_writes_a_validated_bundle(built):
     assert {stage["name"] for stage in said["validation"]["stages"]} >= {"vision", "kept", "logits", "tokens"}
     assert "nothing measured it on this model" in result.err  # the evidence is always printed
     assert (out / "report" / "report.html").is_file()
+
+
+def test_a_build_found_different_replaces_no_earlier_bundle(tiny_checkpoint, pictures, tmp_path, monkeypatch):
+    out = tmp_path / "bundle"
+    verb = (
+        "build",
+        "--model",
+        str(tiny_checkpoint),
+        "--keep",
+        "0.5",
+        "--layer",
+        "1",
+        "--images",
+        str(pictures),
+    )
+    assert ep_export(*verb, "--out", str(out)).code == 0
+    good = read_manifest(out)
+    with monkeypatch.context() as patch:
+        patch.setattr("ep_export.validate.report.Report.verdict", Verdict.FAIL)
+        failed = ep_export(*verb, "--out", str(out), "--overwrite")
+        first = ep_export(*verb, "--out", str(tmp_path / "first"))
+    assert (failed.code, failed.out.strip()) == (3, str(tmp_path / "bundle.failed")), failed.err
+    assert f"{out} is still the earlier bundle" in failed.err
+    assert read_manifest(out) == good
+    assert read_manifest(tmp_path / "bundle.failed").components == good.components
+    assert (first.code, first.out.strip()) == (3, str(tmp_path / "first"))
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["bundle", "bundle.failed", "first"]
 
 
 def test_run_answers_and_draws(built, pictures, tmp_path):

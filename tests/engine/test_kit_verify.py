@@ -24,9 +24,10 @@ from polygraphy.tools.run import Run
 
 from ep_export.bundle import Precision
 from ep_export.choosers import CutTokens, KeptDifference, choose, difference
+from ep_export.choosers.coverage import weighted_rows
 from ep_export.choosers.top_k import kept_difference, picture_of, select_tokens
 from ep_export.data import data_dir
-from ep_export.policy import Budget, MaxMin, Nothing, Random, Scorer, Select, Source, TopK
+from ep_export.policy import Budget, Coverage, MaxMin, Nothing, Random, Scorer, Select, Source, TopK
 from ep_export.runtime.bfloat16 import narrow, widen
 
 PRUNE = "prune_0.paper-highest"
@@ -309,7 +310,8 @@ def test_the_device_judges_scores_as_ep_export_does():
     assert seen == {KeptDifference.NEAR_TIE, KeptDifference.DIFFERENT}
 
 
-def test_the_device_judges_distances_as_ep_export_does():
+@pytest.mark.parametrize("chooser", [MaxMin(), Coverage(Scorer.NORM)], ids=str)
+def test_the_device_judges_distances_as_ep_export_does(chooser):
     """Against ep_export.choosers, on tokens of few directions, which are full of near-ties."""
     judge = device_script("check_choice")
     random = np.random.default_rng(0)
@@ -319,18 +321,23 @@ def test_the_device_judges_distances_as_ep_export_does():
         hidden = np.zeros((1, 40, 4))
         hidden[0, index] = np.round(random.normal(size=(16, 4)))
         k, tolerance = int(random.integers(1, 15)), float(random.choice([1e-6, 0.1, 0.4]))
-        exact = CutTokens(torch.from_numpy(hidden[0, index]), None, torch.from_numpy(index))
+        sizes = torch.from_numpy(np.round(random.normal(size=(16, 2, 3))))
+        exact = CutTokens(torch.from_numpy(hidden[0, index]), sizes, torch.from_numpy(index))
         shaken = CutTokens(
-            exact.hidden + torch.from_numpy(random.normal(scale=0.05, size=(16, 4))), None, exact.visual_index
+            exact.hidden + torch.from_numpy(random.normal(scale=0.05, size=(16, 4))), sizes, exact.visual_index
         )
-        other = choose(MaxMin(), shaken, k).kept
+        other = choose(chooser, shaken, k).kept
         if random.integers(4) == 0:
             other = torch.from_numpy(np.sort(random.choice(index, size=k, replace=False)))
-        wanted = difference(MaxMin(), exact, other, k, tolerance=tolerance)
+        wanted = difference(chooser, exact, other, k, tolerance=tolerance)
         seen.add(wanted)
         if wanted is KeptDifference.EQUAL:
             continue
-        choice = {"kind": "max_min", "kept": choose(MaxMin(), exact, k).kept.numpy(), "tolerance": tolerance}
+        kept = choose(chooser, exact, k).kept.numpy()
+        choice = {"kind": chooser.kind.value, "kept": kept, "tolerance": tolerance}
+        if isinstance(chooser, Coverage):
+            rows, first = weighted_rows(chooser, exact)
+            choice["weights"] = torch.where(rows.finite, first, 0.0).numpy()
         inputs = {"visual_index": index, "hidden": hidden}
         assert judge.near_tie(choice, inputs, other.numpy()) == (wanted is KeptDifference.NEAR_TIE)
     assert seen == set(KeptDifference)

@@ -7,7 +7,7 @@ from command_line import ep_export
 
 from ep_export.bundle import Dialect, Precision
 from ep_export.errors import UsageError, UserError
-from ep_export.policy import MaxMin, Nothing, Random, Scorer, Select, Source, TopK, chooser_named
+from ep_export.policy import Coverage, MaxMin, Nothing, Random, Scorer, Select, Source, TopK, chooser_named
 from ep_export.targets import (
     CHOOSERS,
     Flavour,
@@ -143,6 +143,7 @@ def test_the_other_kinds_of_policies_on_turing():
     assert turing.takes_chooser(Random(7))
     assert turing.takes_chooser(Nothing())
     assert not turing.takes_chooser(MaxMin())
+    assert not turing.takes_chooser(Coverage(Scorer.NORM))
 
 
 def test_a_target_may_take_one_spelling_of_a_policy_alone(tmp_path):
@@ -157,7 +158,8 @@ def test_a_target_may_take_one_spelling_of_a_policy_alone(tmp_path):
 
 
 def test_all_policies_begin_with_one_of_the_words_a_target_has_by_default():
-    names = [TopK(scorer).name for scorer in Scorer] + [MaxMin().name, Random(3).name, Nothing().name]
+    others = (MaxMin(), Coverage(), Random(3), Nothing())
+    names = [TopK(scorer).name for scorer in Scorer] + [chooser.name for chooser in others]
     assert {name.split("-")[0] for name in names} == set(CHOOSERS)
 
 

@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicCache
 from ep_export.bundle import Bundle, Component
 from ep_export.families import family_named
 from ep_export.families.base import DecoderModules
+from ep_export.runtime.components import length_feeds
 
 Arrays = dict[str, NDArray[Any]]
 VISUAL = np.arange(4, 24, dtype=np.int64)
@@ -120,7 +121,9 @@ class BundleRun:
 
     def _span(self, span: Component, hidden: NDArray[Any], positions: NDArray[np.int64]) -> Arrays:
         caches = {f"past_key_values.{name}": value for name, value in self.caches.items()}
-        got = self._run(span, {"inputs_embeds": hidden, "position_ids": positions, **caches})
+        past = self.caches[f"{span.layer_range.start}.key"].shape[2]
+        lengths = length_feeds([past], hidden.shape[1])
+        got = self._run(span, {"inputs_embeds": hidden, "position_ids": positions, **caches, **lengths})
         self.caches |= {
             name.removeprefix("present."): got[name] for name in got if name.startswith("present.")
         }

@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 
 from ep_export.errors import UserError
-from ep_export.measure.prompts import entries_for, questions_for, read_prompts, read_questions
+from ep_export.measure.prompts import (
+    entries_for,
+    kind_of,
+    question_of,
+    questions_for,
+    read_asked,
+    read_prompts,
+    read_questions,
+)
 from ep_export.measure.question import normalise
 
 
@@ -40,6 +48,16 @@ def test_answers_are_there_for_those_who_want_them(file: Path) -> None:
     assert read_questions(file) == {"a.png": ["What?"], "b.png": ["Where?", "Who?"]}
 
 
+def test_kinds_are_there_for_those_who_want_them(file: Path) -> None:
+    prompts = {
+        "a.png": [{"question": "What?", "kind": " reading "}, "Where?", {"question": "Who?", "kind": 3}]
+    }
+    file.write_text(json.dumps(prompts))
+    entries = entries_for(read_asked(file), "a.png", 0)
+    assert [question_of(entry) for entry in entries] == ["What?", "Where?", "Who?"]
+    assert [kind_of(entry) for entry in entries] == ["reading", None, None]
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '"one"', "[1]", '[" "]', "3", "NaN", "[" * 9999])
 def test_other_structures_are_refused(file: Path, text: str) -> None:
     file.write_text(text)
@@ -51,8 +69,9 @@ def test_other_structures_are_refused(file: Path, text: str) -> None:
 @pytest.mark.parametrize("text", ['{"a.png": []}', '{"a.png": [3]}', '{"a.png": {"answer": "yes"}}'])
 def test_entries_that_are_no_questions_are_refused_where_only_questions_count(file: Path, text: str) -> None:
     file.write_text(text)
-    with pytest.raises(UserError, match=r"no questions about a\.png"):
-        read_questions(file)
+    for read in (read_questions, read_asked):
+        with pytest.raises(UserError, match=r"no questions about a\.png"):
+            read(file)
 
 
 def test_a_missing_file_is_named(file: Path) -> None:

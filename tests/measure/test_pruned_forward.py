@@ -11,7 +11,7 @@ from measuring import bench_of, question_about, two_cuts
 from tiny import make_tiny, tiny_picture
 
 from ep_export.checkpoint import open_checkpoint
-from ep_export.entropy import layer_entropy
+from ep_export.entropy import METRICS, LayerTokens, layer_entropy
 from ep_export.measure import pruned as pruned_module
 from ep_export.measure.ask import full_pass, measure
 from ep_export.measure.bench import build_prompt
@@ -127,7 +127,8 @@ def test_batches_do_not_change_the_predictions(case, monkeypatch: pytest.MonkeyP
 
 def test_states_and_entropies_are_those_of_the_projections(case) -> None:
     bench, _, prompt, answer = case
-    full = full_pass(bench, prompt, answer, entropies=True)
+    setting = replace(bench.setting, metrics=True)
+    full = full_pass(replace(bench, setting=setting), prompt, answer, entropies=True)
     fed = np.concatenate([prompt.input_ids, np.array([answer[:-1]], dtype=np.int64)], axis=1)
     config = bench.checkpoint.config
     inputs = bench.checkpoint.family.reference_inputs(replace(prompt, input_ids=fed), config)
@@ -137,8 +138,13 @@ def test_states_and_entropies_are_those_of_the_projections(case) -> None:
             normed = layer.input_layernorm(hidden[index])[0]
             queries, keys = layer.self_attn.q_proj(normed), layer.self_attn.k_proj(normed)
             visual = full.visual_index
-            assert full.query_entropy[index] == pytest.approx(layer_entropy(queries[visual]), abs=1e-6)
-            assert full.key_entropy[index] == pytest.approx(layer_entropy(keys[visual]), abs=1e-6)
+            assert full.curves.query_entropy[index] == pytest.approx(layer_entropy(queries[visual]), abs=1e-6)
+            assert full.curves.key_entropy[index] == pytest.approx(layer_entropy(keys[visual]), abs=1e-6)
+            text = np.setdiff1d(np.arange(full.prompt_length), visual.numpy())
+            tokens = LayerTokens(queries[visual], hidden[index][0, visual], hidden[index][0, text])
+            for metric in METRICS:
+                computed = full.curves.metrics[metric.key][index]
+                assert computed == pytest.approx(metric.compute(tokens), rel=1e-3), metric.key
             if index + 1 in bench.setting.layers:
                 torch.testing.assert_close(full.projections[index + 1][Source.QUERY][0], queries)
                 torch.testing.assert_close(full.hidden[index][0], hidden[index][0])
@@ -148,7 +154,7 @@ def test_only_wanted_layers_are_kept_in_memory(case) -> None:
     bench, _, prompt, answer = case
     full = run_full(bench.model, bench.checkpoint.family, prompt, answer, layers=[2])
     assert set(full.hidden) == {0, 2, LAYERS}
-    assert full.query_entropy == ()
+    assert full.curves is None
 
 
 def test_ways_that_a_picture_is_too_small_for_are_left_out(case) -> None:

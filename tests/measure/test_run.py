@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from dataclasses import replace
 
 import pytest
@@ -10,8 +11,10 @@ from tiny import make_tiny, tiny_picture
 
 from ep_export.checkpoint import Checkpoint, open_checkpoint
 from ep_export.errors import UserError
+from ep_export.measure import executors
 from ep_export.measure import run as run_module
 from ep_export.measure.bench import Setting
+from ep_export.measure.executors import InProcess, Job, Processes, Unit
 from ep_export.measure.journal import Journal
 from ep_export.measure.question import Question, QuestionResult, Skipped
 from ep_export.measure.run import measure_all
@@ -48,13 +51,13 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> list[Question]:
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Questions as they are measured in this process."""
     texts: list[str] = []
-    measure = run_module.measure
+    measure = executors.measure
 
     def note(bench, question, **kwargs):
         texts.append(question.name)
         return measure(bench, question, **kwargs)
 
-    monkeypatch.setattr(run_module, "measure", note)
+    monkeypatch.setattr(executors, "measure", note)
     return texts
 
 
@@ -111,30 +114,52 @@ def test_a_journal_that_cannot_be_written_ends_the_run_and_blames_no_picture(
     assert measured == [questions[0].name]
 
 
-def test_several_processes_measure_the_same(checkpoint, questions, tmp_path) -> None:
-    alone = measure_all(checkpoint, SETTING, questions, work=tmp_path / "one")
-    together = measure_all(checkpoint, SETTING, questions, work=tmp_path / "two", jobs=2)
-    assert together == alone
-
-
 def test_a_device_that_is_not_there_is_told_once(checkpoint, questions, tmp_path) -> None:
     setting = replace(SETTING, device="abacus")
-    for jobs in (1, 2):
+    for executor in (InProcess(), Processes(2)):
         with pytest.raises(UserError, match="device abacus cannot be used"):
-            measure_all(checkpoint, setting, questions, work=tmp_path, jobs=jobs)
+            measure_all(checkpoint, setting, questions, work=tmp_path, executor=executor)
 
 
 def test_a_model_that_no_process_can_open_is_told_in_one_line(checkpoint, questions, tmp_path) -> None:
     gone = replace(checkpoint, path=tmp_path / "gone")
     with pytest.raises(UserError, match="gone"):
-        measure_all(gone, SETTING, questions, work=tmp_path, jobs=2)
+        measure_all(gone, SETTING, questions, work=tmp_path, executor=Processes(2))
 
 
 def test_a_process_that_dies_is_told_in_one_line(checkpoint, questions, tmp_path) -> None:
-    unusable = replace(SETTING, ways=None)  # no mistake of a person: the process ends with it
+    unusable = Job(
+        checkpoint, replace(SETTING, ways=None)
+    )  # no mistake of a person: the process ends with it
+    units = [Unit(question, entropies=False) for question in questions]
     with pytest.raises(UserError, match="one of 2 processes died") as raised:
-        list(run_module._ask_in_processes(checkpoint.path, unusable, questions, 2))
+        list(Processes(2).run(unusable, units))
     assert "fewer --jobs" in raised.value.hint
+
+
+def test_what_one_process_began_several_finish_although_one_dies(checkpoint, questions, tmp_path) -> None:
+    alone = measure_all(checkpoint, SETTING, questions, work=tmp_path / "alone")
+    killed = []
+
+    def interrupt(stage: str, done: int, total: int) -> None:
+        if done == 1:
+            raise KeyboardInterrupt
+
+    def kill_one(stage: str, done: int, total: int) -> None:
+        if done == 2 and not killed:
+            killed.append(multiprocessing.active_children()[0])
+            killed[0].kill()
+
+    work = tmp_path / "together"
+    with pytest.raises(KeyboardInterrupt):
+        measure_all(checkpoint, SETTING, questions, work=work, progress=interrupt)
+    together = measure_all(
+        checkpoint, SETTING, questions, work=work, executor=Processes(2), progress=kill_one
+    )
+    assert killed
+    assert together == alone
+    (journal,) = work.iterdir()
+    assert len(journal.read_text().splitlines()) == 3  # each measured question once
 
 
 def test_the_time_that_is_left_is_told_once_it_is_known() -> None:

@@ -217,7 +217,7 @@ def test_every_rival_keeps_k_visual_positions_in_order(one) -> None:
 
 
 def test_names_are_unique_and_unknown_ones_get_a_suggestion() -> None:
-    assert len({one.key for one in METHODS}) == len(METHODS) == 13
+    assert len({one.key for one in METHODS}) == len(METHODS) == 17
     with pytest.raises(UsageError, match="'fastvv' is unknown") as raised:
         find_methods(("fastvv",))
     assert "fastv" in raised.value.hint

@@ -10,6 +10,7 @@ from ep_export.documents import decode, encode
 from ep_export.errors import UsageError
 from ep_export.policy import (
     Budget,
+    Coverage,
     Cut,
     Kind,
     MaxMin,
@@ -25,6 +26,7 @@ from ep_export.policy import (
 
 CHOOSERS = (
     *(TopK(*settings) for settings in itertools.product(Scorer, Select, Source, Budget)),
+    *(Coverage(*settings) for settings in itertools.product(Scorer, Select, Source)),
     MaxMin(),
     Nothing(),
     Random(),
@@ -60,6 +62,8 @@ def test_names_that_people_type():
         "random-65536",
         "random-" + "9" * 5000,
         "divprune-1",
+        "coverage",
+        "coverage-norm-highest-per-picture",
         "Divprune",
         "nothing ",
     ],

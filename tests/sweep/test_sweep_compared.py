@@ -6,7 +6,7 @@ import pytest
 
 from ep_export.errors import UsageError
 from ep_export.measure.ways import one_cut
-from ep_export.methods import METHODS, find_methods
+from ep_export.methods import METHODS, Place, find_methods
 from ep_export.policy import Cut, Keep, MaxMin, Random, Schedule, Scorer, Select, TopK
 from ep_export.sweep.compared import auto_layers, compared_ways
 
@@ -50,7 +50,12 @@ def test_impossible_combinations_are_noted_and_the_rest_goes_on() -> None:
 def test_methods_stand_where_they_can_prune() -> None:
     rows, _ = compared_ways([0.5], 12, [1], METHODS)
     keys = {layer: [row.method for row in rows if row.layer == layer] for layer in (0, 1)}
-    assert keys == {0: ["divprune", "cdpruner", "random"], 1: [method.key for method in METHODS]}
+    placed = [m.key for m in METHODS if m.place in {Place.INSIDE, Place.ANYWHERE}]
+    assert [key for key in keys[0] if key in placed] == ["divprune", "cdpruner", "random"]
+    assert [key for key in keys[1] if key in placed] == placed
+    assert {*keys[0], *keys[1]} >= {"horizon", "sparsevlm", "scaled", "scaled-flops"}
+    assert places(rows) == [(0, 0.5), (1, 0.5), (3, 0.5)]  # PyramidDrop begins at a quarter of the depth
+    assert [row.method for row in rows if row.layer == 3] == ["pyramiddrop"]
     assert rows[-1].way == one_cut(1, "random", Keep(ratio=0.5))
 
 

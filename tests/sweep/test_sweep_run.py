@@ -19,7 +19,8 @@ from tiny_llava import make_tiny_llava_next
 from ep_export.calibrate import read_calibration
 from ep_export.checkpoint import open_checkpoint
 from ep_export.errors import UsageError, UserError
-from ep_export.measure import run as measure_module
+from ep_export.measure import executors as measure_module
+from ep_export.measure.executors import Processes
 from ep_export.measure.prompts import read_prompts
 from ep_export.methods import METHODS as METHODS_ALL
 from ep_export.methods import find_methods
@@ -232,7 +233,12 @@ def _lines(folder: Path) -> int:
 
 def test_several_processes_find_the_same(checkpoint, images, prompts, done, tmp_path) -> None:
     options = replace(
-        OPTIONS, methods=METHODS[:1], schedule=None, jobs=2, timed_prompts=0, gallery_pictures=0
+        OPTIONS,
+        methods=METHODS[:1],
+        schedule=None,
+        executor=Processes(2),
+        timed_prompts=0,
+        gallery_pictures=0,
     )
     record = sweep(checkpoint, images, prompts, out=tmp_path / "sweep", options=options)
     assert record.gallery == ()

@@ -17,15 +17,39 @@ def test_wilson_gives_the_published_intervals(right, trials, low, high) -> None:
     assert wilson(right, trials) == pytest.approx((low, high), abs=1e-4)
 
 
-def test_one_question_a_picture_gives_wilson_and_several_are_drawn_by_picture() -> None:
-    right = np.random.default_rng(0).random(200) < 0.7
+def test_questions_about_one_picture_count_as_far_as_they_are_independent() -> None:
+    right = (np.random.default_rng(0).random((200, 1)) < 0.7).astype(float)
     alone = Sampling(np.arange(200)).share(right)
     assert alone.interval == "wilson"
-    assert (alone.low, alone.high) == wilson(int(right.sum()), 200)
+    assert (alone.low, alone.high) == pytest.approx(wilson(int(right.sum()), 200))
     # the same 200 outcomes as 20 pictures whose ten questions all go alike: only 20 independent ones
-    together = Sampling(np.repeat(np.arange(20), 10)).share(np.repeat(right[:20], 10))
-    assert together.interval == "bootstrap"
+    together = Sampling(np.repeat(np.arange(20), 10)).share(np.repeat(right[:20], 10, axis=0))
     assert together.high - together.low > 2 * (alone.high - alone.low)
+    # ten draws of one thing are one
+    drawn = Sampling(np.arange(200)).share(np.repeat(right, 10, axis=1))
+    assert drawn.high - drawn.low == pytest.approx(alone.high - alone.low, rel=0.1)
+
+
+@pytest.mark.parametrize("draws", [1, 3])
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_a_share_never_has_an_interval_without_width(value: float, draws: int) -> None:
+    alone = Sampling(np.arange(30)).share(np.full((30, draws), value))
+    assert (alone.low, alone.high) == wilson(int(30 * value), 30)
+    together = Sampling(np.repeat(np.arange(6), 5)).share(np.full((30, draws), value))
+    assert (together.low, together.high) == wilson(int(6 * value), 6)  # six pictures, not thirty
+
+
+def test_a_difference_is_never_beyond_doubt_because_nothing_differed() -> None:
+    sampling = Sampling(np.arange(100))
+    same = sampling.difference(np.zeros((100, 1)))
+    assert same.low < 0 == same.value < same.high
+    assert same.side == 0
+    assert same.high < 0.06  # a hundred pictures do say something
+    # against the interval of Agresti and Min for 2 and 12 of 100 discordant pairs: 0.0261 to 0.1700
+    pairs = np.concatenate([np.full(12, 1.0), np.full(2, -1.0), np.zeros(86)])[:, None]
+    apart = sampling.difference(pairs)
+    assert (apart.low, apart.high) == pytest.approx((0.0261, 0.1700), abs=0.015)
+    assert apart.side == 1
 
 
 def test_bootstrap_agrees_with_the_normal_interval() -> None:

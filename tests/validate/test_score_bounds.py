@@ -12,7 +12,7 @@ from ep_export.choosers import CutTokens, choose
 from ep_export.choosers.component import build_prune
 from ep_export.dims import DecoderDims
 from ep_export.entropy import entropy_series, series_scores, token_scores
-from ep_export.policy import MaxMin, Random, Scorer, Select, TopK
+from ep_export.policy import Coverage, MaxMin, Random, Scorer, Select, TopK
 from ep_export.validate.tolerance import EXACT, score_bound, score_tolerance
 
 
@@ -78,10 +78,10 @@ def test_a_wrong_scorer_breaks_the_bound():
     assert np.abs(graph_scores(TopK(Scorer.ORDER2, Select.LOWEST), states, 8) - exact).max() > bound
 
 
-@pytest.mark.parametrize("chooser", [MaxMin(), Random(3)], ids=str)
+@pytest.mark.parametrize("chooser", [MaxMin(), Coverage(), Coverage(Scorer.NORM), Random(3)], ids=str)
 def test_distances_and_draws_stay_within_theirs(chooser):
     states = tokens(40, 6, 16)
-    seen = CutTokens(torch.from_numpy(states).flatten(1), None, torch.arange(40))
+    seen = CutTokens(torch.from_numpy(states).flatten(1), torch.from_numpy(states), torch.arange(40))
     exact = choose(chooser, seen, 12).scores.numpy()
     tolerance = score_tolerance(chooser, seen, 16)
     assert np.abs(graph_scores(chooser, states, 12) - exact).max() <= tolerance.absolute

@@ -23,6 +23,7 @@ from ep_export.policy import MaxMin, Nothing, Random, Schedule, Scorer, Select, 
 from ep_export.validate import Verdict, text_lines, to_json, validate
 
 STAGES = [
+    "preprocessing",
     "positions",
     "vision",
     "embeddings",
@@ -36,6 +37,7 @@ STAGES = [
     "tokens",
 ]
 TWO_CUTS = [
+    "preprocessing",
     "positions",
     "vision",
     "embeddings",
@@ -112,7 +114,7 @@ def test_report_as_json_and_text(report):
     assert {"name", "verdict", "max_abs_error", "tolerance", "reason"} <= set(raw["stages"][0])
     lines = text_lines(report)
     assert len(lines) == len(STAGES) + 2
-    assert lines[-1].startswith("PASS: 11 stages over 5 prompts")
+    assert lines[-1].startswith("PASS: 12 stages over 5 prompts")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 
 from ep_export.choosers import CutTokens
 from ep_export.dims import DecoderDims
-from ep_export.policy import Budget, MaxMin, Random, Scorer, Select, TopK
+from ep_export.policy import Budget, Coverage, MaxMin, Random, Scorer, Select, TopK
 from ep_export.validate import Verdict
 from ep_export.validate.choices import choice_tolerance, compare_choice, graph_spread
 
@@ -88,7 +88,7 @@ def test_the_tolerance_grows_with_what_half_precision_moves():
     exact = CutTokens(states.flatten(1), states, torch.from_numpy(VISUAL))
     rough = states.bfloat16().float()
     half = CutTokens(rough.flatten(1), rough, exact.visual_index)
-    for chooser in (TopK(), MaxMin()):
+    for chooser in (TopK(), MaxMin(), Coverage()):
         near = choice_tolerance(dims, chooser, exact, spread=1e-6, layers=4)
         far = choice_tolerance(dims, chooser, exact, spread=1e-6, layers=4, half=half)
         assert 1e-6 < near < 1e-4 < far < 0.1

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from tiny import tiny_picture
 
+from ep_export.plan import Pair
 from ep_export.runtime import KeptPicture
 from ep_export.validate import Case, Report, Stage, Verdict, text_lines, to_json, write_html
 from ep_export.validate.comparison import Comparison, Finding, compare, fold
@@ -84,6 +85,7 @@ def test_the_sentence_names_what_pruned_the_model():
     assert "Hugging Face pruned by paper-highest, divprune," in report.sentence
 
 
+FLOPS = (Pair(200, 120), Pair(100, 20))  # to the first token; of them the decoder's
 SETTINGS = {
     "keep": "0.5 on average over 4 layers",
     "layers": "0 to 1, 2 to 3",
@@ -101,7 +103,9 @@ def written(report, tmp_path):
 @pytest.fixture
 def page(tmp_path):
     picture = KeptPicture((4, 5), tuple(range(0, 20, 3)), picture=0)
-    case = Case("question 1", "how <many>?", "three & four", "two", 44, 20, 7, (7,), 0.5, (picture,))
+    case = Case(
+        "question 1", "how <many>?", "three & four", "two", "three", 44, 20, 7, (7,), 0.5, (picture,), *FLOPS
+    )
     report = Report("model <x>", SETTINGS, (stage(Verdict.FAIL, math.inf),), (case,))
     return written(report, tmp_path)
 
@@ -131,16 +135,23 @@ def test_the_header_says_how_the_model_was_pruned_and_compares_with_that(page):
         assert f"<dt>{name}</dt>" in header
     assert "dialect" not in header
     assert "the pruned Hugging Face model" in header
-    assert "<dt>Pruned model</dt><dd>two</dd>" in page
+    assert "<dt>of the FLOPs to the first token saved</dt><dd>40.0%</dd>" in header
+    assert "<dt>of the decoder&#39;s prefill alone saved</dt><dd>80.0%</dd>" in header
+
+
+def test_answers_of_all_three_stand_side_by_side(page):
+    row = page[page.index("<tbody>") : page.index("</tbody>")]
+    cells = [cell.strip() for cell in re.findall(r"<td.*?>(.*?)</td>", row)]
+    assert cells == ["three", "≠ two", "≠ three &amp; four"]
 
 
 def test_every_cut_is_drawn_and_a_video_once_a_cut(tmp_path):
     picture = KeptPicture((4, 5), (1, 2), kept_by_cut=((1, 2, 3), (1, 2)), picture=0)
     parts = tuple(KeptPicture((2, 2), (0,), video=0, kept_by_cut=((0, 1), (0,))) for _ in range(2))
     cases = (
-        Case("question 1", "?", "a", "a", 44, 20, 2, (3, 2), 1.0, (picture,)),
-        Case("a video", "?", "a", "a", 20, 8, 2, (4, 2), 1.0, parts),
-        Case("no picture", "?", "", "", 9, 0, 0, (), 1.0, ()),
+        Case("question 1", "?", "a", "a", "a", 44, 20, 2, (3, 2), 1.0, (picture,), *FLOPS),
+        Case("a video", "?", "a", "a", "a", 20, 8, 2, (4, 2), 1.0, parts, *FLOPS),
+        Case("no picture", "?", "", "", "", 9, 0, 0, (), 1.0, (), Pair(5, 5), Pair(5, 5)),
     )
     stages = tuple(Stage(name, Verdict.PASS, 0.0, 0.0, 0.0, "", "", 1) for name in ("kept_1", "kv_2"))
     page = written(Report("m", {}, stages, cases), tmp_path)

@@ -53,7 +53,7 @@ def test_the_search_for_a_scale_is_never_worse_than_the_largest_weight(weight):
     rounded = np.clip(np.rint(blocks / plain), -8, 7) * plain
 
     def error(values):
-        return (np.abs(values.reshape(blocks.shape) - blocks) ** 2.4).sum(axis=1)
+        return (np.abs(values.reshape(blocks.shape) - blocks) ** 2.5).sum(axis=1)
 
     assert (error(linear.dequantised()) <= error(rounded) * (1 + 1e-6)).all()
     assert error(linear.dequantised()).sum() < 0.95 * error(rounded).sum()

@@ -1,0 +1,90 @@
+"""Connections that ask nothing do not stay: slow headers, silence, and clients that vanished.
+
+Uvicorn closes a connection that is idle after a response; before one, and while headers trickle in, it waits
+for ever. Here a connection has a few seconds to send its headers. Of those that wait for headers only so many
+are kept: a newer one takes the place of the oldest, so that many slow ones do not keep out one that speaks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from typing import TYPE_CHECKING, Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+if TYPE_CHECKING:
+    from ep_export.serve.limits import Limits
+
+__all__ = ["listening_socket", "protocol_for"]
+
+_BACKLOG = 512
+_UNREAD_MS = 30_000  # for what was sent to be acknowledged, also by a client whose window is shut
+_SILENT_S = 60  # before the system asks whether a client is still there
+
+
+def listening_socket(host: str, port: int) -> socket.socket:
+    """A socket whose connections the system itself ends when nobody reads or the client has vanished.
+
+    Raises:
+        OSError: The address is taken or not this machine's.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    # inherited by accepted connections
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (
+        ("TCP_USER_TIMEOUT", _UNREAD_MS),
+        ("TCP_KEEPIDLE", _SILENT_S),
+        ("TCP_KEEPINTVL", 10),
+        ("TCP_KEEPCNT", 3),
+    ):
+        if hasattr(socket, name):  # Linux has them all
+            listening.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    return listening
+
+
+def protocol_for(limits: Limits) -> type[H11Protocol]:
+    """The HTTP protocol of uvicorn with a bound on waiting for headers.
+
+    Args:
+        limits: Seconds, and how many connections may wait.
+    """
+    waiting: dict[BoundedProtocol, asyncio.TimerHandle] = {}
+
+    class BoundedProtocol(H11Protocol):
+        """One connection; the oldest that waits for headers stands first in `waiting`."""
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self._wait()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self.stop_waiting()
+            super().connection_lost(exc)
+
+        def data_received(self, data: bytes) -> None:
+            if self not in waiting and self.conn.their_state is h11.IDLE:
+                self._wait()  # of the next request on a connection that is kept
+            super().data_received(data)
+
+        def handle_events(self) -> None:
+            super().handle_events()
+            if self.conn.their_state is not h11.IDLE:
+                self.stop_waiting()
+
+        def _wait(self) -> None:
+            if len(waiting) >= limits.idle_connections:
+                oldest = next(iter(waiting))
+                oldest.stop_waiting()  # at once: the system tells it of its end only later
+                oldest.transport.abort()
+            waiting[self] = self.loop.call_later(limits.header_seconds, self.transport.abort)
+
+        def stop_waiting(self) -> None:
+            """Its headers came, or nobody waits for them any more."""
+            timer: Any = waiting.pop(self, None)
+            if timer is not None:
+                timer.cancel()
+
+    return BoundedProtocol

@@ -1,0 +1,211 @@
+"""Many requests at once: tokens a second and time to first token, full and pruned, in one run.
+
+The shipped model answers held-out questions about pictures. So many clients each send a request when their
+last one is answered. Beside the engine stand `Session.generate` and Hugging Face's `generate` in a loop, on as
+many threads. Answers run on to one length, so that all sides do the same work; with --tokens 0 they end where
+the model ends them, after a few tokens, and prefill is nearly all there is. Exits 1 where the engine at 8
+clients makes less than 2.5 times the tokens a second of `Session.generate`, or answers differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in (".", "fixtures")]
+
+from bundles import export_tiny
+from digit_scenes import held_out
+
+from ep_export.bundle import Dialect
+from ep_export.policy import MaxMin
+from ep_export.runtime import Generation, Session
+from ep_export.serving import Answer, Engine, Request
+
+READER = Path(__file__).resolve().parents[1] / "fixtures" / "digit-reader"
+OWN_LENGTH = 16  # more than any right answer has
+AT, LEAST = 8, 2.5
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One side of the comparison.
+
+    Attributes:
+        name: What answered.
+        tokens_per_second: All generated tokens over the wall time.
+        first_token_ms: Of every request, from when it was sent.
+    """
+
+    name: str
+    tokens_per_second: float
+    first_token_ms: Sequence[float]
+
+    def line(self, base: float) -> str:
+        middle, late = np.percentile(self.first_token_ms, (50, 95))
+        ratio = self.tokens_per_second / base
+        return (
+            f"  {self.name:24} {self.tokens_per_second:9.1f} tokens/s  x{ratio:5.2f}   "
+            f"first token p50 {middle:8.1f} ms, p95 {late:8.1f} ms"
+        )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--clients", type=int, nargs="+", default=(1, 2, 4, 8, 16))
+    parser.add_argument("--requests", type=int, default=48, help="of every side")
+    parser.add_argument(
+        "--tokens", type=int, default=64, help="of every answer; 0: as many as the model says"
+    )
+    parser.add_argument("--keep", type=float, default=0.25)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="bench-serve-") as root:
+        bundle = export_tiny(
+            READER,
+            Path(root) / "bundle",
+            layer=1,
+            chooser=MaxMin(),
+            dialect=Dialect.ONNXRUNTIME,
+            keep=options.keep,
+        )
+        with Session.open(bundle, threads=options.threads) as session:
+            print(
+                f"{bundle.manifest.model_name}, float32, {options.threads} threads, {options.requests} requests "
+                f"a side, answers of {options.tokens or 'their own number of'} tokens"
+            )
+            fine = [compare(session, options, prune=prune) for prune in (False, True)]
+    return 0 if all(fine) else 1
+
+
+def compare(session: Session, options: argparse.Namespace, *, prune: bool) -> bool:
+    """Print full or pruned; whether it holds what the module says."""
+    requests = questions(options, prune=prune)
+    print(f"\n{f'pruned, keep {options.keep:g}' if prune else 'full'}")
+    alone(session, requests[0])  # warm
+    base, expected = in_a_loop("Session.generate", lambda request: alone(session, request), requests)
+    sides, same = [base], True
+    for clients in options.clients:
+        figures, answers = served(session, requests, clients)
+        sides.append(figures)
+        same &= [a.token_ids for a in answers] == [g.token_ids for g in expected]
+    if not prune:
+        sides.append(huggingface(session, requests, options.threads))
+    for figures in sides:
+        print(figures.line(base.tokens_per_second))
+    print(f"  answers {'equal' if same else 'DIFFER FROM'} those of Session.generate")
+    at = {clients: side.tokens_per_second for clients, side in zip(options.clients, sides[1:], strict=False)}
+    return same and at.get(AT, np.inf) >= LEAST * base.tokens_per_second
+
+
+def questions(options: argparse.Namespace, *, prune: bool) -> list[Request]:
+    return [
+        Request(
+            question=question.text,
+            visuals=(scene.picture,),
+            prune=prune,
+            max_new_tokens=options.tokens or OWN_LENGTH,
+            ignore_eos=bool(options.tokens),
+        )
+        for scene, question in held_out(options.requests, seed=1)
+    ]
+
+
+def alone(session: Session, request: Request) -> Generation:
+    return session.generate(
+        request.visuals,
+        request.question,
+        max_new_tokens=request.max_new_tokens,
+        prune=request.prune,
+        ignore_eos=request.ignore_eos,
+    )
+
+
+def in_a_loop(
+    name: str, answer: Callable[[Request], Any], requests: Sequence[Request]
+) -> tuple[Figures, list[Generation]]:
+    """One request after the other; the first token comes when everything before the decoding is done."""
+    start = time.perf_counter()
+    answers = [answer(request) for request in requests]
+    seconds = time.perf_counter() - start
+    tokens = sum(len(each.token_ids) for each in answers)
+    first = [each.timings_ms["total"] - each.timings_ms["decode"] for each in answers]
+    return Figures(name, tokens / seconds, first), answers
+
+
+def served(session: Session, requests: Sequence[Request], clients: int) -> tuple[Figures, list[Answer]]:
+    """So many clients, each with one request at a time."""
+    answers: dict[int, Answer] = {}
+    capacity = 512  # pictures of these scenes and 64 tokens
+    with Engine(session, slots=clients, capacity=capacity) as engine:
+
+        def client(number: int) -> None:
+            for index in range(number, len(requests), clients):
+                answers[index] = engine.submit(requests[index]).answer
+
+        threads = [threading.Thread(target=client, args=(number,)) for number in range(clients)]
+        start = time.perf_counter()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        seconds = time.perf_counter() - start
+    ordered = [answers[index] for index in range(len(requests))]
+    tokens = sum(len(each.token_ids) for each in ordered)
+    first = [each.timings_ms["first_token"] for each in ordered]
+    return Figures(f"engine, {clients} at once", tokens / seconds, first), ordered
+
+
+def huggingface(session: Session, requests: Sequence[Request], threads: int) -> Figures:
+    """`generate` of the same checkpoint in a loop."""
+    import torch
+
+    from ep_export.checkpoint import open_checkpoint
+    from ep_export.reference import load_model
+
+    torch.set_num_threads(threads)
+    checkpoint = open_checkpoint(str(READER))
+    model = load_model(checkpoint)
+    if requests[0].ignore_eos:
+        model.generation_config.eos_token_id = None
+    seconds, first, tokens = 0.0, [], 0
+    for number, request in enumerate([requests[0], *requests]):  # the first one warms up
+        watch = _Watch()
+        prompt = session.prompts.build_chat(request.conversation)
+        inputs = checkpoint.family.reference_inputs(prompt, checkpoint.config)
+        with torch.inference_mode():
+            model.generate(**inputs, max_new_tokens=request.max_new_tokens, do_sample=False, streamer=watch)
+        if number:
+            seconds += time.perf_counter() - watch.start
+            first.append(1e3 * (watch.times[0] - watch.start))
+            tokens += len(watch.times)
+    return Figures("Hugging Face generate", tokens / seconds, first)
+
+
+class _Watch:
+    """A streamer that notes when tokens come."""
+
+    def __init__(self) -> None:
+        self.start, self.times, self._prompt_came = time.perf_counter(), [], False
+
+    def put(self, _ids: Any) -> None:
+        if self._prompt_came:  # the first thing that comes is the prompt
+            self.times.append(time.perf_counter())
+        self._prompt_came = True
+
+    def end(self) -> None:
+        pass
+
+
+if __name__ == "__main__":
+    sys.exit(main())

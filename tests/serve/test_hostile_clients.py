@@ -1,0 +1,197 @@
+"""Slow, vanishing and hostile clients: the others are answered, and nothing is left behind.
+
+The server is a process of its own with small limits (bounded_server.py): 2 slots, 2 may wait, 1.5 seconds for
+headers and for bodies, 32 connections without a request, 1 MiB, 1 million pixels.
+"""
+
+import contextlib
+import io
+import json
+import socket
+import struct
+import threading
+
+import pytest
+from PIL import Image
+from server_process import ServerProcess, data_url, serving
+
+
+@pytest.fixture(scope="module")
+def server(tiny_bundle):
+    with serving(tiny_bundle.path, bounded=True) as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(server):
+    server.waits_for(server.idle)
+    before = server.open_files
+    yield
+    server.waits_for(server.idle)
+    server.waits_for(lambda: server.open_files <= before)
+
+
+def connect(server: ServerProcess) -> socket.socket:
+    host, port = server.url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=20)
+
+
+def raw(server, body: dict, **headers: str) -> bytes:
+    """A chat completion as bytes on the wire."""
+    content = json.dumps(body).encode()
+    lines = {"Host": server.url.removeprefix("http://"), "Content-Type": "application/json"}
+    lines |= {"Content-Length": str(len(content))} | headers
+    head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
+    return f"POST /v1/chat/completions HTTP/1.1\r\n{head}\r\n".encode() + content
+
+
+def streaming(server, tokens: int = 400) -> bytes:
+    return raw(server, server.ask(stream=True, max_tokens=tokens))
+
+
+def until_closed(connection: socket.socket) -> bytes:
+    """Everything that comes until the server closes."""
+    received = b""
+    with contextlib.suppress(ConnectionResetError):
+        while block := connection.recv(1 << 16):
+            received += block
+    return received
+
+
+def answered(server) -> bool:
+    return server.post(server.ask()).status_code == 200
+
+
+def test_many_slow_headers_keep_nobody_out_and_are_closed(server):
+    with contextlib.ExitStack() as stack:
+        slow = [stack.enter_context(connect(server)) for _ in range(200)]
+        for connection in slow:
+            with contextlib.suppress(OSError):  # the first ones are closed already
+                connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: lo")
+        assert answered(server)
+        assert server.open_files < 100
+        assert all(until_closed(connection) == b"" for connection in slow)
+
+
+def test_headers_without_end_are_refused(server):
+    with connect(server) as connection, contextlib.suppress(ConnectionResetError, BrokenPipeError):
+        connection.sendall(b"GET / HTTP/1.1\r\nX: " + b"x" * (1 << 18))
+        assert until_closed(connection).startswith(b"HTTP/1.1 400")
+
+
+def test_half_a_body_is_waited_for_no_longer_than_told(server):
+    with connect(server) as connection:
+        connection.sendall(raw(server, server.ask(), **{"Content-Length": "10000"}))
+        assert answered(server)
+        received = until_closed(connection)
+    assert received.startswith(b"HTTP/1.1 408")
+    assert b"body_too_slow" in received
+
+
+def test_half_a_body_and_gone_leaves_nothing(server):
+    with connect(server) as connection:
+        connection.sendall(raw(server, server.ask(), **{"Content-Length": "10000"}))
+    assert answered(server)
+
+
+@pytest.mark.parametrize("declared", [True, False], ids=["declared", "in chunks"])
+def test_a_body_that_is_too_large_is_refused(server, declared):
+    body = json.dumps(server.ask("x" * (2 << 20))).encode()
+    content = body if declared else iter([body[: 1 << 20], body[1 << 20 :]])
+    with contextlib.suppress(ConnectionError):
+        import httpx2
+
+        url = f"{server.url}/v1/chat/completions"
+        try:
+            response = httpx2.post(url, content=content, headers={"Content-Type": "application/json"})
+        except httpx2.TransportError:
+            return  # closed before all of it was sent
+        assert (response.status_code, response.json()["error"]["code"]) == (413, "body_too_large")
+
+
+def bomb() -> Image.Image:
+    """81 million pixels in some ten kilobytes."""
+    return Image.new("1", (9000, 9000))
+
+
+def test_a_picture_bomb_is_refused_before_it_is_decoded(server):
+    before = server.memory_mib
+    url = data_url(bomb())
+    assert len(url) < 50_000
+    part = {"type": "image_url", "image_url": {"url": url}}
+    body = server.ask(messages=[{"role": "user", "content": [part, {"type": "text", "text": "hi"}]}])
+    for _ in range(8):
+        response = server.post(body)
+        assert (response.status_code, response.json()["error"]["code"]) == (400, "invalid_image")
+        assert "81000000 pixels" in response.json()["error"]["message"]
+    assert server.memory_mib < before + 50  # decoded it would be 243 MB
+
+
+def test_several_pictures_share_one_budget_of_pixels(server):
+    part = {"type": "image_url", "image_url": {"url": data_url(Image.new("RGB", (800, 800)))}}
+    body = server.ask(messages=[{"role": "user", "content": [part, part, {"type": "text", "text": "hi"}]}])
+    error = server.post(body).json()["error"]
+    assert "has 640000 pixels, expected at most 360000" in error["message"]
+
+
+def test_a_stream_nobody_reads_ends_and_keeps_nobody_out(server):
+    with connect(server) as unread:
+        unread.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        unread.sendall(streaming(server))
+        assert answered(server)
+        server.waits_for(server.idle)
+
+
+def test_clients_that_vanish_free_their_slots(server):
+    with contextlib.ExitStack() as stack:
+        gone = [stack.enter_context(connect(server)) for _ in range(4)]
+        for connection in gone:
+            connection.sendall(streaming(server))
+            # closing then resets the connection, as a machine does that was switched off and on
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        gone[0].recv(1)
+    assert answered(server)
+    stats = server.get("/metrics").text
+    cancelled = next(line for line in stats.splitlines() if 'finish="cancelled"' in line)
+    assert float(cancelled.split()[-1]) >= 1
+
+
+def test_more_than_may_wait_are_told_to_come_again(server):
+    statuses: list[tuple[int, dict]] = []
+
+    def ask() -> None:
+        response = server.post(server.ask(max_tokens=200))
+        statuses.append((response.status_code, dict(response.headers)))
+
+    threads = [threading.Thread(target=ask) for _ in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    refused = [headers for status, headers in statuses if status == 429]
+    assert {status for status, _ in statuses} == {200, 429}
+    assert all(headers["retry-after"] == "1" for headers in refused)
+    assert answered(server)
+
+
+def test_a_page_of_another_site_may_not_ask(server):
+    """Its requests come with its own name, or as a form: neither is taken."""
+    named = server.post(server.ask(), headers={"Host": "elsewhere.example"})
+    assert named.status_code == 400
+    form = server.post(server.ask(), headers={"Content-Type": "text/plain"})
+    assert (form.status_code, form.json()["error"]["code"]) == (415, "not_json")
+
+
+def test_unknown_paths_and_methods_get_the_error_object(server):
+    for path, status in (("/v1/completions", 404), ("/v1/chat/completions", 405), ("/../etc/passwd", 404)):
+        response = server.get(path)
+        assert response.status_code == status
+        assert response.json()["error"]["message"]
+    assert server.get("/").headers["content-security-policy"].startswith("default-src 'none'")
+
+
+def test_garbage_instead_of_http_is_refused(server):
+    with connect(server) as connection:
+        connection.sendall(bytes(range(256)) + b"\r\n\r\n")
+        assert until_closed(connection).startswith(b"HTTP/1.1 400")
+    assert io.BytesIO(server.get("/healthz").content).read()

@@ -1,0 +1,198 @@
+"""The page at / in headless Chromium: a real picture, the shipped model, labels, a phone's width."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from bundles import export_tiny
+from digit_scenes import held_out
+from server_process import serving
+
+from ep_export.policy import MaxMin
+from ep_export.runtime import Session, open_picture
+
+READER = Path(__file__).parents[1] / "fixtures" / "digit-reader"
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+pytestmark = pytest.mark.skipif(
+    not (CHROMIUM and DRIVER), reason="no chromium and chromedriver (Debian: chromium, chromium-driver)"
+)
+QUESTION = "Which digits are there?"
+_SWITCHES = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    """The shipped model, cut before layer 3, with two policies."""
+    out = tmp_path_factory.mktemp("page") / "bundle"
+    return export_tiny(READER, out, layer=3, keep=0.5, policies=(MaxMin(),))
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    ((scene, _),) = held_out(1)
+    file = tmp_path_factory.mktemp("picture") / "scene.png"
+    scene.picture.save(file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def server(bundle):
+    with serving(bundle.path, "--no-verify", environment={"EP_EXPORT_API_KEY": "open sesame"}) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def browser(server, tmp_path_factory):
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    for switch in (*_SWITCHES, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
+        options.add_argument(switch)
+    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    try:
+        driver.get(server.url)
+        waits_for(driver, lambda: at(driver, "#key-form").is_displayed())
+        assert driver.switch_to.active_element == at(driver, "#key")
+        at(driver, "#key").send_keys("open sesame\n")
+        waits_for(driver, lambda: at(driver, "#model").text == "tiny")
+        yield driver
+    finally:
+        driver.quit()
+
+
+def at(browser, selector: str):
+    from selenium.webdriver.common.by import By
+
+    return browser.find_element(By.CSS_SELECTOR, selector)
+
+
+def waits_for(browser, condition):
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    return WebDriverWait(browser, 60).until(lambda _: condition())
+
+
+def answered(browser) -> bool:
+    """Whether both answers are complete."""
+    return all("token" in at(browser, f"#{side} [data-what=end]").text for side in ("pruned", "unpruned"))
+
+
+def narrow(browser, width: int) -> None:
+    size = {"width": width, "height": 740, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+
+
+def test_a_picture_is_asked_about_and_what_was_kept_is_seen(browser, bundle, picture):
+    """One visit, in the order of a person's steps: a browser is slow to start."""
+    with Session.open(bundle) as session:
+        wanted = session.generate([open_picture(picture)], QUESTION, max_new_tokens=20)
+        full = session.generate([open_picture(picture)], QUESTION, max_new_tokens=20, prune=False)
+        other = session.generate([open_picture(picture)], QUESTION, max_new_tokens=20, policies=("divprune",))
+
+    assert not at(browser, "#key-form").is_displayed()
+    assert not at(browser, "#ask").is_enabled()
+
+    at(browser, "#file").send_keys(str(picture))
+    at(browser, "#question").send_keys(QUESTION)
+    waits_for(browser, lambda: at(browser, "#canvas").is_displayed())
+    at(browser, "#ask").click()
+    waits_for(browser, lambda: answered(browser))
+    assert at(browser, "#pruned [data-what=text]").text == wanted.answer
+    assert at(browser, "#unpruned [data-what=text]").text == full.answer
+
+    kept, rows = len(wanted.pictures[0].kept_tokens), at(browser, "#figures tbody").text
+    assert f"Visual tokens kept {kept} {wanted.visual_tokens}" in " ".join(rows.split())
+    label = at(browser, "#canvas").get_attribute("aria-label")
+    assert f"{kept} of {wanted.visual_tokens} patches go on from layer 3" in label
+    assert dimmed_cells(browser, wanted.pictures[0].token_grid) == set(range(wanted.visual_tokens)) - set(
+        wanted.pictures[0].kept_tokens
+    )
+
+    policy = at(browser, "#policy")
+    policy.find_element("css selector", "option[value=divprune]").click()
+    waits_for(browser, lambda: "chosen by divprune" in at(browser, "#canvas").get_attribute("aria-label"))
+    waits_for(browser, lambda: answered(browser))
+    assert at(browser, "#pruned [data-what=text]").text == other.answer
+
+    before = at(browser, "#figures").text
+    at(browser, "#keep").send_keys("\ue014" * 10)  # arrow right
+    assert at(browser, "#keep").get_attribute("aria-valuetext") == "60\u00a0%"
+    waits_for(browser, lambda: answered(browser) and at(browser, "#figures").text != before)
+    assert not at(browser, "#alert").is_displayed()
+
+    radios = browser.find_elements("css selector", "#views input")
+    assert len(radios) == 2
+    browser.execute_script("arguments[0].click()", radios[0])
+    assert "patches" not in at(browser, "#canvas").get_attribute("aria-label")
+    told = [entry["message"] for entry in browser.get_log("browser")]
+    # no error and nothing that the policy of contents blocked, but for the key that was asked for
+    assert [message for message in told if "401 (Unauthorized)" not in message] == []
+
+
+def dimmed_cells(browser, grid: tuple[int, int]) -> set[int]:
+    """Cells whose middle is darker on the canvas than in the picture."""
+    script = """
+      const [rows, columns] = arguments[0], canvas = document.getElementById("canvas"), cells = [];
+      const context = canvas.getContext("2d");
+      for (let r = 0; r < rows; r++) for (let c = 0; c < columns; c++) {
+        const x = (c + 0.5) * canvas.width / columns, y = (r + 0.5) * canvas.height / rows;
+        cells.push([...context.getImageData(x, y, 1, 1).data]);
+      }
+      return cells;"""
+    drawn = browser.execute_script(script, list(grid))
+    radios = browser.find_elements("css selector", "#views input")
+    browser.execute_script("arguments[0].click()", radios[0])
+    plain = browser.execute_script(script, list(grid))
+    browser.execute_script("arguments[0].click()", radios[1])
+    return {number for number, (a, b) in enumerate(zip(drawn, plain, strict=True)) if a != b}
+
+
+@pytest.mark.parametrize("width", [360, 768, 1280])
+def test_nothing_is_wider_than_the_screen(browser, width):
+    narrow(browser, width)
+    widths = "return [document.documentElement.scrollWidth, document.documentElement.clientWidth]"
+    scrolled, shown = browser.execute_script(widths)
+    assert scrolled <= shown
+
+
+def test_everything_a_person_operates_has_a_name(browser):
+    """As a screen reader hears it: Chromium's own accessibility tree."""
+    browser.execute_cdp_cmd("Accessibility.enable", {})
+    tree = browser.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
+    operated = {"button", "slider", "combobox", "textbox", "radio", "image", "ComboBoxSelect"}
+    named = {
+        (node["role"]["value"], node["name"]["value"])
+        for node in tree
+        if not node["ignored"] and node.get("role", {}).get("value") in operated
+    }
+    assert all(name for _, name in named), named
+    names = {name for _, name in named}
+    assert {"Question", "Policy", "Ask"} <= names
+    assert any(name.startswith("Keep") for name in names)
+
+
+def test_a_fault_is_said_as_an_alert(browser):
+    narrow(browser, 1280)
+    at(browser, "#question").clear()
+    at(browser, "#question").send_keys("<|im_start|>")
+    at(browser, "#ask").click()
+    waits_for(browser, lambda: "special token" in at(browser, "#alert").text)
+    assert at(browser, "#alert").get_attribute("role") == "alert"
+
+
+def test_nothing_but_this_server_is_asked(browser, server):
+    names = browser.execute_script("return performance.getEntriesByType('resource').map((e) => e.name)")
+    assert names
+    assert all(name.startswith(server.url) for name in names)
