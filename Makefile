@@ -18,8 +18,11 @@ CPP := $(wildcard plugins/entropy_prune/*.h plugins/entropy_prune/*.c* plugins/e
 # Tiny models are slower on many threads than on one.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test lint format types unit plugin plugin-jetson test-plugin test-bridges engines sweep why \
-  bench-accuracy bench-score bench-prefill bench-export bench-weights bench-families bench-engines fixture clean
+.PHONY: help setup demo test lint format types unit plugin plugin-jetson test-plugin test-bridges test-ray attack engines \
+  sweep why \
+  bench-accuracy bench-score bench-plan bench-prefill bench-decode bench-export bench-weights bench-families bench-engines bench-serve \
+  bench-executors \
+  fixture clean
 
 help:  ## What there is.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -87,6 +90,21 @@ test-bridges: $(STAMP)  ## Test with lmms-eval itself, and with Triton's own sch
 	  -r tests/bridges.txt
 	PYTHONPATH=$(ASIDE) $(BIN)/python -m pytest -q tests/harness tests/package/test_triton.py
 
+# Ray and accelerate are extras of people who have many machines or GPUs; their tests skip without them.
+RAY := $(VENV)/.ray
+$(RAY): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[ray,accelerate]' -c constraints.txt
+	@touch $@
+
+test-ray: $(RAY)  ## Measure on a Ray cluster of two nodes here, one of which is killed; spread a model.
+	$(BIN)/python -m pytest -q tests/measure/test_on_ray.py tests/reference/test_spread_model.py
+
+ATTACK_CASES ?= 10
+INTERRUPTIONS ?= 20
+attack: $(STAMP)  ## The attack suite at length: ten times the cases, every verb ended at 60 moments (hours).
+	ATTACK_CASES=$(ATTACK_CASES) INTERRUPTIONS=$(INTERRUPTIONS) $(BIN)/python -m pytest -q -n auto --dist loadfile \
+	  tests/attack tests/interruption
+
 format: $(STAMP)  ## Format the code.
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
@@ -109,12 +127,27 @@ why: $(STAMP)  ## Which tokens each score keeps on the shipped model, and what t
 bench-score: $(STAMP)  ## Entropy scores: primal and dual eigenvalues against the ONNX body.
 	env -u OMP_NUM_THREADS $(BIN)/python tests/bench/bench_score.py
 
+bench-plan: $(STAMP)  ## Tables for people: what fits which Jetson, time to first token (estimates).
+	$(BIN)/python tests/bench/bench_plan.py
+
 bench-prefill: $(STAMP)  ## Measured prefill speed-up against the FLOPs model.
 	env -u OMP_NUM_THREADS $(BIN)/python tests/bench/bench_prefill.py
+
+bench-serve: $(STAMP)  ## Many requests at once: tokens a second and time to first token, full and pruned.
+	env -u OMP_NUM_THREADS $(BIN)/python tests/bench/bench_serve.py
+
+GENAI := build/genai
+bench-decode: $(STAMP)  ## Decode and prefill against onnxruntime-genai's graphs, installed aside.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(GENAI) \
+	  onnxruntime-genai==0.18.0
+	env -u OMP_NUM_THREADS $(BIN)/python tests/bench/bench_decode.py $(GENAI)
 
 bench-export: $(STAMP)  ## Build a 7B-shape checkpoint: DIR=build/bench LAYERS=28 (or 4) WEIGHTS=none (or int4).
 	env -u OMP_NUM_THREADS $(BIN)/python tests/bench/bench_export.py $(DIR) --layers $(LAYERS) --check $(CHECK) \
 	  --weights $(WEIGHTS)
+
+bench-executors: $(RAY)  ## What measuring costs a question besides itself: here, in processes, on Ray.
+	$(BIN)/python tests/bench/bench_executors.py
 
 bench-weights: $(STAMP)  ## Shipped model in 32, 8 and 4 bits: exact answers, KL, size, memory, speed.
 	PYTHONPATH=tests/fixtures $(BIN)/python tests/bench/bench_weights.py

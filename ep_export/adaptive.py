@@ -33,7 +33,15 @@ from ep_export.policy import (
 if TYPE_CHECKING:
     from ep_export.policy import Chooser
 
-__all__ = ["adaptive_schedule", "bounds", "check_adaptive", "fit_threshold", "own_tokens"]
+__all__ = [
+    "adaptive_schedule",
+    "bounds",
+    "check_adaptive",
+    "decides",
+    "fit_threshold",
+    "most_tokens",
+    "own_tokens",
+]
 
 _FLOOR, _CEILING = 0.5, 2.0
 """Of the average. A prompt that scores unlike every calibration picture still keeps something, and none costs
@@ -79,6 +87,17 @@ def bounds(keep: Keep, schedule: Schedule, *, layers: int, visual_tokens: int) -
     if keep.threshold is None:
         raise ValueError("this keep is the same for every prompt")
     return _bounds(keep.threshold, schedule, layers, visual_tokens)
+
+
+def most_tokens(average: float, schedule: Schedule, *, layers: int, visual_tokens: int) -> int:
+    """Most tokens that a prompt may keep at the cut, whatever the threshold turns out to be.
+
+    Raises:
+        UsageError: Nothing that the schedule scores decides a keep, or the average is impossible.
+    """
+    _check_schedule(schedule)
+    ceiling = Keep(ratio=min(_CEILING * average, 1.0))
+    return kept_tokens(ceiling, schedule, layers=layers, visual_tokens=visual_tokens)[0]
 
 
 def own_tokens(
@@ -151,6 +170,13 @@ def fit_threshold(
     return Keep(ratio=average, adaptive=True, threshold=keep_at(near))
 
 
+def decides(chooser: Chooser) -> bool:
+    """Whether the chooser's scores can say how many tokens stay."""
+    if isinstance(chooser, TopK):
+        return chooser.budget is Budget.JOINT
+    return isinstance(chooser, MaxMin | Coverage)
+
+
 def _check_schedule(schedule: Schedule) -> None:
     if len(schedule.cuts) != 1:
         raise UsageError(
@@ -158,8 +184,7 @@ def _check_schedule(schedule: Schedule) -> None:
             hint="give one --cut, or a fixed --keep",
         )
     chooser = schedule.cuts[0].chooser
-    scored = isinstance(chooser, TopK | MaxMin | Coverage)
-    if not scored or (isinstance(chooser, TopK) and chooser.budget is Budget.PER_PICTURE):
+    if not decides(chooser):
         raise UsageError(
             f"policy {chooser.name} has no scores that an adaptive keep could go by",
             hint="give a policy that scores tokens jointly, e.g. norm-highest, divprune or "

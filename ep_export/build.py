@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from ep_export.bundle import MANIFEST, Bundle, Dialect, Precision, WeightsMode, list_files, write_manifest
 from ep_export.calibrate import calibrate, plot
-from ep_export.calibrate.choose import ScheduleRequest, needs_calibration, resolve_schedule
+from ep_export.calibrate.choose import ScheduleRequest, needs_calibration, resolve_keep, resolve_schedule
 from ep_export.calibrate.record import Record, write_calibration
 from ep_export.checkpoint import Checkpoint, open_checkpoint
 from ep_export.engine.compile import (
@@ -138,14 +138,16 @@ def prepare(request: BuildRequest, progress: Progress = silent) -> Prepared:
     checkpoint = open_checkpoint(request.model)
     layers = checkpoint.dims.layers
     record = _fresh_record(request, checkpoint, progress)
-    schedule, evidence = resolve_schedule(checkpoint, request.schedule, fresh=record, keep=request.keep)
+    keep = resolve_keep(checkpoint, request.schedule, keep=request.keep, fresh=record)
+    schedule, evidence = resolve_schedule(checkpoint, request.schedule, fresh=record, keep=keep)
     work = typical_work(checkpoint, processor_settings(checkpoint, checkpoint.path))
     plan = make_plan(
         checkpoint.dims,
         schedule,
-        settled_keep(request.keep, schedule, layers=layers),
+        settled_keep(keep, schedule, layers=layers),
         visual_tokens=work.visual_tokens,
         text_tokens=TEXT_TOKENS,
+        kv_bytes_per_element=4 if request.precision is Precision.FP32 else 2,
         vision=work,
     )
     if request.compile:

@@ -171,15 +171,20 @@ def pixels_within(
 
 
 def prompt_plan(
-    model: Sized, prompt: PromptInputs, schedule: Schedule | None = None, keep: Keep | None = None
+    model: Sized,
+    prompt: PromptInputs,
+    schedule: Schedule | None = None,
+    keep: Keep | None = None,
+    *,
+    kept: tuple[int, ...] | None = None,
 ) -> Plan:
-    """Budgets of a prompt as it was built; arguments as `first_token_flops`."""
+    """Budgets of a prompt as it was built; arguments as `first_token_flops`, `kept` as in `make_plan`."""
     work = VisionWork(
         model.family.vision_tower(model.config),
         tuple(vision_call(model, picture) for picture in prompt.pictures),
     )
     text = prompt.input_ids.shape[1] - prompt.visual_index.shape[0]
-    return _plan(model, work, text, schedule, keep)
+    return _plan(model, work, text, schedule, keep, kept)
 
 
 def vision_call(model: Sized, picture: Picture) -> VisionCall:
@@ -201,7 +206,12 @@ def _rows(visual_tokens: int) -> int:
 
 
 def _plan(
-    model: Sized, work: VisionWork, text_tokens: int, schedule: Schedule | None, keep: Keep | None
+    model: Sized,
+    work: VisionWork,
+    text_tokens: int,
+    schedule: Schedule | None,
+    keep: Keep | None,
+    kept: tuple[int, ...] | None = None,
 ) -> Plan:
     visual = work.visual_tokens
     if keep is not None and keep.tokens is not None and visual:
@@ -213,4 +223,5 @@ def _plan(
         visual_tokens=visual,
         text_tokens=text_tokens,
         vision=work,
+        kept=kept if schedule else None,
     )

@@ -102,6 +102,7 @@ def make_plan(
     text_tokens: int,
     kv_bytes_per_element: int = 2,
     vision: VisionWork | None = None,
+    kept: tuple[int, ...] | None = None,
 ) -> Plan:
     """Budgets and costs of a prompt.
 
@@ -113,6 +114,8 @@ def make_plan(
         text_tokens: Prompt tokens that are not visual.
         kv_bytes_per_element: 2 for a float16 or bfloat16 cache, 4 for float32.
         vision: What the vision encoder does for the prompt; None leaves it out.
+        kept: For every cut the visual tokens that went on, where the prompt was answered; else what the keep
+            comes to.
 
     Raises:
         UsageError: Keep or schedule impossible, or negative token counts.
@@ -121,12 +124,13 @@ def make_plan(
         raise UsageError(
             f"token counts are {visual_tokens} visual and {text_tokens} text, expected 0 or more"
         )
-    if keep.tokens is not None and keep.tokens > visual_tokens > 0:
+    if kept is None and keep.tokens is not None and keep.tokens > visual_tokens > 0:
         raise UsageError(
             f"keep is {keep.tokens} tokens, more than the {visual_tokens} visual tokens there are",
             hint=f"give at most {visual_tokens}",
         )
-    kept = kept_tokens(keep, schedule, layers=dims.layers, visual_tokens=visual_tokens)
+    if kept is None:
+        kept = kept_tokens(keep, schedule, layers=dims.layers, visual_tokens=visual_tokens)
     spans = list(span_tokens(schedule, dims.layers, visual_tokens, kept))
     flops = sum(len(span) * layer_flops(dims, visual + text_tokens) for span, visual in spans)
     kv = 2 * dims.kv_heads * dims.head_dim * kv_bytes_per_element

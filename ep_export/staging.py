@@ -31,7 +31,7 @@ from ep_export.errors import UserError, reason
 from ep_export.interrupts import uninterrupted
 from ep_export.ownership import first_foreign, is_ours
 
-__all__ = ["refuse_existing", "scratch", "set_aside", "staged"]
+__all__ = ["exclusive", "refuse_existing", "scratch", "set_aside", "staged"]
 
 _MARK = ".ep-export"
 _UNFINISHED_MARK = "mark"
@@ -143,6 +143,28 @@ def scratch(parent: Path, name: str) -> Iterator[Path]:
         new = work / "new"
         new.mkdir()
         yield new
+
+
+@contextmanager
+def exclusive(directory: Path) -> Iterator[None]:
+    """No other run works in a directory meanwhile; where directories cannot be locked, so be it.
+
+    Raises:
+        UserError: One does.
+    """
+    try:
+        handle = os.open(directory, os.O_RDONLY)
+    except OSError:  # Windows opens no directories
+        yield
+        return
+    try:
+        if _lock(handle) is _State.LIVES:
+            raise UserError(
+                f"{directory} is in use by another run", hint="wait for it, or give another --out"
+            )
+        yield
+    finally:
+        os.close(handle)
 
 
 def _put_right(out: Path) -> None:

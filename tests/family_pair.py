@@ -18,6 +18,7 @@ from bundles import export_tiny
 from kept_sets import difference_from_exact
 
 from ep_export.adaptive import fit_threshold
+from ep_export.bundle import Dialect
 from ep_export.checkpoint import open_checkpoint
 from ep_export.choosers import KeptDifference
 from ep_export.errors import UsageError
@@ -26,6 +27,7 @@ from ep_export.plan import average_keep, kept_tokens
 from ep_export.policy import Budget, Coverage, Cut, Keep, MaxMin, Schedule, Scorer, TopK
 from ep_export.reference import PruneSpec, kept_as, load_model, prune
 from ep_export.runtime import Prefill, Session, open_picture, open_video
+from ep_export.weights.store import bundle_layers
 
 __all__ = ["QUESTION", "FamilyPair", "FamilyTests"]
 
@@ -49,14 +51,14 @@ class FamilyPair:
         opened = open_checkpoint(str(checkpoint))
         self.family = opened.family
         self.bundle = export_tiny(checkpoint, out, **settings)
-        self.session = Session.open(self.bundle, threads=1)
-        self.model = load_model(opened)
+        self.session = Session.open(self.bundle, threads=1, exact=True)
+        self.model = load_model(opened, quantised=bundle_layers(self.bundle))
         self._checkpoint, self._settings = checkpoint, settings
 
     @functools.cached_property
     def twice(self) -> Session:
-        """The same with two cuts, so three spans."""
-        settings = {name: self._settings[name] for name in ("dialect",) if name in self._settings}
+        """The same with two cuts, so three spans; in ONNX Runtime's own dialect unless one is told."""
+        dialect = self._settings.get("dialect", Dialect.ONNXRUNTIME)
         out = self.bundle.path.with_name("two-cuts")
         cut, layers = self.bundle.manifest.schedule.cuts[0], self.bundle.manifest.dims.layers
         cuts = [(cut.layer, cut.chooser), (cut.layer + 1, Coverage(Scorer.NORM))]
@@ -66,8 +68,8 @@ class FamilyPair:
             tuple(Cut(layer, each, share) for (layer, each), share in zip(cuts, TWO_CUTS, strict=True))
         )
         keep = average_keep(schedule, layers=layers).ratio
-        bundle = export_tiny(self._checkpoint, out, schedule=schedule, keep=keep, **settings)
-        return Session.open(bundle, threads=1)
+        bundle = export_tiny(self._checkpoint, out, schedule=schedule, keep=keep, dialect=dialect)
+        return Session.open(bundle, threads=1, exact=True)
 
     def with_cuts(self, count: int) -> Session:
         return self.session if count == 1 else self.twice
@@ -139,9 +141,7 @@ class FamilyPair:
         with prune(self.model, PruneSpec(schedule, keep)) as trace:
             expected, tokens = self.output(prompt), self.tokens(prompt)
         assert len(trace.kept_index) == len(ours.kept_index)
-        exact = difference_from_exact(
-            trace.cuts[0], ours.kept_index, chooser, manifest.degree
-        )
+        exact = difference_from_exact(trace.cuts[0], ours.kept_index, chooser, manifest.degree)
         assert exact is not KeptDifference.DIFFERENT
         if exact is KeptDifference.EQUAL:
             assert_computes(ours, expected)

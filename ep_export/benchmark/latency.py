@@ -213,7 +213,15 @@ def _pruned_side(
     manifest, first = session.bundle.manifest, pruned[0]
     text = first.prompt_tokens - first.visual_tokens
     schedule = manifest.scheduled(names)
-    plan = make_plan(manifest.dims, schedule, first.keep, visual_tokens=first.visual_tokens, text_tokens=text)
+    kept = tuple(len(cut.kept_index) - text for cut in first.cuts)
+    plan = make_plan(
+        manifest.dims,
+        schedule,
+        first.keep,
+        visual_tokens=first.visual_tokens,
+        text_tokens=text,
+        kept=kept,
+    )
     ratios = [
         tuple(slow / fast for slow, fast in zip(_times(before), _times(after), strict=True))
         for before, after in zip(full, pruned, strict=True)
@@ -221,7 +229,7 @@ def _pruned_side(
     return PrunedSide(
         policy=policy_name(session, names),
         keep=first.keep,
-        visual_tokens_kept=tuple(len(cut.kept_index) - text for cut in first.cuts),
+        visual_tokens_kept=kept,
         latency_ms=_stages(map(_times, pruned)),
         prune_ms=_spread([answer.timings_ms["prune"] for answer in pruned]),
         kv_bytes=_kv_bytes(session, session.prefill(ready, first.keep, names)),

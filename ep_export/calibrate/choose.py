@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from ep_export.adaptive import adaptive_schedule
 from ep_export.aliases import find_alias
 from ep_export.calibrate.horizon import before_horizon
 from ep_export.calibrate.record import Candidate, Record, read_calibration
@@ -17,14 +18,21 @@ from ep_export.data import data_dir
 from ep_export.errors import UsageError, UserError
 from ep_export.measure.provenance import processor_fingerprint
 from ep_export.plan import check_schedule
-from ep_export.policy import Budget, Chooser, Cut, Evidence, EvidenceKind, Keep, Schedule, TopK
+from ep_export.policy import Budget, Chooser, Cut, Evidence, EvidenceKind, Keep, Schedule, TopK, chooser_named
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from ep_export.checkpoint import ModelConfig
 
-__all__ = ["ScheduleRequest", "check_belongs", "find_published", "needs_calibration", "resolve_schedule"]
+__all__ = [
+    "ScheduleRequest",
+    "check_belongs",
+    "find_published",
+    "needs_calibration",
+    "resolve_keep",
+    "resolve_schedule",
+]
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,7 @@ class ScheduleRequest:
 
     Attributes:
         cuts: All of it; the other fields are then empty.
+        system: Key of a published method of several stages; layer and chooser are then empty.
         layer: K of a single cut.
         chooser: Of a single cut.
         budget: Of a recommended `TopK`, when `chooser` is None.
@@ -40,6 +49,7 @@ class ScheduleRequest:
     """
 
     cuts: tuple[Cut, ...] | None = None
+    system: str | None = None
     layer: int | None = None
     chooser: Chooser | None = None
     budget: Budget = Budget.JOINT
@@ -62,7 +72,7 @@ def find_published(model: str) -> Record | None:
 
 def needs_calibration(config: ModelConfig, request: ScheduleRequest) -> bool:
     """Whether only a calibration on pictures can answer: no cut, layer or record is given, none shipped."""
-    said = (request.cuts, request.layer, request.calibration)
+    said = (request.cuts, request.system, request.layer, request.calibration)
     return all(value is None for value in said) and find_published(config.source) is None
 
 
@@ -95,6 +105,14 @@ def resolve_schedule(
         UsageError: The schedule is impossible (see `check_schedule`).
     """
     layers = config.dims.layers
+    if keep is not None and keep.threshold is not None and request.cuts is None and not request.overrides:
+        schedule, (record, name) = adaptive_schedule(keep.threshold), _record(config, request, fresh)
+        summary = _told() if record is None else _evidence(record, schedule, name, request, keep)
+        return schedule, summary
+    if request.system is not None:
+        schedule = _system(request.system, layers, keep)
+        check_schedule(schedule, layers)
+        return schedule, _told(_horizon_warning(config, request, schedule, fresh))
     if request.cuts is not None:
         schedule = Schedule(request.cuts)
         check_schedule(schedule, layers)
@@ -110,6 +128,39 @@ def resolve_schedule(
     schedule = _schedule(record, request, name)
     check_schedule(schedule, layers)
     return schedule, _evidence(record, schedule, name, request, keep)
+
+
+def resolve_keep(
+    config: ModelConfig, request: ScheduleRequest, *, keep: Keep | None, fresh: Record | None = None
+) -> Keep | None:
+    """The keep that was asked for; an adaptive one with the threshold of the record that counts.
+
+    Args:
+        config: The opened checkpoint or config.
+        request: What was asked for.
+        keep: How much is kept.
+        fresh: A record measured just now.
+
+    Raises:
+        UserError: It is adaptive, and there is no record, one of another model or processor, or one that has
+            no threshold for that average.
+    """
+    if keep is None or not keep.adaptive or keep.threshold is not None:
+        return keep
+    record, name = _record(config, request, fresh)
+    if record is None:
+        raise UserError(
+            f"keep {keep} needs a calibration record, and there is none of {config.source}",
+            hint=f"give --calibration FILE from `ep-export calibrate --keep {keep.ratio:g}`, or --images DIR",
+        )
+    check_belongs(record, config, name)
+    if record.adaptive is None or record.adaptive.ratio != keep.ratio:
+        has = "none" if record.adaptive is None else f"one for {record.adaptive}"
+        raise UserError(
+            f"calibration record {name or config.source} has no threshold for keep {keep}, it has {has}",
+            hint=f"calibrate with --keep {keep.ratio:g}, or give a fixed --keep {keep.ratio:g}",
+        )
+    return record.adaptive
 
 
 def check_belongs(record: Record, config: ModelConfig, name: str | None = None) -> None:
@@ -142,6 +193,22 @@ def check_belongs(record: Record, config: ModelConfig, name: str | None = None) 
             f"{what} was measured with other tokenizer or processor files than {config.source} has now",
             hint="calibrate again with `ep-export calibrate`, or restore the files",
         )
+
+
+def _system(key: str, layers: int, keep: Keep | None) -> Schedule:
+    """A published method of several stages as the schedule it is in a model of so many layers."""
+    from ep_export.methods import method_named
+
+    method = method_named(key)
+    if method.stages is None:
+        raise ValueError(f"method {key} has no stages")
+    share = keep.ratio if keep is not None and keep.ratio is not None else 1.0
+    return Schedule(
+        tuple(
+            Cut(stage.layer, chooser_named(stage.method), stage.share)
+            for stage in method.stages(layers, share)
+        )
+    )
 
 
 def _check_cut(cut: Cut, layers: int) -> None:

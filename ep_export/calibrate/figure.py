@@ -37,6 +37,7 @@ def plot(record: Record, path: Path) -> None:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     panels: list[Callable[[Any, Record], None]] = [_draw_entropy]
     panels += [draw_metrics] if record.metrics else []
@@ -44,9 +45,9 @@ def plot(record: Record, path: Path) -> None:
     panels += [draw_candidates] if record.candidates else []
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(7.2 * columns, 5.4 * rows), dpi=130, layout="constrained")
+    layout = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.15)
+    figure = Figure(figsize=(7.2 * columns, 5.4 * rows), dpi=130, layout=layout)
     FigureCanvasAgg(figure)  # no pyplot: no window system and no global state
-    figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15)  # type: ignore[union-attr]
     grid = figure.add_gridspec(rows, columns)
     for number, draw in enumerate(panels):
         last = number == len(panels) - 1 and len(panels) % columns

@@ -46,7 +46,7 @@ def hue_of(policy: str) -> str | None:
 def entitle(axes: Any, title: str, note: str) -> None:
     """A panel's title, with the record's own sentence below it."""
     wide = axes.get_subplotspec().colspan.stop - axes.get_subplotspec().colspan.start > 1
-    text = f"{title}\n{textwrap.fill(note, 160 if wide else 78)}" if note else title
+    text = f"{title}\n{textwrap.fill(note, 190 if wide else 90)}" if note else title
     axes.set_title(text, fontsize=9.5, loc="left")
 
 

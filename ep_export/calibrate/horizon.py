@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ep_export.calibrate.resampling import resampled_means
 from ep_export.measure.ways import Way, WayCut, one_cut
 from ep_export.policy import Keep, Nothing, Random, Schedule
 
@@ -156,8 +157,7 @@ def _curve(
     ways: Sequence[Way], kl: NDArray[np.float64], agreement: NDArray[np.float64], *, seed: int
 ) -> DropCurve:
     images = len(kl)
-    draws = np.random.default_rng(seed).integers(images, size=(_RESAMPLES, images))
-    high = np.quantile(np.stack([kl[draw].mean(axis=0) for draw in draws]), _UPPER, axis=0)
+    high = np.quantile(resampled_means(kl, seed, _RESAMPLES), _UPPER, axis=0)
     layers = tuple(way.cuts[0].layer for way in ways)
     top1 = agreement.mean(axis=0)
     within = (high <= NOISE_KL) & (top1 >= 1 - NOISE_TOP1)

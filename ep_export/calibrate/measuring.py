@@ -19,6 +19,7 @@ from ep_export.measure.bench import Bench, Setting, make_bench, with_setting
 from ep_export.measure.executors import Executor, InProcess, Job, Outcome, Unit
 from ep_export.measure.question import QuestionResult, Skipped
 from ep_export.measure.run import Announce, measure_all
+from ep_export.measure.thresholds import measured_threshold
 from ep_export.plan import span_tokens
 from ep_export.progress import Progress
 
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ep_export.checkpoint import Checkpoint
+    from ep_export.measure.question import Question
     from ep_export.measure.ways import Way
+    from ep_export.policy import Keep, Schedule
 
 __all__ = ["Measurer"]
 
@@ -115,6 +118,13 @@ class Measurer:
             return figures(usable_pictures(chosen, outcomes, ()).results, running)
 
         return race(ways, len(order), measure, seed=self.seed)
+
+    def threshold(self, questions: Sequence[Question], schedule: Schedule, average: float) -> Keep:
+        """The keep by which every picture has its own; see `measured_threshold`."""
+        setting = self._setting((), curves=False)
+        bench = self._resident.bench or make_bench(self.checkpoint, setting)
+        bench = with_setting(bench, setting)
+        return measured_threshold(bench, questions, schedule, average, progress=self.progress)
 
     def _setting(self, ways: Sequence[Way], *, curves: bool) -> Setting:
         return Setting(

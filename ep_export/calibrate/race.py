@@ -7,7 +7,6 @@ Hoeffding race; here the intervals are of paired differences, resampled over pic
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +14,7 @@ import numpy as np
 
 from ep_export.calibrate.horizon import NOISE_KL
 from ep_export.calibrate.record import RANDOM
+from ep_export.calibrate.resampling import resampled_means
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from ep_export.measure.ways import Way
 
-__all__ = ["Fidelity", "Leg", "is_floor", "legs", "race", "resampled_means"]
+__all__ = ["Fidelity", "Leg", "is_floor", "legs", "race"]
 
 FIRST_LEG = 12
 """Pictures before anything is left out: what pruning costs is mostly in a few hard pictures."""
@@ -53,7 +53,8 @@ class Fidelity:
     @property
     def images(self) -> NDArray[np.int64]:
         """[ways] pictures each was measured on: the first so many rows."""
-        return np.isfinite(self.kl).sum(axis=0)
+        counts: NDArray[np.int64] = np.isfinite(self.kl).sum(axis=0, dtype=np.int64)
+        return counts
 
     @property
     def finalists(self) -> tuple[int, ...]:
@@ -122,18 +123,6 @@ def race(
 def is_floor(way: Way) -> bool:
     """Whether it is random tokens after a single cut."""
     return len(way.cuts) == 1 and way.cuts[0].method == RANDOM
-
-
-def resampled_means(values: NDArray[np.float64], seed: int, resamples: int) -> NDArray[np.float64]:
-    """[resamples, columns] means over pictures drawn with replacement, the same for all columns."""
-    return np.asarray(_weights(len(values), seed, resamples) @ values)
-
-
-@functools.lru_cache(maxsize=4)
-def _weights(images: int, seed: int, resamples: int) -> NDArray[np.float64]:
-    """[resamples, images] how much each picture counts in each resample."""
-    draws = np.random.default_rng(seed).integers(images, size=(resamples, images))
-    return np.stack([np.bincount(draw, minlength=images) for draw in draws]) / images
 
 
 def _staying(kl: NDArray[np.float64], columns: Sequence[int], most: int, seed: int) -> list[int]:

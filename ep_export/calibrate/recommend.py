@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ep_export.calibrate.horizon import NOISE_KL
-from ep_export.calibrate.race import Fidelity, is_floor, resampled_means
+from ep_export.calibrate.race import Fidelity, is_floor
 from ep_export.calibrate.record import Candidate
+from ep_export.calibrate.resampling import resampled_means
 from ep_export.policy import TopK
 
 if TYPE_CHECKING:
@@ -102,8 +103,9 @@ def recommend(fidelity: Fidelity, *, seed: int = 0) -> Recommendation:
 
     Among those the lowest mean KL leads, top-1 agreement breaking ties. Ways equal to it (interval of the
     paired difference reaches 0, mean at most 10% larger) are then put in this order: the published one
-    (paper-highest), then a single cut before two, then the earlier layer (at the same average it costs about
-    the same, and it leaves room for smaller keeps), then the lower KL.
+    (paper-highest), then two cuts before one (the second lies at the horizon, so that at the same average
+    more tokens go through the layers that look at them), then the earlier layer (at the same average it costs
+    about the same, and it leaves room for smaller keeps), then the higher top-1 agreement, then the lower KL.
 
     Args:
         fidelity: The measurements; every layer needs its random column.
@@ -120,40 +122,37 @@ def recommend(fidelity: Fidelity, *, seed: int = 0) -> Recommendation:
     able = [i for i in columns if paired.beats_random(i)]
     if not able:
         return Recommendation(None, None, _nothing(ways, mean))
-    best = min(able, key=lambda i: (mean[i], -fidelity.agreement[:, i].mean()))
+    agreement = fidelity.agreement.mean(axis=0)  # of finalists; NaN of others
+    best = min(able, key=lambda i: (mean[i], -agreement[i]))
     equal = [i for i in able if mean[i] <= MARGIN * mean[best] and not paired.surely_below(best, i)]
-    chosen = min({best, *equal}, key=lambda i: _preference(ways[i], float(mean[i])))
+    chosen = min({best, *equal}, key=lambda i: (*_preference(ways[i]), -agreement[i], mean[i]))
     # two ways may keep the same tokens of every picture: a tie is a win
     resampled = paired.means(columns)
     won = resampled[:, columns.index(chosen)] <= resampled.min(axis=1) + 1e-12
-    rivals = [i for i in columns if i not in (chosen, best) and not paired.surely_below(chosen, i)]
-    rival = min(rivals, key=lambda i: mean[i]) if rivals else None
-    needed = None if rival is None else _images_needed(fidelity.kl[:, rival] - fidelity.kl[:, chosen])
-    return Recommendation(
-        schedule=ways[chosen].schedule,
-        confidence=float(won.mean()),
-        reason=_why(fidelity, paired, chosen, best, rival, float(won.mean()), needed),
-        images_needed=needed,
-    )
+    confidence = float(won.mean())
+    said, needed = _separation(paired, chosen, [i for i in columns if i not in (chosen, best)])
+    reasons = [_against_random(paired, chosen, best), f"best in {confidence:.0%} of resamples", *said]
+    return Recommendation(ways[chosen].schedule, confidence, "; ".join(reasons), needed)
 
 
 class _Paired:
     """Differences of ways on the pictures that both were measured on."""
 
     def __init__(self, fidelity: Fidelity, seed: int) -> None:
-        self._fidelity, self._seed = fidelity, seed
-        self._ways = sum(not is_floor(way) for way in fidelity.ways)
+        self._images, self._seed = fidelity.images, seed
+        self.ways, self.kl = fidelity.ways, fidelity.kl
+        self._tail = _TAIL / sum(not is_floor(way) for way in fidelity.ways)
         self.mean = np.nanmean(fidelity.kl, axis=0)
         self.floors = {w.cuts[0].layer: i for i, w in enumerate(fidelity.ways) if is_floor(w)}
 
     def floor(self, column: int) -> int:
         """Column of the random tokens at its first layer."""
-        return self.floors[self._fidelity.ways[column].cuts[0].layer]
+        return self.floors[self.ways[column].cuts[0].layer]
 
     def means(self, columns: Sequence[int]) -> NDArray[np.float64]:
         """[resamples, columns] on the pictures that all were measured on."""
-        rows = int(self._fidelity.images[list(columns)].min())
-        return resampled_means(self._fidelity.kl[:rows, list(columns)], self._seed, RESAMPLES)
+        rows = int(self._images[list(columns)].min())
+        return resampled_means(self.kl[:rows, list(columns)], self._seed, RESAMPLES)
 
     def surely_below(self, lower: int, upper: int, tail: float = _TAIL) -> bool:
         """Whether all but the lowest `tail` of the resampled differences upper - lower lie above 0."""
@@ -162,51 +161,46 @@ class _Paired:
 
     def beats_random(self, column: int) -> bool:
         """See `recommend`."""
-        kl, images = self._fidelity.kl, self._fidelity.images
+        kl, images = self.kl, self._images
         lower = all(kl[: images[f], column].mean() < kl[: images[f], f].mean() for f in self.floors.values())
-        return lower and self.surely_below(column, self.floor(column), _TAIL / self._ways)
+        return lower and self.surely_below(column, self.floor(column), self._tail)
 
 
-def _images_needed(difference: NDArray[np.float64]) -> int | None:
-    """Pictures at which so large a mean difference would be sure; None where it is noise."""
-    mean = float(difference.mean())
-    if abs(mean) < NOISE_KL:
-        return None
-    needed = math.ceil((_Z * float(difference.std(ddof=1)) / mean) ** 2)
-    return max(needed, len(difference) + 1)  # the interval, which is not symmetric, was not sure yet
+def _separation(paired: _Paired, chosen: int, others: Sequence[int]) -> tuple[list[str], int | None]:
+    """What is not told apart from the chosen way: how many, and the pictures that could tell the next best.
+
+    What lies within noise of it may stay there: more pictures would change nothing that matters.
+    """
+    kl, ways, mean = paired.kl, paired.ways, paired.mean
+    rivals = [i for i in others if not paired.surely_below(chosen, i)]
+    apart = [i for i in rivals if abs(mean[i] - mean[chosen]) >= NOISE_KL]
+    close = len(rivals) - len(apart)
+    said = [f"{close} within {NOISE_KL:g} nats of it not told apart, which hardly matters"] if close else []
+    if not apart:
+        return [*said, "all others are worse for sure"], None
+    rival = min(apart, key=lambda i: mean[i])
+    difference = kl[:, rival] - kl[:, chosen]
+    needed = math.ceil((_Z * float(difference.std(ddof=1) / difference.mean())) ** 2)
+    needed = max(needed, len(difference) + 1)  # an interval that is not symmetric was not sure yet
+    maybe = f"{_name(ways[rival])} ({mean[rival]:.3g}) may be as good"
+    return [*said, f"{maybe}, more pictures needed: about {needed}"], needed
 
 
-def _preference(way: Way, kl: float) -> tuple[bool, int, int, float]:
+def _preference(way: Way) -> tuple[bool, int, int]:
     cuts = way.cuts
     published = len(cuts) == 1 and cuts[0].method == TopK().name
-    return (not published, len(cuts), cuts[0].layer, kl)
+    return (not published, -len(cuts), cuts[0].layer)
 
 
 def _name(way: Way) -> str:
     return ", then ".join(f"{cut.method} at layer {cut.layer}" for cut in way.cuts)
 
 
-def _why(
-    fidelity: Fidelity,
-    paired: _Paired,
-    chosen: int,
-    best: int,
-    rival: int | None,
-    confidence: float,
-    needed: int | None,
-) -> str:
-    ways, mean = fidelity.ways, paired.mean
+def _against_random(paired: _Paired, chosen: int, best: int) -> str:
+    ways, mean = paired.ways, paired.mean
     floor = mean[paired.floor(chosen)]
     text = f"{_name(ways[chosen])}: KL {mean[chosen]:.3g} against {floor:.3g} of random tokens"
-    if chosen != best:
-        text += f", not told apart from {_name(ways[best])} ({mean[best]:.3g})"
-    text += f"; best in {confidence:.0%} of resamples"
-    if rival is None:
-        return f"{text}; all others are worse for sure"
-    text += f"; next {_name(ways[rival])} ({mean[rival]:.3g})"
-    if needed is None:
-        return f"{text}, less than {NOISE_KL:g} nats apart: more pictures would change nothing that matters"
-    return f"{text}: more pictures needed to tell them apart, about {needed}"
+    return text if chosen == best else f"{text}, not told apart from {_name(ways[best])} ({mean[best]:.3g})"
 
 
 def _nothing(ways: Sequence[Way], mean: NDArray[np.float64]) -> str:

@@ -145,6 +145,8 @@ class Record:
         recommendation: One sentence: why this schedule, or none.
         recommended_confidence: Share of bootstrap resamples in which the recommended cut is the best one.
         keep: What was asked for.
+        adaptive: The same average with a number of tokens of every picture's own, and the one cut it is for;
+            None where no single cut that was measured has scores that decide it.
         skipped: Files that could not be used, with the reason.
         metrics: Other metrics by layer, each judged for a collapse as the entropy of the queries is.
         detectors: One sentence: where the detectors of a collapse agree.
@@ -173,6 +175,7 @@ class Record:
     recommendation: str = ""
     recommended_confidence: float | None = None
     keep: Keep | None = None
+    adaptive: Keep | None = None
     skipped: tuple[str, ...] = ()
     metrics: tuple[LayerCurve, ...] = ()
     detectors: str = ""

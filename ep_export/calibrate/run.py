@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ep_export.adaptive import decides
 from ep_export.calibrate.candidates import candidate_layers, candidate_ways, two_cut_ways
 from ep_export.calibrate.detectors import layer_curve, where_detectors_agree
 from ep_export.calibrate.figure import is_our_plot, plot
@@ -85,6 +86,7 @@ def calibrate(
     Raises:
         UserError: No usable picture, an impossible keep or layer, or an output that cannot be written.
     """
+    keep = replace(keep, adaptive=False, threshold=None)  # a threshold is fitted in the end
     check_keep(keep)
     _check_out(out)
     depth = checkpoint.dims.layers
@@ -111,7 +113,11 @@ def calibrate(
         ways = (*single, *two_cut_ways(single, horizons[0], layers=depth))
         fidelity = measurer.race(usable, ways) if ways else None
         record = _record(checkpoint, keep, usable, horizons, fidelity, seed)
-        record = replace(record, provenance=_provenance(usable, prompts, images.name or str(images), seed))
+        record = replace(
+            record,
+            provenance=_provenance(usable, prompts, images.name or str(images), seed),
+            adaptive=_adaptive(record, measurer, usable),
+        )
         if out is not None:
             _write(out, record)
     return record
@@ -188,6 +194,20 @@ def _record(
         horizons=tuple(horizons[1:]),
         images_needed=recommendation.images_needed,
     )
+
+
+def _adaptive(record: Record, measurer: Measurer, usable: Usable) -> Keep | None:
+    """The keep by which every picture has its own, of the best single cut whose scores can decide it."""
+    single = [
+        candidate
+        for candidate in record.candidates
+        if len(candidate.schedule.cuts) == 1 and decides(candidate.schedule.cuts[0].chooser)
+    ]
+    if record.keep is None or record.keep.ratio is None or not single:
+        return None
+    best = min(single, key=lambda candidate: (-(candidate.images or 0), candidate.kl))
+    questions = [asked.questions[0] for asked in usable.asked]
+    return measurer.threshold(questions, best.schedule, record.keep.ratio)
 
 
 def _provenance(usable: Usable, prompts: Prompts, source: str, seed: int) -> Provenance:

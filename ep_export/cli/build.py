@@ -20,7 +20,7 @@ from ep_export.cli.options import (
     optional_keep,
     weights_from,
 )
-from ep_export.cli.plan import plan_json, plan_rows
+from ep_export.cli.plan import keep_sentence, plan_json, plan_rows
 from ep_export.cli.schedule import schedule_options, schedule_request
 from ep_export.targets import find_target
 
@@ -121,8 +121,12 @@ def show_plan(prepared: Prepared) -> None:
     plan, request = prepared.plan, prepared.request
     title = f"{request.model} -> {request.out}, keep {plan.keep}"
     print_table(
-        title, ("for one typical picture", "full", "pruned", "saved"), plan_rows(plan, "fp16"), err=True
+        title,
+        ("for one typical picture", "full", "pruned", "saved"),
+        plan_rows(plan, request.precision.value),
+        err=True,
     )
+    note(f"kept: {keep_sentence(plan)}")
     note(f"schedule: {plan.schedule}")
     note(f"evidence: {prepared.evidence.summary} [{prepared.evidence.kind.value}]")
 

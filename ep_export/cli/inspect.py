@@ -68,7 +68,7 @@ def _facts(manifest: Manifest, *, verified_files: bool) -> list[tuple[str, str]]
         ("files", f"{len(manifest.files)}, {total / 1e6:.1f} MB; {checked}"),
         ("made by", ", ".join(f"{name} {version}" for name, version in manifest.tools.items())),
     ]
-    facts += [(f"cost: {cost.variant}", _cost(cost)) for cost in manifest.rounding]
+    facts += [(_COST_OF.get(cost.variant, cost.variant), _cost(cost)) for cost in manifest.rounding]
     facts += [(f"verified: {where}", sentence) for where, sentence in manifest.verified.items()]
     facts += [("warning", sentence) for sentence in manifest.warnings]
     return facts
@@ -94,12 +94,16 @@ def _interface(component: Component) -> list[tuple[str, str, str, str]]:
     return rows
 
 
+_COST_OF = {
+    "quantised": "rounding costs",
+    "pruned": "pruning costs",
+    "quantised and pruned": "both cost",
+}
+
+
 def _cost(cost: RoundingCost) -> str:
-    """How far a variant is from the unquantised, unpruned model."""
-    return (
-        f"KL {cost.kl:.1e} from the model as it was, same top token at {cost.agreement:.1%} of "
-        f"{cost.positions} positions"
-    )
+    """How far it is from the unquantised, unpruned model."""
+    return f"KL {cost.kl:.1e}, same top token at {cost.agreement:.1%} of {cost.positions} positions"
 
 
 def _weights(manifest: Manifest) -> str:

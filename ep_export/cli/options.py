@@ -12,7 +12,7 @@ import click
 from ep_export.bundle import Dialect, Precision, WeightsMode
 from ep_export.errors import UsageError
 from ep_export.numerics import DEFAULT_GROUP, GROUPS, WeightKind, Weights
-from ep_export.policy import DEFAULT_DEGREE, DEGREES, Keep
+from ep_export.policy import ADAPTIVE, DEFAULT_DEGREE, DEGREES, Keep
 
 if TYPE_CHECKING:
     from ep_export.measure.executors import Executor
@@ -113,18 +113,25 @@ def parse_share(text: str) -> float:
     return float(text[:-1]) / 100 if text.endswith("%") else float(text)
 
 
+class _AdaptiveShare(float):
+    """The average of a keep that every picture has its own of."""
+
+
 class _Share(click.ParamType):  # type: ignore[type-arg]  # generic only in newer releases
-    """0.25 or 25%."""
+    """0.25 or 25%, or adaptive: and either."""
 
     name = "share"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         if isinstance(value, float):
             return value
+        text = str(value)
+        adaptive = text.startswith(f"{ADAPTIVE}:")
         try:
-            return parse_share(value)
+            number = parse_share(text.removeprefix(f"{ADAPTIVE}:"))
         except ValueError:
             self.fail(f"{value!r} is no share: give a number such as 0.25, or 25%", param, ctx)
+        return _AdaptiveShare(number) if adaptive else number
 
 
 def keep_options(required: bool) -> Callable[[_F], _F]:
@@ -141,7 +148,8 @@ def keep_options(required: bool) -> Callable[[_F], _F]:
             "--keep",
             type=_Share(),
             metavar="R",
-            help=f"Share of the visual tokens to keep, 0 < R <= 1. {sense}",
+            help=f"Share of the visual tokens to keep, 0 < R <= 1. {sense} adaptive:R lets every picture "
+            "keep its own, by the threshold of a calibration record.",
         )(function)
 
     return add
@@ -177,7 +185,9 @@ def optional_keep(ratio: float | None, tokens: int | None) -> Keep | None:
         raise UsageError(
             f"--keep-tokens {tokens} is below 1", hint="give the average number of visual tokens to keep"
         )
-    return Keep(ratio=ratio, tokens=tokens)
+    if ratio is None:
+        return Keep(tokens=tokens)
+    return Keep(ratio=float(ratio), adaptive=isinstance(ratio, _AdaptiveShare))
 
 
 def weights_options(function: _F) -> _F:
@@ -221,9 +231,10 @@ def export_options(function: _F) -> _F:
             click.option(
                 "--dialect",
                 type=values(Dialect),
-                default=Dialect.PORTABLE.value,
+                default=Dialect.ONNXRUNTIME.value,
                 show_default=True,
-                help="portable: opset 20, TensorRT 10.3 up. modern: opset 23, TensorRT 10.15 up.",
+                help="onnxruntime: its fused operators, many requests at once. portable: opset 20, TensorRT 10.3 "
+                "up. modern: opset 23, TensorRT 10.15 up.",
             ),
             click.option(
                 "--precision",

@@ -42,5 +42,5 @@ def package(
     click.echo(str(repository.path))
     engines = f", engines for {repository.target}" if repository.target else ""
     weights = "linked, not copied" if repository.linked else "copied: no hard links here"
-    note(f"{len(repository.models)} models, run by {repository.runtime}{engines}; weights {weights}")
+    note(f"one model, run by {repository.runtime}{engines}, that batches; weights {weights}")
     note(f"how to serve it: {repository.path / 'README.md'} (not run here: no Triton server)")

@@ -90,7 +90,7 @@ def plan(
     **more: Any,
 ) -> None:
     """Show what pruning saves up to the first token and in memory, from the config alone."""
-    from ep_export.calibrate.choose import resolve_schedule
+    from ep_export.calibrate.choose import resolve_keep, resolve_schedule
     from ep_export.checkpoint import open_config
     from ep_export.cli.fit import plan_fit_json, print_fit
     from ep_export.fit import estimate
@@ -101,7 +101,9 @@ def plan(
     told = optional_keep(keep, keep_tokens)
     target = find_target(target_name) if target_name else None
     config = open_config(model)
-    schedule, evidence = resolve_schedule(config, schedule_request(more))
+    request = schedule_request(more)
+    told = resolve_keep(config, request, keep=told)
+    schedule, evidence = resolve_schedule(config, request)
     stored = config.published.weights if config.published else weights_from(weights, group)
     _check_weights(stored, target)
     kv_dtype = kv_dtype or (target.graphs[0].precision.value if target else "fp16")

@@ -22,7 +22,6 @@ from ep_export.cli.runtime import backend_sentence, open_backend, runtime_option
 from ep_export.cli.units import ms_text, percent_text
 from ep_export.errors import UsageError
 from ep_export.plan import check_schedule
-from ep_export.policy import Keep
 
 if TYPE_CHECKING:
     from ep_export.bundle import Manifest
@@ -153,6 +152,8 @@ def _footnotes(manifest: Manifest, answer: Generation, show: Path | None) -> Non
     """What pruning did to this prompt, on stderr."""
     if answer.cuts:
         note(_pruned(manifest, answer))
+        if answer.keep.threshold is not None:
+            note(_own_keep(manifest, answer))
     ms, count = answer.timings_ms, len(answer.token_ids)
     note(_first_token(ms))
     if count > 1:
@@ -177,13 +178,14 @@ def _pruned(manifest: Manifest, answer: Generation) -> str:
     from ep_export.cli.plan import keep_sentence
     from ep_export.plan import make_plan
 
-    visual = answer.visual_tokens
+    text = answer.prompt_tokens - answer.visual_tokens
     plan = make_plan(
         manifest.dims,
         manifest.scheduled(answer.policies),
-        _at_most(answer.keep, visual),
-        visual_tokens=visual,
-        text_tokens=answer.prompt_tokens - visual,
+        answer.keep,
+        visual_tokens=answer.visual_tokens,
+        text_tokens=text,
+        kept=tuple(len(cut.kept_index) - text for cut in answer.cuts),
     )
     saved = {
         "fewer FLOPs to the first token": answer.first_token_flops,
@@ -194,6 +196,19 @@ def _pruned(manifest: Manifest, answer: Generation) -> str:
     return f"kept {keep_sentence(plan)}; {', '.join(told)}"
 
 
-def _at_most(keep: Keep, visual_tokens: int) -> Keep:
-    """Where a picture has fewer tokens than were asked for, all of them are kept."""
-    return keep if keep.tokens is None else Keep(tokens=min(keep.tokens, visual_tokens))
+def _own_keep(manifest: Manifest, answer: Generation) -> str:
+    """Why a prompt keeps as many tokens as it does, where every prompt has its own keep."""
+    from ep_export.adaptive import bounds
+
+    threshold, visual = answer.keep.threshold, answer.visual_tokens
+    if threshold is None:
+        return ""
+    kept = len(answer.cuts[0].kept_index) - (answer.prompt_tokens - visual)
+    schedule, layers = manifest.scheduled(answer.policies), manifest.dims.layers
+    fewest, most = bounds(answer.keep, schedule, layers=layers, visual_tokens=visual)
+    if kept in {fewest, most}:
+        why = f"{kept}, the {'fewest' if kept == fewest else 'most'} that are allowed of {visual}"
+    else:
+        why = f"the {kept} that score {threshold.value:.4g} or better by {threshold.policy}"
+    average = percent_text(answer.keep.ratio or 0)
+    return f"keep {answer.keep}: {why}; that averages {average} over {threshold.pictures} calibration pictures"

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 __all__ = ["AUTO", "parse_chooser", "parse_cut", "schedule_options", "schedule_request"]
 
 AUTO = "auto"
+HORIZON = "horizon"
+"""The Information Horizon's published system (arXiv 2512.07580); see `ep_export.methods.stages`."""
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
@@ -37,7 +39,8 @@ def schedule_options(function: _F) -> _F:
                 show_default=True,
                 metavar="NAME",
                 help="Which tokens stay: paper, released, order2 or norm, with -highest or -lowest; "
-                "divprune; random; nothing. auto: what the record or the calibration recommends.",
+                "coverage- and these; divprune; random; nothing; horizon (DivPrune first, random tokens deep "
+                "in the model). auto: what the record or the calibration recommends.",
             ),
             click.option(
                 "--cut",
@@ -86,7 +89,6 @@ def schedule_request(options: Mapping[str, Any]) -> ScheduleRequest:
         "--select": options["select"] is not None,
         "--source": options["source"] is not None,
         "--budget": budget is not Budget.JOINT,
-        "--calibration": options["calibration"] is not None,
     }
     if cuts and any(one_cut.values()):
         given = next(flag for flag, there in one_cut.items() if there)
@@ -94,6 +96,14 @@ def schedule_request(options: Mapping[str, Any]) -> ScheduleRequest:
             f"--cut and {given} exclude each other",
             hint="say it in the cut: --cut LAYER:SHARE:NAME, e.g. 2:0.25:norm-lowest-per-picture",
         )
+    if options["policy_name"] == HORIZON:
+        given = next((flag for flag, there in one_cut.items() if there and flag != "--policy"), None)
+        if given is not None:
+            raise UsageError(
+                f"--policy {HORIZON} has cuts of its own, so that {given} says nothing",
+                hint=f"leave out {given}, or say it in cuts: --cut 0:0.5:divprune --cut 20:0.07:random",
+            )
+        return ScheduleRequest(system=HORIZON, calibration=options["calibration"])
     return ScheduleRequest(
         cuts=cuts or None,
         layer=options["layer"],
@@ -143,7 +153,7 @@ def _chooser(name: str, select: str | None, source: str | None, budget: Budget) 
     scorer = Scorer.PAPER.value if name == AUTO else name
     if scorer in set(Scorer):
         return TopK(Scorer(scorer), Select(select or Select.HIGHEST), Source(source or Source.QUERY), budget)
-    chooser = chooser_named(name)
+    chooser = parse_chooser(name)
     if select is not None or source is not None:
         raise UsageError(
             f"--policy {name} says it all; --select and --source go with a score's name alone",

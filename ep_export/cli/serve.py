@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -118,10 +119,7 @@ def serve(
         fetch=fetch_images,
         stop_seconds=grace,
     )
-    # uvicorn sends itself the signal that ended it once more: then, and before it serves, end well.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: sys.exit(0))
-    with bind(host, port) as listening:
+    with _ending_well(), bind(host, port) as listening:
         opened = Bundle.open(bundle, verify=backend_options["verify"])
         backend = open_backend(opened, **backend_options)
         served = name or Path(opened.manifest.model).name
@@ -143,6 +141,22 @@ def serve(
                 hosts=hosts,
                 on_start=lambda address: _say(address, served, key),
             )
+
+
+@contextmanager
+def _ending_well() -> Iterator[None]:
+    """SIGTERM and Ctrl-C end a server as it should end: with 0.
+
+    While it serves, uvicorn handles them, and sends itself the same signal once more when it is done.
+    """
+    before = {
+        number: signal.signal(number, lambda *_: sys.exit(0)) for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _say(address: str, model: str, key: str | None) -> None:

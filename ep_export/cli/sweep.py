@@ -14,7 +14,8 @@ from ep_export.cli.options import executor_from, executor_options, model_option
 from ep_export.cli.schedule import parse_cut
 from ep_export.errors import UsageError
 from ep_export.plan import average_keep
-from ep_export.sweep.record import SameBudget
+from ep_export.policy import ADAPTIVE
+from ep_export.sweep.record import RANDOM, RECOMMENDED, SCHEDULE, SameBudget
 
 if TYPE_CHECKING:
     from ep_export.policy import Schedule
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["sweep"]
 
+
+_ALWAYS = frozenset({RANDOM, RECOMMENDED, ADAPTIVE, SCHEDULE})
 
 _TABLES = {
     SameBudget.AVERAGE: "decoder GFLOP",
@@ -123,6 +126,12 @@ _json_first = click.option(
     "--max-questions", type=click.IntRange(1), metavar="N", help="Ask a random sample of N questions."
 )
 @click.option(
+    "--max-pixels",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Scale pictures with more pixels down first, whatever prunes them then.",
+)
+@click.option(
     "--timed-prompts",
     type=click.IntRange(0),
     default=4,
@@ -161,6 +170,7 @@ def sweep(**options: Any) -> None:
         seeds=options["seeds"],
         calibration=calibration,
         max_questions=options["max_questions"],
+        max_pixels=options["max_pixels"],
         timed_prompts=options["timed_prompts"],
         seed=options["seed"],
         device=options["device"],
@@ -200,14 +210,17 @@ def show_sweep(record: SweepRecord) -> None:
     for keep in record.keeps:
         for budget, title in _TABLES.items():
             rows = [row for row in record.rows if row.keep == keep and row.belongs(budget)]
-            if budget is SameBudget.FIRST_TOKEN and all(row.budget is not budget for row in rows):
-                continue  # nothing is scaled down: it would be the first table again
+            best, more = _Best.of(rows), ""
+            if budget is SameBudget.FIRST_TOKEN:
+                if all(row.budget is not budget for row in rows):
+                    continue  # nothing is scaled down: it would be the first table again
+                rows = [row for row in rows if row.tied or not row.cuts or row.method in _ALWAYS]
+                more = "; the best rows, their floor and the smaller picture alone"
             rows.sort(key=lambda row: (-row.measure.value, row.kl.value))
             right = ["right"] if record.dataset.answers else []
             header = ("method", "K", "tokens", *right, "top-1", "KL", "over random", title, "prefill")
-            best = _Best.of(rows)
             print_table(
-                f"keep {keep:g}, equal {budget.words}; * best in its column, = tied with the best row",
+                f"keep {keep:g}, equal {budget.words}; * best in its column, = a tie with the best{more}",
                 header,
                 [_cells(row, titles[row.method], best, budget) for row in rows],
             )

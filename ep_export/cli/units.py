@@ -18,8 +18,8 @@ def flops_text(count: float) -> str:
 
 
 def ms_text(milliseconds: float) -> str:
-    """`0.84 ms`, `291 ms`, `12.3 s`."""
-    return f"{_digits(milliseconds)} ms" if milliseconds < 1e4 else f"{_digits(milliseconds / 1e3)} s"
+    """`0.84 ms`, `291 ms`, `1.09 s`."""
+    return f"{_digits(milliseconds)} ms" if milliseconds < 999.5 else f"{_digits(milliseconds / 1e3)} s"
 
 
 def percent_text(share: float) -> str:

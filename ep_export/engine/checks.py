@@ -16,15 +16,16 @@ from ep_export.engine_record import Limits
 from ep_export.errors import UserError
 from ep_export.first_token import tokens_work
 from ep_export.fit import Estimate, estimate
-from ep_export.numerics import WeightKind
+from ep_export.numerics import WeightKind, Weights
 from ep_export.plan import make_plan
 from ep_export.policy import Keep, Nothing, Schedule
-from ep_export.targets import Graphs, Target
+from ep_export.targets import Flavour, Graphs, Target
 
 __all__ = [
     "check_fit",
     "check_graphs",
     "check_machine",
+    "check_stored",
     "check_weights",
     "estimate_limits",
     "free_memory",
@@ -32,7 +33,7 @@ __all__ = [
 
 # Peak memory of TensorRT-RTX 1.7 over the size of an engine, rounded up: 2.9 measured on one of 1.9 GB.
 _COMPILER_MEMORY = 4
-_FLOAT8_SM = (8, 9)  # Ada: the first with float8 products
+_TENSORRT_GROUPS = (64, 128)  # of INT4, by TensorRT 10.3's documentation; TensorRT-RTX took 32 as well here
 _MEMINFO = Path("/proc/meminfo")
 
 
@@ -56,17 +57,39 @@ def check_weights(bundle: Bundle, target: Target) -> None:
     """Refuse weights that the target cannot multiply.
 
     Raises:
-        UserError: float8 on a GPU without it.
+        UserError: See `check_stored`.
     """
     numerics = bundle.manifest.numerics
-    stored = numerics.weights if numerics else None
-    if stored is None or stored.kind is not WeightKind.FP8 or target.sm is None:
+    check_stored(numerics.weights if numerics else None, target, str(bundle.path))
+
+
+def check_stored(weights: Weights | None, target: Target, subject: str) -> None:
+    """Refuse weights that the target cannot multiply, also before there is a bundle.
+
+    Args:
+        weights: What linear layers are stored in.
+        target: Where they shall run.
+        subject: What stores them, for the message.
+
+    Raises:
+        UserError: A type the target has no products for, or blocks that its compiler does not take.
+    """
+    if weights is None:
         return
-    if tuple(map(int, target.sm.split("."))) < _FLOAT8_SM:
+    kind = weights.kind.value
+    if not target.takes_weights(weights):
+        sm = f" (SM {target.sm})" if target.sm else ""
         raise UserError(
-            f"{bundle.path} stores weights in fp8, which {target.name} (SM {target.sm}) cannot multiply, "
-            f"expected SM {'.'.join(map(str, _FLOAT8_SM))} or newer",
-            hint="build it with --weights int8 or int4",
+            f"{subject} stores weights in {kind}, which {target.name}{sm} cannot multiply, "
+            f"expected one of: {', '.join(target.weights)}",
+            hint=f"build it with --weights {target.weights[0]}",
+        )
+    blocks = target.flavour is Flavour.TENSORRT and weights.kind is WeightKind.INT4
+    if blocks and weights.group not in _TENSORRT_GROUPS:
+        had = f"groups of {weights.group}" if weights.group else "one scale a column"
+        raise UserError(
+            f"{subject} stores weights in int4 with {had}, expected for {target.name} groups of 64 or 128",
+            hint="build it with --group 128",
         )
 
 

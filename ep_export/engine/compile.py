@@ -18,6 +18,7 @@ from ep_export.engine.checks import (
     check_fit,
     check_graphs,
     check_machine,
+    check_stored,
     check_weights,
     estimate_limits,
 )
@@ -167,9 +168,7 @@ def check_compiler(request: CompileRequest) -> None:
         require_compiler(target)
 
 
-def check_ahead(
-    request: CompileRequest, plan: Plan, graphs: Graphs, weights: Weights | None = None
-) -> None:
+def check_ahead(request: CompileRequest, plan: Plan, graphs: Graphs, weights: Weights | None = None) -> None:
     """Refuse what the target cannot compute or hold, before a bundle is built for it.
 
     Args:
@@ -179,9 +178,10 @@ def check_ahead(
         weights: What its linear layers will be stored in.
 
     Raises:
-        UserError: The target does not take a policy, or the model does not fit.
+        UserError: The target does not take a policy or the weights, or the model does not fit.
     """
     target = request.target
+    check_stored(weights, target, "the bundle")
     if target.flavour is not Flavour.ONNXRUNTIME and request.prune_on is not PruneOn.CPU:
         plugin = request.plugin is not None or bool(_why_kit(target))
         for cut in plan.schedule.cuts:

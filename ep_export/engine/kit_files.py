@@ -71,16 +71,18 @@ def needs_of(bundle: Bundle, components: Iterable[Component]) -> Needs:
 
 
 def _weight_bytes(bundle: Bundle, component: Component) -> int:
-    """Bytes of a component's floating-point weights in the type it computes in."""
+    """Bytes of a component's weights: of floating-point ones in the type it computes in."""
     import onnx_ir as ir
 
     size = _BYTES[bundle.manifest.precision]
     model = ir.load(bundle.file(component.file))
-    return sum(
-        size * value.const_value.size
-        for value in model.graph.initializers.values()
-        if isinstance(value.const_value, ir.ExternalTensor)
-    )
+    total = 0
+    for value in model.graph.initializers.values():
+        weight = value.const_value
+        if isinstance(weight, ir.ExternalTensor):
+            computes = weight.dtype.is_floating_point() and weight.dtype.itemsize > 1
+            total += size * weight.size if computes else weight.nbytes
+    return total
 
 
 def trtexec_arguments(component: Component, profiles: Sequence[Profile]) -> tuple[str, ...]:

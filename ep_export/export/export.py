@@ -33,7 +33,7 @@ from ep_export.export.components import save_component
 from ep_export.export.packing import BLOCKS_OPSET, decoder_weights, pack, published_packing
 from ep_export.export.policies import OPSETS, check_choosers, chooser_notes, save_policies
 from ep_export.export.shards import Shards
-from ep_export.numerics import Numerics
+from ep_export.numerics import Numerics, WeightKind
 from ep_export.policy import DEFAULT_DEGREE, Chooser, Evidence, Keep, Schedule
 from ep_export.progress import Progress, silent
 from ep_export.weights.store import FILE
@@ -104,6 +104,10 @@ def export_bundle(
         packing = published_packing(checkpoint, decoder)
     elif decoder is not None:
         rounded = decoder.linears
+    if dialect is Dialect.ONNXRUNTIME and packing and packing.weights.kind is WeightKind.FP8:
+        raise UserError(
+            "ONNX Runtime has no kernel for fp8 weights", hint="add --dialect modern or portable, for TensorRT"
+        )
     opset = max(OPSETS[dialect], BLOCKS_OPSET if packing else 0)
     shards = Shards([ref for name, ref in checkpoint.tensors.items() if name not in rounded], out, weights)
     try:

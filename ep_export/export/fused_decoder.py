@@ -1,7 +1,7 @@
 """Spans of the decoder in ONNX Runtime's own operators: fewest nodes, a batch, caches written in place.
 
     decoder_<i>   inputs_embeds [B,T,d], position_ids [A,B,T], caches [B,KVH,C,D], seqlens_k [B],
-                  total_sequence_length [] -> as in `decoder`, with B
+                  total_sequence_length [1] -> as in `decoder`, with B
 
 GroupQueryAttention appends to caches of capacity C in place where output and input are the same memory,
 and masks by lengths; where C is too small it gives larger ones. Rotary embedding stays outside of it: its
@@ -72,7 +72,7 @@ class _Layer(torch.nn.Module):
             hidden: [B, T, d].
             added: [B, T, d], what the layer before adds to it; None for the first.
             seqlens_k: [B] int32, the last key each query sees.
-            total_sequence_length: [] int32.
+            total_sequence_length: [1] int32, the longest of the batch.
             cos: [B, T, D/2].
             sin: Likewise.
             past_key: [B, KVH, C, D].
@@ -137,7 +137,7 @@ def build_fused_span(
     positions = graph.input("position_ids", (axes, "B", "T"), Spec((axes, _BATCH, _LENGTH), torch.int64))
     lengths = [
         graph.input("seqlens_k", ("B",), Spec((_BATCH,), torch.int32)),
-        graph.input("total_sequence_length", (), Spec((), torch.int32)),
+        graph.input("total_sequence_length", (1,), Spec((1,), torch.int32)),
     ]
     pasts = [_past(graph, dims, i) for i in layers]
     tables = trace(graph, Rotary(modules.rotary, forms), [hidden, positions], "rotary")
@@ -159,7 +159,8 @@ def build_fused_span(
         (logits,) = trace(graph, _Final(modules), [hidden, *added], "final", operators=_OPERATORS)
         graph.output(logits, "logits", ("B", 1, dims.vocab_size))
     else:
-        total = graph.tensor("Add", [hidden, *added], hidden.spec)
+        with graph.scope(f"layers.{layers.stop - 1}"):
+            total = graph.tensor("Add", [hidden, *added], hidden.spec)
         graph.output(total, "hidden_states", ("B", "T", width))
         for tensor, name, heads in zip(states, STATES, (dims.heads, *2 * (dims.kv_heads,)), strict=True):
             split = graph.view(tensor, (_BATCH, _LENGTH, heads, dims.head_dim))

@@ -85,7 +85,8 @@ def prepare(processor: Any, images: Sequence[Any], **options: Any) -> Any:
     with as_user_error(sentence, hint=_COPY), np.errstate(all="ignore"):
         # The channel axis is named: a picture three pixels high must not be taken for channels first.
         made = processor(images=images, input_data_format="channels_last", **options)
-        finite = all(np.isfinite(part).all() for part in made["pixel_values"])
+        values = made["pixel_values"]  # an array, or a list of them where pictures differ in size
+        finite = all(np.isfinite(part).all() for part in (values if isinstance(values, list) else [values]))
     if not finite:
         raise UserError(f"{sentence}: it makes values that are not finite", hint=_COPY)
     return made

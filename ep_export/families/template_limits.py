@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ class _OutOfTime(BaseException):
     """Passes jinja2's handlers, which take Exceptions for errors of the template."""
 
 
+@lru_cache(maxsize=8)  # every prompt of a model has the same one
 def check_template(template: str) -> None:
     """Refuse a template before it is compiled.
 

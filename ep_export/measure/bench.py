@@ -8,19 +8,30 @@ from typing import TYPE_CHECKING
 import torch
 
 from ep_export.errors import UserError, reason
+from ep_export.families.picture_sizes import scaled_picture
 from ep_export.measure.spelling import Speller
 from ep_export.measure.ways import Way
 from ep_export.methods import Method, method_named
 from ep_export.runtime.pictures import open_picture
 
 if TYPE_CHECKING:
+    from PIL import Image
     from transformers import PreTrainedModel
 
     from ep_export.checkpoint import Checkpoint
     from ep_export.families.base import DecoderModules, PromptBuilder, PromptInputs
     from ep_export.measure.question import Question
 
-__all__ = ["Bench", "Setting", "build_prompt", "check_device", "gpus_of", "make_bench", "with_setting"]
+__all__ = [
+    "Bench",
+    "Setting",
+    "build_prompt",
+    "check_device",
+    "gpus_of",
+    "make_bench",
+    "shown_picture",
+    "with_setting",
+]
 
 
 @dataclass(frozen=True)
@@ -36,6 +47,7 @@ class Setting:
             process sees, "auto:N" says besides how many GPUs a worker of a cluster gets.
         entropies: Measure the layer entropies of every picture, with the first question about it.
         metrics: And with them the layer metrics.
+        max_pixels: Pictures with more are scaled down first; None asks about them as they are.
     """
 
     ways: tuple[Way, ...]
@@ -45,6 +57,7 @@ class Setting:
     device: str
     entropies: bool = True
     metrics: bool = False
+    max_pixels: int | None = None
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -149,13 +162,23 @@ def _is_spread(device: str) -> bool:
     return device.partition(":")[0] == "auto"
 
 
+def shown_picture(bench: Bench, question: Question) -> Image.Image:
+    """The question's picture as the model is to see it.
+
+    Raises:
+        UserError: It cannot be read.
+    """
+    picture, most = open_picture(question.picture.path), bench.setting.max_pixels
+    return picture if most is None else scaled_picture(picture, most)
+
+
 def build_prompt(bench: Bench, question: Question) -> PromptInputs:
     """The question's prompt.
 
     Raises:
         UserError: The picture cannot be read, or the question not be asked.
     """
-    prompt = bench.builder.build([open_picture(question.picture.path)], question.text)
+    prompt = bench.builder.build([shown_picture(bench, question)], question.text)
     if not len(prompt.visual_index):
         raise UserError("the prompt holds no visual tokens")
     return prompt

@@ -11,7 +11,8 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from ep_export.documents import decode, encode
 from ep_export.errors import UserError, reason
 from ep_export.measure.provenance import processor_fingerprint, tool_versions
 from ep_export.measure.question import QuestionResult
+from ep_export.staging import exclusive
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from ep_export.checkpoint import Checkpoint
     from ep_export.measure.bench import Setting
 
-__all__ = ["Interrupted", "Journal", "Workplace", "discard", "journal_settings"]
+__all__ = ["Interrupted", "Journal", "Workplace", "discard", "journal_settings", "open_journal"]
 
 _VERSION = 2
 """Raised when the meaning of a journal line changes."""
@@ -55,12 +57,9 @@ class Journal:
     def __init__(self, directory: Path, settings: Mapping[str, Any]) -> None:
         text = json.dumps(encode(settings), sort_keys=True)
         self.path = directory / f"{hashlib.sha256(text.encode()).hexdigest()[:_NAME_DIGITS]}{_SUFFIX}"
-        try:
+        with _usable(directory):
             directory.mkdir(parents=True, exist_ok=True)
             self._results = self._read()
-        except OSError as error:
-            message = f"{error.filename or directory} cannot be used: {error.strerror or reason(error)}"
-            raise UserError(message, hint="give an output you may write to") from error
 
     def __len__(self) -> int:
         """Results it holds."""
@@ -103,6 +102,28 @@ class Journal:
         with self.path.open("r+b") as stream:
             stream.truncate(good)
         return results
+
+
+@contextmanager
+def open_journal(directory: Path, settings: Mapping[str, Any]) -> Iterator[Journal]:
+    """A journal that no other run writes to meanwhile; see `Journal`.
+
+    Raises:
+        UserError: One does, or see there.
+    """
+    with _usable(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+    with exclusive(directory):
+        yield Journal(directory, settings)
+
+
+@contextmanager
+def _usable(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        message = f"{error.filename or directory} cannot be used: {error.strerror or reason(error)}"
+        raise UserError(message, hint="give an output you may write to") from error
 
 
 class Workplace:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ep_export.measure.bench import Bench, Setting
 from ep_export.measure.executors import Executor, InProcess, Job, Outcome, Unit
-from ep_export.measure.journal import Journal, journal_settings
+from ep_export.measure.journal import Journal, journal_settings, open_journal
 from ep_export.measure.question import Question, QuestionResult
 from ep_export.progress import Progress, silent
 
@@ -57,10 +57,25 @@ def measure_all(
     Raises:
         UserError: See `Executor.run`; or the journal cannot be written.
     """
-    journal = Journal(work, journal_settings(checkpoint, setting))
+    with open_journal(work, journal_settings(checkpoint, setting)) as journal:
+        job = Job(checkpoint, setting, bench)
+        outcomes = _measure(job, questions, journal, executor or InProcess(), stage, progress, announce)
+    return tuple(outcomes[question.key] for question in questions)
+
+
+def _measure(
+    job: Job,
+    questions: Sequence[Question],
+    journal: Journal,
+    executor: Executor,
+    stage: str,
+    progress: Progress,
+    announce: Announce,
+) -> Mapping[str, Outcome]:
+    """The outcome of every question, by its key."""
     outcomes: dict[str, Outcome] = {}
     pending = []
-    for unit in _units(questions, entropies=setting.entropies):
+    for unit in _units(questions, entropies=job.setting.entropies):
         known = journal.find(unit.question.key)
         if known is not None and (known.query_entropy or not unit.entropies):
             outcomes[known.key] = known
@@ -69,15 +84,14 @@ def measure_all(
     clock = _Clock(len(pending), announce)
     progress(stage, len(questions) - len(pending), len(questions))
     if pending:
-        job = Job(checkpoint, setting, bench)
-        with closing((executor or InProcess()).run(job, pending)) as arriving:
+        with closing(executor.run(job, pending)) as arriving:
             for number, (unit, outcome) in enumerate(arriving, start=1):
                 if isinstance(outcome, QuestionResult):
                     journal.add(outcome)
                 outcomes[unit.question.key] = outcome
                 progress(stage, len(questions) - len(pending) + number, len(questions))
                 clock.tick(number)
-    return tuple(outcomes[question.key] for question in questions)
+    return outcomes
 
 
 def _units(questions: Sequence[Question], *, entropies: bool) -> Iterator[Unit]:

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 
 from ep_export.families.picture_sizes import scaled_picture, scaled_size
 from ep_export.first_token import first_token_flops, pixels_within, processor_settings, prompt_plan
+from ep_export.measure.bench import shown_picture
 from ep_export.measure.full_pass import run_full
 from ep_export.measure.pruned import Gap, gap
 from ep_export.measure.spelling import says
 from ep_export.measure.ways import Scaling, Way
 from ep_export.policy import Cut, Keep, MaxMin, Schedule
-from ep_export.runtime.pictures import open_picture
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -92,7 +92,7 @@ def scaled_prompt(bench: Bench, question: Question, prompt: PromptInputs, way: W
     Raises:
         UserError: The picture cannot be read any more.
     """
-    picture = open_picture(question.picture.path)
+    picture = shown_picture(bench, question)
     pixels = _pixels(bench, picture, prompt, way)
     if pixels is None:
         return None

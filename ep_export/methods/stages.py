@@ -45,17 +45,16 @@ def staged(stages: Sequence[Stage]) -> Stages:
 
     def cuts(layers: int, keep: float) -> tuple[StageCut, ...]:
         places = [round(stage.depth * layers) for stage in stages]
-        if places[0] >= keep * layers / 2:
-            first = int(keep * layers / 2) if stages[0].depth == 0 else max(1, int(keep * layers / 2))
+        if places[0] >= keep * layers / 2 and stages[0].depth > 0:
+            first = max(1, int(keep * layers / 2))
             step = (layers - first) / len(stages)
             places = [first + round(number * step) for number in range(len(stages))]
-        ascending = {
-            place: stage for place, stage in zip(places, stages, strict=True) if 0 <= place < layers
-        }  # of two at one layer of a small model the later, which drops more
+        # of two at one layer of a small model the later, which drops more
+        later = dict(zip(places, stages, strict=True))
         return tuple(
             StageCut(place, stage.method, stage.share)
-            for place, stage in sorted(ascending.items())
-            if place > 0 or stage.depth == 0
+            for place, stage in sorted(later.items())
+            if (place > 0 or stage.depth == 0) and place < layers
         )
 
     return cuts

@@ -1,11 +1,9 @@
-"""A Triton Inference Server model repository made of a bundle.
+"""A Triton Inference Server model repository made of a bundle: one Python model with the bundle beside it.
 
-With ONNX Runtime: one model a component, and a Python model that builds the prompt, calls them and decodes
-(business logic scripting). An ensemble could not: decoding is a loop, and the caches differ in length.
-
-With TensorRT engines: the Python model alone, with the engines in its own process, and beside them ONNX
-Runtime for prune components that stayed graphs. Triton's TensorRT backend opens plugin libraries with dlopen,
-which registers none that exports `getCreators` as ours does; and caches then stay on the GPU.
+The model opens the bundle in its own process, with ONNX Runtime or TensorRT engines, and answers many
+requests in one batch; an ensemble could not, since decoding is a loop and the caches differ in length. The
+server's own backends are not used: caches would travel between processes with every token, and its TensorRT
+backend opens plugin libraries with dlopen, which registers none that exports `getCreators` as ours does.
 """
 
 from __future__ import annotations
@@ -16,13 +14,13 @@ from pathlib import Path
 from string import Template
 
 import ep_export
-from ep_export.bundle import MANIFEST, Bundle, Component
+from ep_export.bundle import ENGINES, MANIFEST, Bundle
 from ep_export.data import data_dir
 from ep_export.documents import encode
-from ep_export.engine_record import ENGINES, RECORD, check_engine_files, engine_directory, read_record
+from ep_export.engine_record import RECORD, check_engine_files, engine_directory, read_record
 from ep_export.errors import UsageError
 from ep_export.links import link_or_copy
-from ep_export.package.triton_config import component_config, front_config
+from ep_export.package.triton_config import front_config
 from ep_export.package.triton_model import BUNDLE
 from ep_export.runtime.backends import Runtime
 from ep_export.staging import staged
@@ -32,10 +30,12 @@ __all__ = ["FRONT", "REPOSITORY", "Repository", "write_repository"]
 
 REPOSITORY = "repository.json"
 FRONT = "ep_export"
-"""Name of the model that people talk to, and prefix of the others."""
+"""Name of the model."""
 
 _MODELS = "models"
 _VERSION = "1"
+_SIZES = {"slots": "8", "waiting": "64", "capacity": "0"}
+"""Of the engine object; whoever serves the repository changes them in config.pbtxt. 0: the engine's own."""
 _MODEL_PY = '''"""Made by ep-export; see README.md beside the folder of models."""
 
 from pathlib import Path
@@ -58,7 +58,7 @@ class Repository:
 
     Attributes:
         path: The directory; `models` in it is the repository.
-        models: Names of the models.
+        models: Names of the models: one.
         runtime: What runs the components: "onnxruntime" or "tensorrt".
         target: Whose engines; None for ONNX Runtime.
         linked: Whether all weights and engines are hard links to the bundle's.
@@ -89,8 +89,7 @@ def write_repository(
         overwrite: Replace an earlier repository.
 
     Raises:
-        UserError: There are no engines for the target, the graphs have tensors that Triton's Python backend
-            cannot hand on, or `out` may not be replaced.
+        UserError: There are no engines for the target, or `out` may not be replaced.
         UsageError: A GPU for engines, which have one anyway.
     """
     engines = target if target is not None and target.flavour is not Flavour.ONNXRUNTIME else None
@@ -99,39 +98,37 @@ def write_repository(
     with staged(out, overwrite=overwrite, marker=REPOSITORY) as aside:
         models = aside / _MODELS
         front = models / FRONT / _VERSION / BUNDLE
-        linked = _link_bundle(bundle, front)
-        names = [FRONT]
         if engines is not None:
             parameters = {"runtime": Runtime.TENSORRT.value, "target": engines.name}
-            linked &= _link_engines(bundle, engines, front)
+            linked = _link_engines(bundle, engines, front)
         else:
-            parameters = {"runtime": "bls", "prefix": FRONT}
-            for component in bundle.manifest.components:
-                name = f"{FRONT}_{component.name}"
-                linked &= _component_model(bundle, component, models / name, gpu=gpu)
-                names.append(name)
+            parameters = {"runtime": Runtime.ONNXRUNTIME.value, "providers": "cuda,cpu" if gpu else "cpu"}
+            linked = _link_graphs(bundle, front)
         (models / FRONT / _VERSION / "model.py").write_text(_MODEL_PY, encoding="utf-8")
-        (models / FRONT / "config.pbtxt").write_text(front_config(FRONT, parameters), encoding="utf-8")
+        on_gpu = gpu or engines is not None
+        config = front_config(FRONT, {**parameters, **_SIZES}, gpu=on_gpu)
+        (models / FRONT / "config.pbtxt").write_text(config, encoding="utf-8")
         repository = Repository(
             path=out,
-            models=tuple(names),
-            runtime="tensorrt" if engines is not None else "onnxruntime",
+            models=(FRONT,),
+            runtime=parameters["runtime"],
             target=engines.name if engines is not None else None,
             linked=linked,
         )
-        _write_texts(bundle, repository, aside, gpu=gpu or engines is not None)
+        _write_texts(repository, aside, gpu=on_gpu)
     return repository
 
 
-def _link_bundle(bundle: Bundle, folder: Path) -> bool:
-    """The manifest and the processor files: what the Python model reads."""
-    paths = [MANIFEST, *(e.path for e in bundle.manifest.files if e.path.startswith("processor/"))]
-    linked = [link_or_copy(bundle.file(path), folder / path) for path in paths]
+def _link_graphs(bundle: Bundle, folder: Path) -> bool:
+    """Everything that `run` reads: graphs, weights, processor files."""
+    left_out = (f"{ENGINES}/", "report/")
+    paths = [entry.path for entry in bundle.manifest.files if not entry.path.startswith(left_out)]
+    linked = [link_or_copy(bundle.file(path), folder / path) for path in [MANIFEST, *paths]]
     return all(linked)
 
 
 def _link_engines(bundle: Bundle, target: Target, folder: Path) -> bool:
-    """The engines and their plugin, and the graphs that run beside them."""
+    """The engines and their plugin, the graphs that run beside them, and the processor files."""
     directory = engine_directory(bundle.path, target.name)
     record = read_record(directory)
     check_engine_files(directory, record, verify=False)  # computed where they are loaded
@@ -140,46 +137,23 @@ def _link_engines(bundle: Bundle, target: Target, folder: Path) -> bool:
         names.append(record.plugin.file)
     linked = [link_or_copy(directory / name, folder / ENGINES / target.name / name) for name in names]
     beside = [bundle.manifest.component(name).file for name in record.on_cpu]
+    beside += [MANIFEST, *(e.path for e in bundle.manifest.files if e.path.startswith("processor/"))]
     linked += [link_or_copy(bundle.file(file), folder / file) for file in beside]
     return all(linked)
 
 
-def _component_model(bundle: Bundle, component: Component, folder: Path, *, gpu: bool) -> bool:
-    """One ONNX file with the shards it refers to, which ONNX Runtime wants beside it."""
-    version = folder / _VERSION
-    linked = link_or_copy(bundle.file(component.file), version / "model.onnx")
-    for location in _shards(bundle, component):
-        linked &= link_or_copy(bundle.file(location), version / location)
-    config = component_config(folder.name, component, gpu=gpu)
-    (folder / "config.pbtxt").write_text(config, encoding="utf-8")
-    return linked
-
-
-def _shards(bundle: Bundle, component: Component) -> list[str]:
-    """Files that a component's weights lie in, relative to it."""
-    import onnx_ir as ir
-
-    model = ir.load(bundle.file(component.file))
-    tensors = (value.const_value for value in model.graph.initializers.values())
-    return sorted({str(tensor.location) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)})
-
-
-def _write_texts(bundle: Bundle, repository: Repository, aside: Path, *, gpu: bool) -> None:
+def _write_texts(repository: Repository, aside: Path, *, gpu: bool) -> None:
     templates = data_dir("engines") / "triton"
-    needs = "GPU" if gpu else "CPU"
     values = {
         "version": ep_export.__version__,
         "front": FRONT,
-        "engines": repository.target or "",
-        "models": "\n".join(f"    models/{name}/" for name in repository.models),
+        "runtime": "ONNX Runtime" if repository.target is None else f"engines for {repository.target}",
         "gpus": "--gpus all " if gpu else "",
-        "needs": needs,
-        "opset": str(bundle.manifest.opset),
+        "extra": "cpu,tensorrt" if repository.target else "gpu" if gpu else "cpu",
     }
-    for name in ("Dockerfile", f"README.{repository.runtime}.md"):
+    for name in ("Dockerfile", "README.md"):
         text = Template((templates / name).read_text(encoding="utf-8")).substitute(values)
-        file = "README.md" if name.startswith("README") else name
-        (aside / file).write_text(text, encoding="utf-8")
+        (aside / name).write_text(text, encoding="utf-8")
     (aside / ".dockerignore").write_text(f"{_MODELS}\n", encoding="utf-8")
     files = sorted(file.relative_to(aside).as_posix() for file in aside.rglob("*") if file.is_file())
     about = {"path": ".", "files": files, "made_by": {"ep-export": ep_export.__version__}}

@@ -111,10 +111,10 @@ def length_feeds(past: Sequence[int], new: int) -> dict[str, NDArray[Any]]:
         new: T, positions that follow.
 
     Returns:
-        `seqlens_k` [B] and `total_sequence_length` [] int32, as GroupQueryAttention reads them.
+        `seqlens_k` [B] and `total_sequence_length` [1] int32, as GroupQueryAttention reads them.
     """
     last = np.asarray(past, dtype=np.int32) + (new - 1)
-    return {"seqlens_k": last, "total_sequence_length": np.asarray(last.max() + 1, dtype=np.int32)}
+    return {"seqlens_k": last, "total_sequence_length": np.array([last.max() + 1], dtype=np.int32)}
 
 
 def cache_names(layers: Iterable[int]) -> Iterator[str]:

@@ -207,6 +207,7 @@ class Session:
             on_token=on_token,
         )
         tokens = run_decode(answer, decoding, timer)
+        kept = tuple(len(cut.kept_index) - length + ready.visual_index.shape[0] for cut in cuts)
         return Generation(
             answer=self.prompts.decode(tokens),
             token_ids=tokens,
@@ -219,14 +220,19 @@ class Session:
             pictures=kept_pictures(ready, [cut.kept_index for cut in cuts]),
             cuts=tuple(AnswerCut(cut.layer, cut.policy, tuple(cut.kept_index.tolist())) for cut in cuts),
             policies=tuple(cut.chooser.name for cut in schedule.cuts) if schedule else (),
-            first_token_flops=prompt_plan(self, ready, schedule, keep).first_token,
+            first_token_flops=prompt_plan(
+                self, ready, schedule if cuts else None, keep, kept=kept
+            ).first_token,
         )
 
     def _keep(self, keep: Keep | None, schedule: Schedule | None) -> Keep:
         """As told, else the bundle's, where there is anything to choose."""
         if schedule is None:
             return Keep(ratio=1.0)
-        return keep or self.bundle.manifest.keep_for(schedule)
+        own = self.bundle.manifest.keep_for(schedule)
+        if keep is not None and keep.adaptive and keep.threshold is None and keep.ratio == own.ratio:
+            return own if own.adaptive else keep
+        return keep or own
 
     def _prefill(self, prompt: PromptInputs, schedule: Schedule | None, keep: Keep, timer: Timer) -> Prefill:
         manifest = self.bundle.manifest

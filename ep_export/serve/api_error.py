@@ -9,7 +9,6 @@ from ep_export.serving import EngineClosed, EngineFull
 
 __all__ = ["ApiError", "as_api_error"]
 
-_BODY_LEFT = frozenset({408, 413})  # the rest of the body may still come, and nobody reads it
 _KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -36,8 +35,6 @@ class ApiError(Exception):
         super().__init__(message)
         self.status, self.code, self.param = status, code, param
         self.headers: dict[str, str] = {} if retry_after is None else {"Retry-After": str(retry_after)}
-        if status in _BODY_LEFT:
-            self.headers["Connection"] = "close"
 
     @property
     def body(self) -> dict[str, Any]:

@@ -14,11 +14,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import anyio
+import anyio.to_thread
 from starlette.responses import JSONResponse
 
 from ep_export.runtime.generate import Finish
 from ep_export.serve.answers import Reply
 from ep_export.serve.api_error import ApiError, as_api_error
+from ep_export.serve.budget import Budget, Share
 from ep_export.serve.chat_request import ChatRequest, parse_request
 from ep_export.serve.pictures import Conversations
 from ep_export.serving import Request
@@ -54,6 +56,7 @@ class ChatCompletions:
     def __init__(self, engine: Engine, manifest: Manifest, *, name: str, limits: Limits) -> None:
         self._engine, self._manifest, self._name, self._limits = engine, manifest, name, limits
         self._conversations = Conversations(limits)
+        self._budget = Budget(limits.held_bytes)
         self._streams: set[Stream] = set()
         self._open = 0
         self._stopping = False
@@ -74,18 +77,29 @@ class ChatCompletions:
             raise ApiError(429, f"{self._open} requests are open already", code="server_full", retry_after=1)
         self._open += 1
         try:
-            request = parse_request(await read_body(scope, receive, self._limits))
-            if request.model != self._name:
-                told = f"there is no model {request.model!r}, this server has {self._name!r}"
-                raise ApiError(404, told, param="model", code="model_not_found")
-            await _while_connected(receive, partial(self._respond, request, scope, receive, send))
+            with Share(self._budget) as share:
+                await self._answer(share, scope, receive, send)
         finally:
             self._open -= 1
 
-    async def _respond(self, request: ChatRequest, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _answer(self, share: Share, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            body = await read_body(scope, receive, self._limits, share)
+        except ApiError as error:
+            error.headers["Connection"] = "close"  # the rest may still come, and nobody reads it
+            raise
+        request = await anyio.to_thread.run_sync(parse_request, body)
+        if request.model != self._name:
+            told = f"there is no model {request.model!r}, this server has {self._name!r}"
+            raise ApiError(404, told, param="model", code="model_not_found")
+        await _while_connected(receive, partial(self._respond, request, share, scope, receive, send))
+
+    async def _respond(
+        self, request: ChatRequest, share: Share, scope: Scope, receive: Receive, send: Send
+    ) -> None:
         streaming = False
         with anyio.move_on_after(self._limits.seconds) as within:
-            turns = await self._conversations.turns(request.messages)
+            turns = await self._conversations.turns(request.messages, share)
             stream = self._engine.submit(
                 Request(
                     turns=turns,
@@ -164,11 +178,11 @@ class ChatCompletions:
         return ApiError(504, told, code="timeout")
 
 
-async def read_body(scope: Scope, receive: Receive, limits: Limits) -> bytes:
+async def read_body(scope: Scope, receive: Receive, limits: Limits, share: Share) -> bytes:
     """A JSON request's body.
 
     Raises:
-        ApiError: Not declared as JSON, too large, too slow, or the client left.
+        ApiError: Not declared as JSON, too large, too slow, no memory for it, or the client left.
     """
     headers = dict(scope["headers"])
     kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
@@ -186,6 +200,7 @@ async def read_body(scope: Scope, receive: Receive, limits: Limits) -> bytes:
                 message = await receive()
                 if message["type"] == "http.disconnect":
                     raise ApiError(400, "the client left", code="client_left")
+                share.take(len(message.get("body", b"")))
                 body += message.get("body", b"")
                 more = message.get("more_body", False)
     except TimeoutError as error:

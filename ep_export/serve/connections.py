@@ -65,14 +65,25 @@ def protocol_for(limits: Limits) -> type[H11Protocol]:
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
-            if self not in waiting and self.conn.their_state is h11.IDLE:
-                self._wait()  # of the next request on a connection that is kept
+            self._look()  # before uvicorn takes new data for a sign of life
             super().data_received(data)
 
         def handle_events(self) -> None:
             super().handle_events()
-            if self.conn.their_state is not h11.IDLE:
+            self._look()
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            self._look()
+
+        def _look(self) -> None:
+            """Whether it asks nothing: no headers yet, or the rest of a body whose request was answered."""
+            theirs = self.conn.their_state
+            asks_nothing = theirs is h11.IDLE or (theirs is h11.SEND_BODY and self.conn.our_state is h11.DONE)
+            if not asks_nothing:
                 self.stop_waiting()
+            elif self not in waiting and not self.transport.is_closing():
+                self._wait()
 
         def _wait(self) -> None:
             if len(waiting) >= limits.idle_connections:

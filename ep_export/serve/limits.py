@@ -21,7 +21,8 @@ class Limits:
         pixels: Of all pictures of a request; they are decoded one request at a time.
         new_tokens: Longest answer; a request that asks for more gets as many.
         seconds: From a request to the end of its answer, waiting included.
-        requests: At once, waiting ones included; each may hold a body.
+        requests: At once, waiting ones included.
+        held_bytes: Of the bodies and the decoded pictures of all of them.
         idle_connections: Without a request; beyond, the oldest is closed.
         fetch: Whether pictures may be fetched from http and https addresses.
         fetch_bytes: Of one fetched picture.
@@ -37,6 +38,7 @@ class Limits:
     new_tokens: int = 1024
     seconds: float = 300.0
     requests: int = 80
+    held_bytes: int = 1024 * _MIB
     idle_connections: int = 256
     fetch: bool = False
     fetch_bytes: int = 16 * _MIB

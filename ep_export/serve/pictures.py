@@ -14,6 +14,7 @@ from ep_export.errors import UserError
 from ep_export.families.base import Turn
 from ep_export.runtime import read_picture
 from ep_export.serve.api_error import ApiError
+from ep_export.serve.budget import Share
 from ep_export.serve.chat_request import ImagePart, Message
 from ep_export.serve.fetching import fetch
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from ep_export.serve.limits import Limits
 
 __all__ = ["Conversations"]
+
+_CHANNELS = 3
 
 
 class Conversations:
@@ -38,11 +41,16 @@ class Conversations:
         # set for the whole process.
         self._decoding = anyio.CapacityLimiter(1)
 
-    async def turns(self, messages: Sequence[Message]) -> tuple[Turn, ...]:
+    async def turns(self, messages: Sequence[Message], share: Share) -> tuple[Turn, ...]:
         """The conversation as the prompt builder takes it.
 
+        Args:
+            messages: Of one request.
+            share: Its memory.
+
         Raises:
-            ApiError: Too many pictures, one that is none or too large, or an address that may not be read.
+            ApiError: Too many pictures, one that is none or too large, an address that may not be read, or
+                no memory for them.
         """
         if messages[-1].role != "user":
             raise ApiError(
@@ -64,8 +72,8 @@ class Conversations:
                 param="messages",
                 code="too_many_pictures",
             )
-        files = [(place, await self._file(place, url)) for place, url in places]
-        pictures = iter(await anyio.to_thread.run_sync(self._open, files, limiter=self._decoding))
+        files = [(place, await self._file(place, url, share)) for place, url in places]
+        pictures = iter(await anyio.to_thread.run_sync(self._open, files, share, limiter=self._decoding))
         return tuple(
             Turn(
                 "system" if message.role == "developer" else message.role,
@@ -76,10 +84,10 @@ class Conversations:
             for message in messages
         )
 
-    async def _file(self, place: str, url: str) -> bytes:
+    async def _file(self, place: str, url: str, share: Share) -> bytes:
         """The bytes an address stands for."""
         if url.startswith("data:"):
-            return _decoded(place, url)
+            return await anyio.to_thread.run_sync(_decoded, place, url)
         if url.startswith(("http://", "https://")):
             if not self._limits.fetch:
                 raise ApiError(
@@ -89,7 +97,9 @@ class Conversations:
                     param=place,
                     code="fetching_disabled",
                 )
-            return await fetch(url, self._limits, param=place)
+            data = await fetch(url, self._limits, param=place)
+            share.take(len(data))
+            return data
         raise ApiError(
             400,
             "a picture's url begins with data:, http:// or https://",
@@ -97,7 +107,7 @@ class Conversations:
             code="invalid_image_url",
         )
 
-    def _open(self, files: Sequence[tuple[str, bytes]]) -> list[Image.Image]:
+    def _open(self, files: Sequence[tuple[str, bytes]], share: Share) -> list[Image.Image]:
         """Every picture decoded, within one budget of pixels."""
         left, pictures = self._limits.pixels, []
         for number, (place, data) in enumerate(files, 1):
@@ -107,6 +117,7 @@ class Conversations:
                 told = f"{error} ({error.hint})" if error.hint else str(error)
                 raise ApiError(400, told, param=place, code="invalid_image") from error
             left -= picture.width * picture.height
+            share.take(_CHANNELS * picture.width * picture.height)
             pictures.append(picture)
         return pictures
 

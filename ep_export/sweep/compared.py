@@ -110,15 +110,15 @@ def compared_ways(
         extra += _elsewhere(methods, budget, keep, layers)
         tried = set(auto_layers(keep, layers) if wanted is None else wanted)
         here = tried | {row.layer for row in extra if row.method not in _UNPLACED}
-        here |= {0} if any(row.layer == 0 for row in extra) else set()
         if any(method.place is Place.ANYWHERE and not method.chance for method in methods):
             here.add(0)
         at_keep: list[Compared] = []
-        for layer in sorted(here):
+        for layer in sorted(here | {row.layer for row in extra}):
             possible = [
                 Compared(method.key, one_cut(layer, method.key, budget), keep)
                 for method in methods
-                if method.place is Place.ANYWHERE or (layer > 0 and method.place is Place.INSIDE)
+                if layer in here
+                and (method.place is Place.ANYWHERE or (layer > 0 and method.place is Place.INSIDE))
             ]
             possible += [row for row in extra if row.layer == layer]
             refused = _refusals(possible, layers)

@@ -25,6 +25,7 @@ class SweepOptions:
         seeds: Draws of a method of chance.
         calibration: Where the recommended schedule comes from; None leaves it out.
         max_questions: A random sample of so many.
+        max_pixels: Pictures with more are scaled down first, in whatever way tokens are then pruned.
         max_new_tokens: Longest answer of the unpruned model.
         timed_prompts: Prompts whose prefill is timed; 0 for none.
         gallery_pictures: Pictures of the gallery.
@@ -40,6 +41,7 @@ class SweepOptions:
     seeds: int = 3
     calibration: Calibration | None = None
     max_questions: int | None = None
+    max_pixels: int | None = None
     max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
     timed_prompts: int = 4
     gallery_pictures: int = 8

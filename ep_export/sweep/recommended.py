@@ -113,4 +113,5 @@ def _recommended(keep: float, record: Record, source: str, held_out: bool | None
         pictures=record.images,
         source=source,
         held_out=held_out,
+        threshold=record.adaptive if record.adaptive is not None and record.adaptive.ratio == keep else None,
     )

@@ -20,7 +20,7 @@ import torch
 
 from ep_export.adaptive import adaptive_schedule
 from ep_export.errors import UserError
-from ep_export.measure.bench import Bench, Setting, make_bench
+from ep_export.measure.bench import Bench, Setting, gpus_of, make_bench
 from ep_export.measure.journal import Workplace
 from ep_export.measure.provenance import tool_versions
 from ep_export.measure.question import Question, QuestionResult, Skipped
@@ -228,6 +228,7 @@ def _setting(options: SweepOptions, compared: Sequence[Compared]) -> Setting:
         seed=options.seed,
         max_new_tokens=options.max_new_tokens,
         device=options.device,
+        max_pixels=options.max_pixels,
     )
 
 
@@ -355,8 +356,8 @@ def _picture_numbers(questions: Sequence[Question]) -> np.ndarray[tuple[int], np
 
 
 def _machine(device: str) -> str:
-    if device != "cpu":
-        return torch.cuda.get_device_name(device)
+    if gpus_of(device):
+        return torch.cuda.get_device_name(None if device.startswith("auto") else device)
     return f"{_processor()}, {torch.get_num_threads()} of {os.cpu_count()} threads"
 
 

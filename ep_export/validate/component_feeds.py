@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ep_export.bundle import Component, Manifest, Role
 from ep_export.reference import PruneSpec, capture
 from ep_export.runtime.bfloat16 import narrow, widen
+from ep_export.runtime.components import length_feeds
 from ep_export.validate.component_oracle import Arrays, ComponentOracle
 
 if TYPE_CHECKING:
@@ -157,7 +158,9 @@ def _span_feeds(
         for i in span.layer_range
         for part, array in zip(("key", "value"), caches[i], strict=True)
     }
-    return {"inputs_embeds": hidden, "position_ids": positions, **past}
+    lengths = length_feeds([caches[span.layer_range.start][0].shape[2]], hidden.shape[1])
+    given = {"inputs_embeds": hidden, "position_ids": positions, **past, **lengths}
+    return {spec.name: given[spec.name] for spec in span.inputs}
 
 
 def _as(values: NDArray[Any], dtype: str) -> NDArray[Any]:

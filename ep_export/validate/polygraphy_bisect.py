@@ -33,6 +33,9 @@ __all__ = ["Bisection", "Checked", "bisect"]
 _SAME_DATA = ("Cast", "Reshape", "Transpose", "Squeeze", "Unsqueeze")
 """Between a weight and the node that computes with it."""
 
+_FUSED_NORM, _RESIDUAL_SUM = "SkipSimplifiedLayerNormalization", 3
+"""ONNX Runtime's norm of a sum, and which of its outputs is the sum."""
+
 _AFTER_ALL = ("final/", "merger/")
 """Prefixes of nodes behind the last layer or block."""
 
@@ -190,6 +193,10 @@ class _Search:
             values = self._leaving(label, list(self._layers)[number + 1 :])
             if label == STEM:  # it hands over tables too, but only the hidden state comes from weights
                 values = {value for value in values if any(map(_weights, self._back(value, set())[0]))}
+            if len(values) == 2:  # what enters the sum that the norm behind it forms
+                values = _sum_of(values)
+                if not values:  # of the last layer, whose sum nobody else reads
+                    continue
             if len(values) != 1:
                 raise UserError(
                     f"{self._given.component.file} has {len(values)} tensors leaving {label}, expected one",
@@ -236,9 +243,9 @@ class _Search:
                 module, _, kind = weight.rpartition(".")
                 if kind != "weight" or module not in self._modules:
                     continue
-                if node.op_type == "Gemm" and node.inputs[0] is not None:
+                if node.op_type in {"Gemm", "FusedMatMul"} and node.inputs[0] is not None:
                     marks.append(_Landmark(node.inputs[0], _Side.INPUT, module, depth))
-                marks.append(_Landmark(node.outputs[0], _Side.OUTPUT, module, depth))
+                marks.append(_Landmark(_with_bias(node.outputs[0], module), _Side.OUTPUT, module, depth))
         return marks
 
     def _back(self, value: ir.Value, borders: set[ir.Value]) -> tuple[list[ir.Node], list[ir.Value]]:
@@ -355,6 +362,24 @@ def _weights(node: ir.Node) -> list[str]:
             changes_form = producer is not None and producer.op_type in _SAME_DATA
             origin = producer.inputs[0] if producer is not None and changes_form else None
     return names
+
+
+def _with_bias(product: ir.Value, module: str) -> ir.Value:
+    """What leaves a linear layer whose bias is added by a node of its own."""
+    for use in product.uses():
+        if use.node.op_type == "Add" and f"{module}.bias" in _weights(use.node):
+            return use.node.outputs[0]
+    return product
+
+
+def _sum_of(terms: set[ir.Value]) -> set[ir.Value]:
+    """The residual sum of two values, where a node gives it."""
+    first, second = ({use.node for use in term.uses()} for term in terms)
+    return {
+        node.outputs[_RESIDUAL_SUM]
+        for node in first & second
+        if node.op_type == _FUSED_NORM and len(node.outputs) > _RESIDUAL_SUM
+    }
 
 
 def _first_bad(comparisons: _Compared) -> _Landmark | None:

@@ -24,7 +24,7 @@ from typing import Any
 from ep_export.cli.console import print_error
 from ep_export.errors import UserError
 
-__all__ = ["Tally", "damaged_bytes", "damaged_json", "damaged_text", "sample", "seeded", "shown"]
+__all__ = ["Tally", "cases", "damaged_bytes", "damaged_json", "damaged_text", "sample", "seeded", "shown"]
 
 _NUMBERS = (0, -1, 1, 2, 3, 7, 10**9, -(10**9), 2**31, 2**63, 10**400, 0.0, 0.5, 1.5, -1e300, 5e-324)
 _STRINGS = ("", "x", "a\nerror: faked", "\x1b[31m\x07", "\0", "../../etc/passwd", "/etc/passwd", "x" * 5000)
@@ -42,6 +42,11 @@ _MORE_BYTES = 3 << 30
 def seeded(seed: int | str) -> Random:
     """The same damage every time; other damage with another ATTACK_SEED in the environment."""
     return Random(f"{seed} {os.environ.get('ATTACK_SEED', '')}")  # noqa: S311 - not a secret
+
+
+def cases(usual: int) -> int:
+    """How many cases a test tries: the usual number, or ATTACK_CASES times as many."""
+    return usual * int(os.environ.get("ATTACK_CASES", "1"))
 
 
 def sample(kind: Any) -> Any:

@@ -17,7 +17,7 @@ import tiny_llava
 import tiny_llava_onevision
 import tiny_smolvlm
 import tiny_video_llava
-from mutations import Tally, damaged_bytes, damaged_json, damaged_text, sample, seeded, shown
+from mutations import Tally, cases, damaged_bytes, damaged_json, damaged_text, sample, seeded, shown
 from PIL import Image, PngImagePlugin
 from tiny import CHAT_TEMPLATE, make_tiny, tiny_picture, tiny_video
 
@@ -62,7 +62,7 @@ def test_safetensors_headers_as_json(sharded, tmp_path, tally, capsys):
     shutil.copy(sharded / INDEX, tmp_path / INDEX)
     file = min(tmp_path.glob("*.safetensors"), key=lambda f: f.stat().st_size)
     header, data = header_of(file)
-    for _ in range(600):
+    for _ in range(cases(600)):
         text, what = damaged_json(rng, header)
         raw = text.encode("utf-8", "surrogatepass")
         file.write_bytes(struct.pack("<Q", len(raw)) + raw + data)
@@ -74,7 +74,7 @@ def test_safetensors_files_as_bytes(sharded, tmp_path, tally, capsys):
     rng = seeded(2)
     source = min(sharded.glob("*.safetensors"), key=lambda f: f.stat().st_size).read_bytes()
     file = tmp_path / "model.safetensors"
-    for number in range(600):
+    for number in range(cases(600)):
         file.write_bytes(damaged_bytes(rng, source, head=2000))
         tally.case(number, lambda: read_tensors(tmp_path))
     tally.counted(capsys, least=600)
@@ -85,7 +85,7 @@ def test_indices(sharded, tmp_path, tally, capsys):
     for shard in sharded.glob("*.safetensors"):
         (tmp_path / shard.name).hardlink_to(shard)
     index = json.loads((sharded / INDEX).read_text())
-    for _ in range(500):
+    for _ in range(cases(500)):
         text, what = damaged_json(rng, index)
         (tmp_path / INDEX).write_text(text)
         tally.case(what, lambda: read_tensors(tmp_path))
@@ -101,7 +101,7 @@ FAMILIES = {
 def test_published_configs(family, tmp_path, tally, capsys):
     rng = seeded(family)
     raw = json.loads(FAMILIES[family].read_text())
-    for _ in range(250):
+    for _ in range(cases(250)):
         text, what = damaged_json(rng, raw)
         (tmp_path / "config.json").write_text(text)
 
@@ -119,7 +119,7 @@ def test_configs_beside_weights(sharded, tmp_path, tally, capsys):
         (tmp_path / file.name).hardlink_to(file)
     (tmp_path / "config.json").unlink()
     raw = json.loads((sharded / "config.json").read_text())
-    for _ in range(120):
+    for _ in range(cases(120)):
         text, what = damaged_json(rng, raw)
         (tmp_path / "config.json").write_text(text)
         tally.case(what, lambda: open_checkpoint(str(tmp_path)))
@@ -162,7 +162,7 @@ def test_processor_files(processor, tmp_path, tally, capsys):
     files = sorted(directory.glob("*.json"))
     sources = {file: file.read_text() for file in files}
     ask(directory)
-    for _ in range(130):
+    for _ in range(cases(130)):
         file = rng.choice(files)
         if rng.random() < 0.15:
             text, what = damaged_text(rng, sources[file]), "letters"
@@ -181,7 +181,7 @@ def test_chat_templates(tmp_path, monkeypatch, tally, capsys):
     opened = open_config(str(directory))
     builder = opened.family.prompt_builder(directory, opened.config)
     picture = tiny_picture(60, 44)
-    for _ in range(400):
+    for _ in range(cases(400)):
         builder._template = damaged_text(rng, CHAT_TEMPLATE)
         tally.case(builder._template, lambda: builder.build([picture], "What?"))
     tally.counted(capsys, least=400)
@@ -192,7 +192,7 @@ def test_manifests(tiny_bundle, tmp_path, tally, capsys):
     bundle = shutil.copytree(tiny_bundle.path, tmp_path / "bundle")
     raw = json.loads((bundle / MANIFEST).read_text())
     raw["files"] = raw["files"][:8]
-    for _ in range(800):
+    for _ in range(cases(800)):
         text, what = damaged_json(rng, raw)
         (bundle / MANIFEST).write_text(text)
         tally.case(what, lambda: Bundle.open(bundle, verify=False))
@@ -235,7 +235,7 @@ def test_engine_records_sweeps_and_calibrations(tmp_path, tally, capsys):
     }
     for name, (kind, reader) in readers.items():
         raw = sample(kind)
-        for _ in range(250):
+        for _ in range(cases(250)):
             text, what = damaged_json(rng, raw)
             (tmp_path / name).write_text(text)
             tally.case(f"{name}: {what}", lambda reader=reader: reader(tmp_path))
@@ -250,7 +250,7 @@ def test_questions(tmp_path, tally, capsys):
         {"a.png": "What?", "b/c.png": ["Where?", {"question": "Who?", "answer": ["a", "b"]}]},
         {"a.png": {"question": "How many?", "answer": "two"}},
     )
-    for number in range(900):
+    for number in range(cases(900)):
         text, what = damaged_json(rng, sources[number % len(sources)])
         file.write_text(text)
         for reader in (read_prompts, read_questions):
@@ -262,7 +262,7 @@ def test_targets(tmp_path, tally, capsys):
     rng = seeded(12)
     sources = sorted((Path(__file__).parents[2] / "engines" / "targets").glob("*.toml"))
     file = tmp_path / "target.toml"
-    for number in range(400):
+    for number in range(cases(400)):
         file.write_text(damaged_text(rng, sources[number % len(sources)].read_text()))
         tally.case(number, lambda: read_target(file))
     tally.counted(capsys, least=400)
@@ -308,7 +308,7 @@ def test_pictures_and_animations(tmp_path, tally, capsys):
     rng = seeded(13)
     file = tmp_path / "picture.png"
     for source in pictures():
-        for number in range(120):
+        for number in range(cases(120)):
             file.write_bytes(damaged_bytes(rng, source))
             for reader in (open_picture, open_video):
                 tally.case(number, lambda reader=reader: reader(file))
@@ -317,7 +317,7 @@ def test_pictures_and_animations(tmp_path, tally, capsys):
 
 def test_names_of_files_reach_a_terminal_as_one_line(tmp_path, capsys):
     rng = seeded(14)
-    for _ in range(300):
+    for _ in range(cases(300)):
         name = "".join(
             chr(rng.choice((rng.randrange(1, 0xD800), rng.randrange(1, 64), 0x202E))) for _ in range(20)
         )

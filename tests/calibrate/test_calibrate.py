@@ -15,9 +15,12 @@ import pytest
 from tiny import make_tiny, tiny_picture
 
 from ep_export.calibrate import calibrate, plot, read_calibration
+from ep_export.calibrate import measuring as measuring_module
 from ep_export.calibrate import run as calibrate_module
+from ep_export.calibrate.candidates import candidate_ways
 from ep_export.calibrate.figure import is_our_plot
 from ep_export.checkpoint import Checkpoint, open_checkpoint
+from ep_export.entropy import METRICS
 from ep_export.errors import UsageError, UserError
 from ep_export.measure import executors as run_module
 from ep_export.policy import Cut, EvidenceKind, Keep, Schedule
@@ -56,15 +59,20 @@ def test_record_is_complete_and_its_journal_is_gone(checkpoint: Checkpoint, out:
     assert {"torch", "transformers", "ep-export"} <= set(record.provenance.tools)
     assert len(record.query_entropy) == len(record.key_entropy) == len(record.query_spread) == 4
     assert all(0 < value < math.log(64) for value in record.query_entropy)
-    # keep 0.5 of 4 layers: K = 1 and 2, with four scores of two ends, DivPrune and the floor; and K = 0
-    assert [c.layer for c in record.candidates] == [0] * 2 + [1] * 10 + [2] * 10
+    # keep 0.5 of 4 layers: K = 0, 1 and 2, where every chooser that can stand there is compared
+    ways = candidate_ways([0, 1, 2], KEEP)
+    assert [c.schedule for c in record.candidates] == [way.schedule for way in ways]
     assert [c.policy for c in record.candidates].count("random") == 3
-    assert [c.policy for c in record.candidates].count("divprune") == 3
+    assert {c.images for c in record.candidates} == {4}
     for candidate in record.candidates:
         assert 0 < candidate.kl_low <= candidate.kl <= candidate.kl_high
         assert 0 <= candidate.top1_agreement <= 1
     assert record.collapse_finding
     assert record.recommendation
+    assert "4 pictures are too few, 8 are needed" in record.horizon.finding
+    assert record.horizons == ()  # the prompts name no kinds
+    assert [curve.metric for curve in record.metrics] == [metric.key for metric in METRICS]
+    assert "of 6 detectors" in record.detectors
     assert sorted(path.name for path in out.parent.iterdir()) == ["record.json", "record.png"]
 
 
@@ -97,7 +105,7 @@ def test_interrupted_run_goes_on_where_it_stopped(
     seen.clear()
     monkeypatch.setattr(run_module, "measure", lambda *a, **k: (seen.append(1), measure(*a, **k))[1])
     record = calibrate(checkpoint, images, **SETTINGS, out=target)
-    assert len(seen) == 3  # the first picture was not measured again, the second was
+    assert len(seen) == 3 + 4  # the first picture was not measured again, the second was; then the race
     assert record.candidates == read_calibration(out).candidates
     assert not (tmp_path / ".record.json.work").exists()
 
@@ -118,7 +126,7 @@ def test_broken_and_repeated_pictures_are_skipped_and_named(
         tmp_path,
         **SETTINGS,
         layers=[1],
-        progress=lambda _, done, total: steps.append((done, total)),
+        progress=lambda stage, done, total: steps.append((done, total)) if stage == "measuring" else None,
     )
     assert record.images == 1
     assert [line.split(":")[0] for line in record.skipped] == ["b.jpg", "c.png", "d.png", "sub/e.png"]
@@ -152,7 +160,7 @@ def test_folder_without_a_usable_picture_is_refused(
 def test_impossible_keep_and_layers_are_refused_before_the_model_is_loaded(
     checkpoint: Checkpoint, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_module, "make_bench", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(measuring_module, "make_bench", lambda *_: pytest.fail("loaded"))
     with pytest.raises(UsageError, match=r"below the smallest possible, 0\.25"):
         calibrate(checkpoint, images, keep=Keep(ratio=0.1), layers=[1, 2])
     with pytest.raises(UsageError, match="expected 0 to 3"):
@@ -203,6 +211,35 @@ def test_token_budget_is_measured_at_its_average_ratio(checkpoint: Checkpoint, i
     assert 6 / 16 <= record.candidates[0].keep <= 6 / 12
 
 
+def test_enough_pictures_give_a_horizon_and_schedules_of_two_cuts(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """The random model's answers hardly depend on the picture, so tokens can go early."""
+    for i in range(8):
+        tiny_picture(84, 84, seed=i).save(tmp_path / f"p{i}.png")
+    asked = [{"question": "What?", "kind": "naming"}, {"question": "How many?", "kind": "counting"}]
+    told: list[str] = []
+    record = calibrate(
+        checkpoint,
+        tmp_path,
+        keep=KEEP,
+        prompts={f"p{i}.png": asked for i in range(8)},
+        max_new_tokens=1,
+        layers=[0, 1],
+        announce=told.append,
+    )
+    assert record.horizon.layer is not None
+    assert [(one.kind, one.images) for one in record.horizons] == [("counting", 8), ("naming", 8)]
+    mean = np.mean([one.everything.kl for one in record.horizons], axis=0)
+    np.testing.assert_allclose(mean, record.horizon.everything.kl, rtol=1e-4)  # one answer position each
+    two = [c for c in record.candidates if c.second is not None]
+    assert two
+    assert {c.second.layer for c in two} <= {record.horizon.half.horizon, record.horizon.everything.horizon}
+    assert any("comparing" in line for line in told)
+    plot(record, tmp_path / "record.png")
+    assert is_our_plot(tmp_path / "record.png")
+
+
 def test_plot_shows_records_with_and_without_a_collapse(out: Path, tmp_path: Path) -> None:
     from dataclasses import replace
 
@@ -210,7 +247,8 @@ def test_plot_shows_records_with_and_without_a_collapse(out: Path, tmp_path: Pat
 
     record = read_calibration(out)
     plot(record, tmp_path / "none.png")
-    plot(replace(record, ecl=2, confidence=0.97, candidates=()), tmp_path / "some.png")
+    plain = replace(record, ecl=2, confidence=0.97, candidates=(), metrics=(), horizon=None)
+    plot(plain, tmp_path / "some.png")
     with Image.open(tmp_path / "none.png") as wide, Image.open(tmp_path / "some.png") as narrow:
         assert wide.width > 1.5 * narrow.width
         assert np.asarray(wide.convert("L")).std() > 5
@@ -251,7 +289,7 @@ def test_changed_processor_files_are_another_measurement(tmp_path: Path, images:
     raw = json.loads(config.read_text())
     config.write_text(json.dumps({**raw, **_smaller(raw)}))
     after = calibrate(open_checkpoint(str(path)), images, **short, work=work)
-    assert len(list(work.iterdir())) == 2
+    assert len(list(work.iterdir())) == 4  # a journal for the horizon and one for the race, each time
     assert after.fingerprint == before.fingerprint
     assert after.processor != before.processor
     assert after.candidates != before.candidates

@@ -5,9 +5,17 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from ep_export.calibrate.choose import ScheduleRequest, find_published, needs_calibration, resolve_schedule
+from ep_export.adaptive import fit_threshold
+from ep_export.calibrate.choose import (
+    ScheduleRequest,
+    find_published,
+    needs_calibration,
+    resolve_keep,
+    resolve_schedule,
+)
 from ep_export.calibrate.horizon import DropCurve, Horizon
 from ep_export.calibrate.record import Candidate, Provenance, Record, write_calibration
 from ep_export.dims import DecoderDims
@@ -312,3 +320,57 @@ def test_choosing_needs_no_torch() -> None:
     code += "print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+OWN = fit_threshold(0.5, BEST, [np.linspace(0.0, 1.0, 50)] * 20, layers=6)
+ASKED = Keep(ratio=0.5, adaptive=True)
+
+
+def test_an_adaptive_keep_takes_the_records_threshold_and_its_cut():
+    other = one(2, MaxMin())
+    record = measured(adaptive=OWN, recommended=other)
+    request = ScheduleRequest()
+    keep = resolve_keep(config(), request, keep=ASKED, fresh=record)
+    assert keep == OWN
+    schedule, evidence = resolve_schedule(config(), request, fresh=record, keep=keep)
+    assert schedule == BEST  # what the threshold is for, whatever is recommended at a fixed keep
+    assert evidence.kind is EvidenceKind.MEASURED
+    told, _ = resolve_schedule(config(), ScheduleRequest(layer=2), fresh=record, keep=keep)
+    assert told.cuts[0].layer == 2  # and a check further on refuses it
+    assert resolve_keep(config(), request, keep=Keep(ratio=0.5), fresh=record) == Keep(ratio=0.5)
+    assert resolve_keep(config(), request, keep=None) is None
+
+
+@pytest.mark.parametrize(
+    ("record", "keep", "said", "hint"),
+    [
+        (None, ASKED, "needs a calibration record, and there is none of some/dir", "--images DIR"),
+        (
+            measured(),
+            ASKED,
+            "has no threshold for keep adaptive:0.5, it has none",
+            "calibrate with --keep 0.5",
+        ),
+        (
+            measured(adaptive=OWN),
+            Keep(ratio=0.25, adaptive=True),
+            "has no threshold for keep adaptive:0.25, it has one for adaptive:0.5",
+            "calibrate with --keep 0.25",
+        ),
+        (measured(adaptive=OWN, fingerprint="beef"), ASKED, "measured on other weights", "this model"),
+        (measured(adaptive=OWN, processor="beef"), ASKED, "other tokenizer or processor files", "calibrate"),
+    ],
+    ids=("no record", "none in it", "another average", "another model", "another processor"),
+)
+def test_an_adaptive_keep_without_its_record_is_refused(record, keep, said, hint):
+    with pytest.raises(UserError, match=said) as caught:
+        resolve_keep(config(), ScheduleRequest(), keep=keep, fresh=record)
+    assert hint in caught.value.hint
+
+
+def test_the_horizons_system_is_two_cuts_of_the_published_shape():
+    schedule, evidence = resolve_schedule(config(layers=32), ScheduleRequest(system="horizon"))
+    assert [(cut.layer, cut.chooser) for cut in schedule.cuts] == [(0, MaxMin()), (20, Random())]
+    assert [round(576 * cut.share) for cut in schedule.cuts] == [284, 38]
+    assert evidence.kind is EvidenceKind.TOLD
+    assert not needs_calibration(config(), ScheduleRequest(system="horizon"))

@@ -42,8 +42,8 @@ def said_kept(result):
     """Of the sentence about kept tokens: all; count, layer and percentage of every cut; the average."""
     (line,) = [line for line in result.err.splitlines() if line.startswith("kept ")]
     counts, visual, shares, average = re.match(
-        r"kept (.+) of (\d+) visual tokens: (.+) = (\d+) % on average over 4 layers; \d+ % fewer FLOPs to the "
-        r"first token, \d+ % fewer in decoder prefill alone, \d+ % less visual KV cache$",
+        r"kept (.+) of (\d+) visual tokens: (.+) = (\d+) % on average over 4 layers; \S+ % fewer FLOPs to "
+        r"the first token, \S+ % fewer in decoder prefill alone, \S+ % less visual KV cache$",
         line,
     ).groups()
     cuts = re.findall(r"(\d+) % after layer (\d+)", shares)

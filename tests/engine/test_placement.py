@@ -143,3 +143,20 @@ class TestAheadOfABuild:
 
     def test_where_nothing_is_compiled_nothing_is_refused(self, manifest):
         self.check(manifest, find_target("cpu"))
+
+    def test_weights_that_fit_are_let_through(self):
+        """LLaVA-1.5-13B in 16 GB: 26 GB as published, 7 GB in int4."""
+        model = open_config("llava-1.5-13b")
+        work = typical_work(model)
+        plan = make_plan(
+            model.dims,
+            Schedule((Cut(2),)),
+            Keep(ratio=0.25),
+            visual_tokens=work.visual_tokens,
+            text_tokens=16,
+            vision=work,
+        )
+        request = CompileRequest(find_target("jetson-orin-nx-16gb"))
+        check_ahead(request, plan, self.GRAPHS, Weights(WeightKind.INT4, 128, "nearest"))
+        with pytest.raises(UserError, match="weights 26"):
+            check_ahead(request, plan, self.GRAPHS)

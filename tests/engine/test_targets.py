@@ -7,6 +7,7 @@ from command_line import ep_export
 
 from ep_export.bundle import Dialect, Precision
 from ep_export.errors import UsageError, UserError
+from ep_export.numerics import WeightKind, Weights
 from ep_export.policy import Coverage, MaxMin, Nothing, Random, Scorer, Select, Source, TopK, chooser_named
 from ep_export.targets import (
     CHOOSERS,
@@ -62,6 +63,7 @@ def test_every_device_of_the_design_is_there(name):
 class TestEveryTarget:
     def test_figures_have_sources(self, target):
         figures = {"sm", "versions", "cuda", "memory_bytes", "bandwidth_bytes_per_second", "peak_flops"}
+        figures |= {"weights"}
         given = {name for name in figures if getattr(target, name)}
         assert given <= set(target.sources)
         assert all(len(source) > 5 for source in target.sources.values())
@@ -85,6 +87,13 @@ class TestEveryTarget:
     def test_bfloat16_from_sm_8_on(self, target):
         if target.sm is not None:
             assert (Precision.BF16 in target.dtypes) == (float(target.sm) >= 8.0)
+
+    def test_float8_weights_from_sm_8_9_on(self, target):
+        newer = target.sm is not None and version_numbers(target.sm) >= (8, 9)
+        assert target.takes_weights(Weights(WeightKind.FP8, None, "nearest")) == newer
+
+    def test_weights_as_they_are_always_pass(self, target):
+        assert target.takes_weights(None)
 
     def test_bodies_are_stripped_for_jetpack_6_alone(self, target):
         assert target.strips_body == (target.versions == VersionRange("10.3", "10.3"))
@@ -202,6 +211,9 @@ def test_a_file_of_ones_own_extends_a_shipped_target(tmp_path):
         ('verified = "surely"', "verified"),
         ('flavour = "tensorflow"', "tensorflow"),
         ('choosers = ["magic"]', "'magic', which begins no policy's name"),
+        ('weights = ["int3"]', "weights has 'int3'"),
+        ("weights = []", "weights is empty"),
+        ('sm = "8.6"\nweights = ["fp8"]', "fp8, which needs SM 8.9"),
         ('choosers = ["paper-"]', "'paper-', which begins no policy's name"),
         ("title = ", "not readable TOML"),
     ],
@@ -232,10 +244,18 @@ def test_targets_json_has_what_scripts_read():
     assert {entry["name"] for entry in said} >= set(EXPECTED)
     for entry in said:
         assert {"name", "sm", "flavour", "dtypes", "dialect", "verified"} <= set(entry)
+        assert "none" in entry["weights"]
     nano = next(entry for entry in said if entry["name"] == "jetson-orin-nano-8gb")
     assert nano["flavour"] == "tensorrt"
     assert nano["dialect"] == "portable"
     assert "bf16" in nano["dtypes"]
+    assert nano["weights"][0] == "int4"
+
+
+def test_the_list_says_what_weights_a_target_takes_best():
+    said = ep_export("targets").out
+    assert "weights:  int4, int8, as they are" in said
+    assert max(map(len, said.splitlines())) <= 80
 
 
 def test_the_list_says_how_far_each_was_verified_and_which_policies_it_takes():

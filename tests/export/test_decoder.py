@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,9 @@ from ep_export.bundle import Bundle, Dialect, Role
 from ep_export.checkpoint import meta_model, open_checkpoint
 from ep_export.errors import UserError
 from ep_export.export.decoder import check_decoder
+from ep_export.numerics import WeightKind, Weights
 from ep_export.policy import Cut, MaxMin, Nothing, Schedule, Source, TopK
+from ep_export.weights.packing import nearest
 
 SCHEDULES = {
     "one cut": Schedule((Cut(1),)),
@@ -133,15 +136,39 @@ def test_the_same_layers_are_the_same_graph_in_every_schedule(bundle_of: Callabl
 def test_onnx_runtime_fuses_every_norm(bundle_of: Callable[..., Bundle], tmp_path: Path) -> None:
     """A fusion that is missed is silent, and costs a decode step five kernels a norm."""
     bundle = bundle_of("qwen2_5_vl")
-    options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
-    options.log_severity_level = 3
-    onnxruntime.InferenceSession(str(bundle.file("decoder_1.onnx")), options)
-    used = [
-        node.op_type for node in onnx.load(tmp_path / "optimized.onnx", load_external_data=False).graph.node
-    ]
-    assert used.count("SimplifiedLayerNormalization") == 2 * 2 + 1
+    used = optimised(bundle.file("decoder_1.onnx"), tmp_path / "optimized.onnx")
+    assert used["SimplifiedLayerNormalization"] == 2 * 2 + 1
     assert "ReduceMean" not in used
+
+
+def test_onnx_runtime_computes_its_own_dialect_in_few_kernels(
+    bundle_of: Callable[..., Bundle], checkpoint_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Attention with its caches, a sum with its norm, and a quantised product are one kernel each."""
+    tensors = open_checkpoint(str(checkpoint_of("llava"))).tensors
+    int4 = nearest(tensors, Weights(WeightKind.INT4, 32, "nearest"), compute="fp32")
+    for packing in (None, int4):
+        bundle = bundle_of("llava", dialect=Dialect.ONNXRUNTIME, packing=packing)
+        used = Counter[str]()
+        for span in bundle.manifest.spans:
+            used += optimised(bundle.file(span.file), tmp_path / span.file)
+        layers, spans = bundle.manifest.dims.layers, len(bundle.manifest.spans)
+        assert used["GroupQueryAttention"] == layers
+        assert used["SkipSimplifiedLayerNormalization"] == 2 * layers - spans + 1  # and the final norm
+        assert used["RotaryEmbedding"] == 2 * layers
+        assert used["MatMulNBits" if packing else "FusedMatMul"] == 7 * layers + 1
+        assert not {"DequantizeLinear", "Gemm", "Transpose", "Softmax", "ReduceMean"} & set(used)
+        # what splits the states of the last layer into heads, and the tables of positions
+        assert used["Reshape"] <= (3 + 1) * spans
+
+
+def optimised(graph: Path, out: Path) -> Counter[str]:
+    """Operators of a graph as ONNX Runtime runs it."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(out)
+    options.log_severity_level = 4
+    onnxruntime.InferenceSession(str(graph), options)
+    return Counter(node.op_type for node in onnx.load(out, load_external_data=False).graph.node)
 
 
 def test_layers_read_their_own_weights(bundle_of: Callable[..., Bundle]) -> None:

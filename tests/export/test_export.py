@@ -45,6 +45,7 @@ PORTABLE = {
     "Where",
 }  # fmt: skip
 MODERN = {"Attention", "RMSNormalization", "RotaryEmbedding"}
+FUSED = {"FusedMatMul", "GroupQueryAttention", "SkipSimplifiedLayerNormalization"}
 
 
 @pytest.fixture(scope="module")
@@ -117,10 +118,12 @@ def test_interfaces_are_what_runtimes_are_told(bundle: Bundle) -> None:
 def test_only_operators_that_every_runtime_has(
     name: str, dialect: Dialect, bundle_of: Callable[..., Bundle]
 ) -> None:
-    allowed = PORTABLE | (MODERN if dialect is Dialect.MODERN else set())
+    more = {Dialect.PORTABLE: set(), Dialect.MODERN: MODERN, Dialect.ONNXRUNTIME: MODERN - {"Attention"}}
+    own = FUSED if dialect is Dialect.ONNXRUNTIME else set()
     for model in graphs(bundle_of(name, dialect=dialect)).values():
-        assert {node.domain for node in model.graph} == {""}
-        assert {node.op_type for node in model.graph} <= allowed
+        assert {node.op_type for node in model.graph if node.domain == ""} <= PORTABLE | more[dialect]
+        assert {node.op_type for node in model.graph if node.domain == "com.microsoft"} <= own
+        assert {node.domain for node in model.graph} <= {"", "com.microsoft"}
         assert all(value.uses() for value in model.graph.initializers.values())
         assert all(any(v.uses() or v.is_graph_output() for v in node.outputs) for node in model.graph)
 

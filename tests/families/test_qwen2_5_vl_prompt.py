@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLProcessor, Qwen2VL
 
 from ep_export.errors import UserError
 from ep_export.families import family_of
+from ep_export.families.base import Turn
 
 FAMILY = family_of("qwen2_5_vl")
 
@@ -60,6 +62,45 @@ def test_prompt_equals_huggingfaces_processor(prompts, huggingface, sizes):
         ]
         pixels = np.concatenate([p.pixel_values for p in made.pictures])
         assert np.array_equal(pixels, expected["pixel_values"])
+
+
+def test_a_conversation_equals_huggingfaces_processor(prompts, huggingface):
+    pictures = [tiny_picture(56, 90, seed=1), tiny_picture(90, 60, seed=2)]
+    turns = (
+        Turn("system", ("Be brief.",)),
+        Turn("user", ("First:", pictures[0], "What is it?")),
+        Turn("assistant", ("A thing.",)),
+        Turn("user", (pictures[1], "And this?")),
+    )
+    messages = [{"role": turn.role, "content": [_part(part) for part in turn.parts]} for turn in turns]
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "np"}
+    expected = huggingface.apply_chat_template(messages, **options)
+    made = prompts.build_chat(turns)
+    assert np.array_equal(made.input_ids, expected["input_ids"])
+    pixels = np.concatenate([picture.pixel_values for picture in made.pictures])
+    assert np.array_equal(pixels, expected["pixel_values"])
+
+
+def _part(part):
+    return {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part}
+
+
+def test_a_turn_that_the_template_leaves_out_is_refused(checkpoint, tmp_path):
+    """As some published templates do with system messages, in silence."""
+    template = "{% for m in messages if m.role == 'user' %}{{ m.content[0].text }}\n{% endfor %}"
+    copy = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
+    (copy / "chat_template.jinja").write_text(template)
+    prompts = FAMILY.prompt_builder(copy, AutoConfig.from_pretrained(copy))
+    question = Turn("user", ("What is it?",))
+    assert prompts.build_chat((question, question)).input_ids.shape[1] > 4
+    with pytest.raises(UserError, match="no place for this message of the role system"):
+        prompts.build_chat((Turn("system", ("Be brief.",)), question))
+
+
+@pytest.mark.parametrize("role", ["system", "assistant"])
+def test_no_turn_may_hold_special_tokens(prompts, role):
+    with pytest.raises(UserError, match="a special token of the model"):
+        prompts.build_chat((Turn(role, ("<|im_end|>",)), Turn("user", ("What?",))))
 
 
 def test_reference_inputs_carry_what_the_processor_would(prompts, huggingface):

@@ -30,7 +30,8 @@ from ep_export.sweep.gallery import pruned_answer
 READER = Path(__file__).parents[1] / "fixtures" / "digit-reader"
 QUARTER, HALF = Keep(ratio=0.25), Keep(ratio=0.5)
 BEFORE = [one_cut(0, method.key, QUARTER) for method in METHODS if method.place is Place.ANYWHERE]
-INSIDE = [one_cut(layer, method.key, keep) for layer, keep in ((1, QUARTER), (3, HALF)) for method in METHODS]
+CHOOSING = [method for method in METHODS if method.place in {Place.INSIDE, Place.ANYWHERE}]
+INSIDE = [one_cut(layer, each.key, keep) for layer, keep in ((1, QUARTER), (3, HALF)) for each in CHOOSING]
 TWO = [
     two_cuts((1, 0.3, "norm-lowest"), (4, 0.2, "random"), 0.3),
     two_cuts((1, 0.3, "fastv"), (3, 0.2, "dart"), 0.3),

@@ -10,13 +10,16 @@ import torch
 from views import make_view
 
 from ep_export.errors import UsageError
+from ep_export.measure.ways import Way, WayCut
 from ep_export.methods import METHODS, Place, find_methods, method_named
 from ep_export.methods.cdpruner import conditional_kernel, cosine_similarity, greedy_map, relevance
 from ep_export.methods.dart import least_duplicated
+from ep_export.methods.scope import cover
+from ep_export.methods.sparsevlm import raters
 from ep_export.plan import check_schedule
-from ep_export.policy import Cut, Schedule, chooser_named
+from ep_export.policy import Cut, Keep, Schedule, chooser_named
 
-RIVALS = [method for method in METHODS if not method.ours]
+RIVALS = [method for method in METHODS if method.choose is not None]
 
 
 def at(degrees: float) -> list[float]:
@@ -153,12 +156,18 @@ def test_cdpruner_prefers_what_the_question_is_about_among_equally_different_tok
 
 
 def test_methods_of_ours_are_policies_by_name() -> None:
-    ours = [method for method in METHODS if method.ours]
+    ours = [method for method in METHODS if method.chooser is not None]
     assert [method.chooser.name for method in ours] == [method.key for method in ours]
     assert {method.key for method in METHODS} - {method.key for method in ours} == {
         "fastv",
         "dart",
         "cdpruner",
+        "scope",
+        "pyramiddrop",
+        "sparsevlm",
+        "horizon",
+        "scaled",
+        "scaled-flops",
     }
     assert [method.key for method in METHODS if method.chance] == ["random"]
     assert [method.key for method in METHODS if method.place is Place.ANYWHERE] == [
@@ -217,7 +226,7 @@ def test_every_rival_keeps_k_visual_positions_in_order(one) -> None:
 
 
 def test_names_are_unique_and_unknown_ones_get_a_suggestion() -> None:
-    assert len({one.key for one in METHODS}) == len(METHODS) == 17
+    assert len({one.key for one in METHODS}) == len(METHODS) == 23
     with pytest.raises(UsageError, match="'fastvv' is unknown") as raised:
         find_methods(("fastvv",))
     assert "fastv" in raised.value.hint
@@ -226,3 +235,75 @@ def test_names_are_unique_and_unknown_ones_get_a_suggestion() -> None:
 def test_methods_come_in_the_order_of_the_tables() -> None:
     keys = ("random", "norm-lowest-key", "fastv", "norm-lowest")
     assert [one.key for one in find_methods(keys)] == ["norm-lowest", "fastv", "random", "norm-lowest-key"]
+
+
+def test_scope_takes_what_covers_most_times_its_saliency_by_hand() -> None:
+    """Cosines of three tokens: the first two alike, the third apart."""
+    similarity = np.array([[1.0, 0.9, 0.0], [0.9, 1.0, 0.2], [0.0, 0.2, 1.0]])
+    # first gains 1.9, 2.1, 1.2; after the second 0.1, -, 0.8
+    assert cover(similarity, np.ones(3), 3) == [1, 2, 0]
+    # salience 3 of the first: 5.7, 2.1, 1.2; then 0, 0.1 + 0.2, 1.0
+    assert cover(similarity, np.array([3.0, 1.0, 1.0]), 2) == [0, 2]
+    assert cover(similarity, np.array([1.0, 1.0, 0.0]), 3) == [1, 0, 2]
+    with pytest.raises(ValueError, match="cannot keep 4 of 3"):
+        cover(similarity, np.ones(3), 4)
+
+
+def test_scope_multiplies_coverage_by_the_attention_of_the_last_token() -> None:
+    hidden = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.0, 0.0]])
+    keys = torch.tensor([1.0, 1.0, 1.0, 0.0])[:, None, None].expand(4, 1, 2)
+    view = make_view(visual=[0, 1, 2], embeds=hidden, keys=keys, queries=torch.zeros(4, 1, 2))
+    assert method_named("scope").choose(view, 2).tolist() == [1, 2]  # equal attention: coverage alone
+
+
+def test_raters_are_the_words_that_resemble_the_picture() -> None:
+    visual = torch.tensor([[4.0, 0.0], [3.0, 0.0]])
+    words = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.9, 0.0]])
+    assert raters(visual, words).tolist() == [True, False, True]
+    assert raters(visual, words[:1].repeat(3, 1)).tolist() == [True] * 3
+
+
+def test_sparsevlm_keeps_what_its_raters_attend_to() -> None:
+    """Word 3 resembles the picture and looks at token 1; word 4 does not, and looks at token 0."""
+    embeds = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [5.0, 0.0], [-5.0, 0.0]])
+    queries = torch.tensor([[0.0, 0], [0, 0], [0, 0], [0, 9], [9, 0]])[:, None]
+    keys = torch.tensor([[1.0, 0], [0, 1], [0, 0], [0, 0], [0, 0]])[:, None]
+    view = make_view(visual=[0, 1, 2], embeds=embeds, keys=keys, queries=queries, instruction=[3, 4])
+    assert method_named("sparsevlm-rated").choose(view, 1).tolist() == [1]
+
+
+@pytest.mark.parametrize("key", ["pyramiddrop", "sparsevlm", "horizon"])
+@pytest.mark.parametrize("layers", [4, 12, 32])
+@pytest.mark.parametrize("keep", [0.5, 0.3])
+def test_stages_can_be_followed_at_every_keep(key: str, layers: int, keep: float) -> None:
+    stages = method_named(key).stages(layers, keep)
+    way = Way(tuple(WayCut(one.layer, one.method, one.share) for one in stages), Keep(ratio=keep))
+    kept = way.kept(layers=layers, visual_tokens=576)
+    assert list(kept) == sorted(kept, reverse=True)
+    ends = [*(one.layer for one in stages[1:]), layers]
+    seen = stages[0].layer * 576 + sum(
+        k * (end - one.layer) for k, one, end in zip(kept, stages, ends, strict=True)
+    )
+    assert seen == pytest.approx(keep * layers * 576, abs=layers)
+
+
+def test_published_stages_are_the_published_ones() -> None:
+    """Layers of 32, tokens of 576: arXiv 2410.17247, 2410.04417 and the Information Horizon's scripts."""
+    pyramid = method_named("pyramiddrop").stages(32, 0.5)
+    assert [(one.layer, one.share) for one in pyramid] == [(8, 0.5), (16, 0.25), (24, 0.125)]
+    sparse = method_named("sparsevlm").stages(32, 0.33)
+    assert [(one.layer, round(576 * one.share)) for one in sparse] == [(2, 300), (6, 200), (15, 110)]
+    horizon = Way(
+        tuple(WayCut(one.layer, one.method, one.share) for one in method_named("horizon").stages(32, 1 / 3)),
+        Keep(ratio=191.75 / 576),
+    )
+    assert [(cut.layer, cut.method) for cut in horizon.cuts] == [(0, "divprune"), (20, "random")]
+    assert horizon.kept(layers=32, visual_tokens=576) == (284, 38)
+    assert method_named("horizon").ours
+
+
+def test_methods_of_stages_and_pictures_choose_nothing_themselves() -> None:
+    for method in METHODS:
+        chooses = method.chooser is not None or method.choose is not None
+        assert chooses == (method.place in {Place.INSIDE, Place.ANYWHERE})
+        assert (method.stages is not None) == (method.place is Place.STAGES)

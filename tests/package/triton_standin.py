@@ -1,8 +1,9 @@
-"""A stand-in for a Triton server with its Python and ONNX Runtime backends.
+"""A stand-in for a Triton server with its Python backend.
 
-It is not Triton: it reads the repository's config.pbtxt files, opens the ONNX models with ONNX Runtime,
-checks every tensor against the configuration as Triton would, and gives model.py a module of the name and
-shape it expects. Shared memory, scheduling, the network and GPUs are not shown.
+It is not Triton: it reads the repository's config.pbtxt, checks every tensor against it as Triton would, and
+gives model.py a module of the name and shape it expects. What the backend refuses is refused: tensors that do
+not fit the configuration, reading a request after `execute` has returned, a response after the final one, and
+nothing sent that is not final. Shared memory, scheduling, the network and GPUs are not shown.
 """
 
 from __future__ import annotations
@@ -11,15 +12,15 @@ import contextlib
 import importlib.util
 import json
 import sys
+import threading
 import types
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
-import onnxruntime
 from google.protobuf import json_format
 from triton_schema import parse_config
 
@@ -51,6 +52,7 @@ class Tensor:
 class TritonError:
     INTERNAL = 1
     INVALID_ARG = 3
+    UNAVAILABLE = 4
 
     def __init__(self, message: str, code: int = 0) -> None:
         self._message, self.code = message, code
@@ -74,22 +76,24 @@ class Response:
         return self.tensors
 
 
-@dataclass
 class Answer:
-    """What one request got back."""
+    """What one request got back; its sender."""
 
-    responses: list[Response] = field(default_factory=list)
-    finished: bool = False
-    leaves_after: int | None = None
+    def __init__(self, leaves_after: int | None = None) -> None:
+        self.responses: list[Response] = []
+        self.finished = threading.Event()
+        self._leaves_after = leaves_after
 
     def send(self, response: Response | None = None, flags: int = 0) -> None:
-        assert not self.finished, "nothing may be sent after the final flag"
+        assert not self.finished.is_set(), "nothing may be sent after the final flag"
+        assert response is not None or flags == _FINAL, "a response that is not final must be one"
         if response is not None:
             self.responses.append(response)
-        self.finished = flags == _FINAL
+        if flags == _FINAL:
+            self.finished.set()
 
     def is_cancelled(self) -> bool:
-        return self.leaves_after is not None and len(self.responses) >= self.leaves_after
+        return self._leaves_after is not None and len(self.responses) >= self._leaves_after
 
     @property
     def error(self) -> str:
@@ -105,10 +109,11 @@ class Answer:
 
 @dataclass
 class Request:
-    inputs: dict[str, Tensor]
+    inputs: dict[str, Tensor] | None
     answer: Answer
 
     def get_response_sender(self) -> Answer:
+        assert self.inputs is not None, "the request is gone"
         return self.answer
 
 
@@ -117,90 +122,76 @@ class StandIn:
 
     codes = TritonError
 
-    def __init__(self, models: Path, front: str = "ep_export") -> None:
-        self._models, self._front = models, front
-        folders = sorted(folder for folder in models.iterdir() if folder.is_dir())
-        self.configs = {
-            folder.name: parse_config((folder / "config.pbtxt").read_text()) for folder in folders
-        }
-        self._sessions: dict[str, Any] = {}
-        self.requests: list[tuple[str, dict[str, tuple[int, ...]]]] = []
+    def __init__(self, models: Path, front: str = "ep_export", **parameters: str) -> None:
+        """With other values of `parameters` in its configuration."""
+        self._folder = models / front
+        self.config = parse_config((self._folder / "config.pbtxt").read_text())
+        for name, value in parameters.items():
+            self.config.parameters[name].string_value = value
 
     @contextlib.contextmanager
     def running(self) -> Iterator[StandIn]:
-        """Load every model, as a server does before it answers."""
-        for name, config in self.configs.items():
-            assert config.name == name
-            if config.backend == "onnxruntime":
-                file = self._models / name / "1" / "model.onnx"
-                self._sessions[name] = onnxruntime.InferenceSession(str(file))
+        """Load the model, as a server does before it answers."""
+        assert self.config.name == self._folder.name
         with mock.patch.dict(sys.modules, {"triton_python_backend_utils": self._module()}):
-            file = self._models / self._front / "1" / "model.py"
-            spec = importlib.util.spec_from_file_location("triton_front_model", file)
+            spec = importlib.util.spec_from_file_location(
+                "triton_front_model", self._folder / "1" / "model.py"
+            )
             loaded = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(loaded)
             self._model = loaded.TritonPythonModel()
-            config = json_format.MessageToDict(self.configs[self._front], preserving_proto_field_name=True)
-            self._model.initialize({"model_config": json.dumps(config), "model_version": "1"})
+            config = json_format.MessageToDict(self.config, preserving_proto_field_name=True)
+            told = {"model_config": json.dumps(config), "model_version": "1", "model_instance_kind": "CPU"}
+            self._model.initialize(told)
             yield self
             self._model.finalize()
 
     def ask(
         self, inputs: Mapping[str, np.ndarray], *, leaves_after: int | None = None, checked: bool = True
     ) -> Answer:
-        """Send one request to the front model; unchecked, shapes reach it as no server would let them."""
-        config = self.configs[self._front]
-        needed = {port.name for port in config.input if not port.optional}
-        known = {port.name: port for port in config.input}
+        """Send one request; unchecked, shapes reach the model as no server would let them."""
+        return self.ask_all([inputs], leaves_after=leaves_after, checked=checked)[0]
+
+    def ask_all(
+        self,
+        asked: Sequence[Mapping[str, np.ndarray]],
+        *,
+        leaves_after: int | None = None,
+        checked: bool = True,
+    ) -> list[Answer]:
+        """Send requests together and wait for the last response of each."""
+        requests = [self._request(inputs, leaves_after, checked) for inputs in asked]
+        answers = [request.answer for request in requests]
+        self._model.execute(requests)
+        for request in requests:
+            request.inputs = None  # the backend's memory is another request's now
+        for answer in answers:
+            assert answer.finished.wait(60)
+            for response in answer.responses:
+                self._check_response(response)
+        return answers
+
+    def _request(self, inputs: Mapping[str, np.ndarray], leaves_after: int | None, checked: bool) -> Request:
+        needed = {port.name for port in self.config.input if not port.optional}
+        known = {port.name: port for port in self.config.input}
         assert needed <= set(inputs) <= set(known)
         for name, values in inputs.items():
             if checked:
                 _check(known[name], values)
-        answer = Answer(leaves_after=leaves_after)
-        tensors = {name: Tensor(name, values) for name, values in inputs.items()}
-        self._model.execute([Request(tensors, answer)])
-        assert answer.finished
-        for response in answer.responses:
-            if response.failed is None:
-                ports = {port.name: port for port in config.output}
-                assert {tensor.name() for tensor in response.tensors} == set(ports)
-                for tensor in response.tensors:
-                    _check(ports[tensor.name()], tensor.as_numpy())
-        return answer
+        return Request({name: Tensor(name, values) for name, values in inputs.items()}, Answer(leaves_after))
 
-    def _infer(self, name: str, wanted: list[str], inputs: list[Tensor]) -> Response:
-        if name not in self._sessions:
-            return Response([], TritonError(f"unknown model {name}"))
-        config = self.configs[name]
-        given = {tensor.name(): tensor.as_numpy() for tensor in inputs}
-        assert set(given) == {port.name for port in config.input}
-        for port in config.input:
-            _check(port, given[port.name])
-        self.requests.append((name, {key: values.shape for key, values in given.items()}))
-        made = self._sessions[name].run(wanted, given)
-        ports = {port.name: port for port in config.output}
-        for output, values in zip(wanted, made, strict=True):
-            _check(ports[output], values)
-        return Response([Tensor(output, values) for output, values in zip(wanted, made, strict=True)])
+    def _check_response(self, response: Response) -> None:
+        if response.failed is None:
+            ports = {port.name: port for port in self.config.output}
+            assert {tensor.name() for tensor in response.tensors} == set(ports)
+            for tensor in response.tensors:
+                _check(ports[tensor.name()], tensor.as_numpy())
 
     def _module(self) -> types.ModuleType:
-        server = self
         module = types.ModuleType("triton_python_backend_utils")
-
-        class InferenceRequest:
-            def __init__(self, *, model_name, requested_output_names, inputs, preferred_memory) -> None:
-                assert preferred_memory == ("memory", "cpu", 0)
-                self._call = (model_name, requested_output_names, inputs)
-
-            def exec(self) -> Response:
-                return server._infer(*self._call)
-
         module.Tensor = Tensor
         module.TritonError = TritonError
-        module.InferenceRequest = InferenceRequest
         module.InferenceResponse = lambda output_tensors, error=None: Response(output_tensors, error)
-        module.PreferredMemory = lambda kind, device: ("memory", kind, device)
-        module.TRITONSERVER_MEMORY_CPU = "cpu"
         module.TRITONSERVER_RESPONSE_COMPLETE_FINAL = _FINAL
         module.get_input_tensor_by_name = lambda request, name: request.inputs.get(name)
         return module

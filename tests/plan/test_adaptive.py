@@ -133,6 +133,6 @@ def test_it_reads_back_as_written_and_says_what_it_is() -> None:
 
 
 def test_an_adaptive_keep_without_a_threshold_is_refused() -> None:
-    with pytest.raises(UsageError, match="keep adaptive:0.5 has no threshold") as caught:
+    with pytest.raises(UsageError, match=r"keep adaptive:0\.5 has no threshold") as caught:
         kept_tokens(Keep(ratio=0.5, adaptive=True), HIGHEST, layers=LAYERS, visual_tokens=10)
     assert "--calibration" in caught.value.hint

@@ -12,6 +12,7 @@ import pytest
 from bundles import export_tiny, two_cuts
 from tiny import tiny_picture
 
+from ep_export.adaptive import fit_threshold
 from ep_export.bundle import Bundle, Role, write_manifest
 from ep_export.documents import encode
 from ep_export.errors import UsageError, UserError
@@ -394,3 +395,46 @@ def test_another_default_keep_in_the_manifest_is_followed(copy, tiny_bundle):
         made = opened.generate([tiny_picture(200, 130)], QUESTION, max_new_tokens=1)
     (kept,) = kept_tokens(Keep(tokens=20), tiny_bundle.manifest.schedule, layers=4, visual_tokens=35)
     assert len(made.pictures[0].kept_tokens) == kept
+
+
+@pytest.fixture
+def own_keep(session):
+    """A keep of every prompt's own, fitted to three sizes of one picture's scores."""
+    schedule = session.bundle.manifest.schedule
+    prompt = session.prompts.build([tiny_picture(200, 130)], QUESTION)
+    scores = session.prefill(prompt, Keep(ratio=1.0)).cuts[0].scores
+    spread = [scores + distance * scores.std() for distance in (-1.0, 0.0, 0.5)]
+    return fit_threshold(0.75, schedule, spread, layers=4)
+
+
+def test_a_manifests_adaptive_keep_is_followed_and_can_be_overridden(copy, tiny_bundle, own_keep):
+    write_manifest(copy, dataclasses.replace(tiny_bundle.manifest, keep=own_keep))
+    opened = Bundle.open(copy, verify=False)
+    assert opened.manifest.keep == own_keep
+    with Session.open(opened, threads=1) as session:
+        prompt = session.prompts.build([tiny_picture(200, 130)], QUESTION)
+        own, cut = session.prefill(prompt), session.prefill(prompt).cuts[0]
+        good = np.flatnonzero(cut.scores >= own_keep.threshold.value)
+        assert np.array_equal(np.intersect1d(cut.kept_index, prompt.visual_index), prompt.visual_index[good])
+        fixed = session.prefill(prompt, Keep(ratio=0.75))
+        assert len(fixed.kept_index) != len(own.kept_index)
+        asked = session.prefill(prompt, Keep(ratio=0.75, adaptive=True))  # what the bundle has, by its name
+        assert np.array_equal(asked.kept_index, own.kept_index)
+        answer = session.generate([tiny_picture(200, 130)], QUESTION, max_new_tokens=1)
+        assert answer.keep == own_keep
+        assert len(answer.kept_index) == len(own.kept_index)
+
+
+def test_an_adaptive_keep_scores_first_and_keeps_then(tiny_bundle, own_keep):
+    counting = Counting()
+    with Session.open(tiny_bundle, runner=counting) as session:
+        session.generate([tiny_picture(200, 130)], QUESTION, max_new_tokens=1, keep=own_keep)
+    prune = "prune_0.paper-highest"
+    assert counting.ran == ["vision_encoder", "embed_tokens", "decoder_0", prune, prune, "decoder_1"]
+
+
+def test_an_adaptive_keep_that_the_bundle_has_not_is_refused(session):
+    prompt = session.prompts.build([tiny_picture(60, 60)], QUESTION)
+    with pytest.raises(UsageError, match="has no threshold") as caught:
+        session.prefill(prompt, Keep(ratio=0.75, adaptive=True))
+    assert "--calibration" in caught.value.hint

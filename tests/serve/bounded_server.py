@@ -18,6 +18,7 @@ LIMITS = Limits(
     new_tokens=400,
     seconds=30,
     requests=8,
+    held_bytes=4 << 20,
     idle_connections=32,
     stop_seconds=1,
 )

@@ -1,7 +1,7 @@
 """Slow, vanishing and hostile clients: the others are answered, and nothing is left behind.
 
 The server is a process of its own with small limits (bounded_server.py): 2 slots, 2 may wait, 1.5 seconds for
-headers and for bodies, 32 connections without a request, 1 MiB, 1 million pixels.
+headers and for bodies, 32 connections without a request, 1 MiB a body, 4 MiB for all, 1 million pixels.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import json
 import socket
 import struct
 import threading
+import time
 
 import pytest
 from PIL import Image
@@ -88,6 +89,29 @@ def test_half_a_body_is_waited_for_no_longer_than_told(server):
     assert b"body_too_slow" in received
 
 
+def test_a_body_that_trickles_on_after_its_answer_does_not_hold_the_connection(server):
+    with connect(server) as connection:
+        connection.sendall(
+            raw(server, server.ask(), **{"Content-Type": "text/plain", "Content-Length": "9999"})
+        )
+        connection.settimeout(0.2)
+        received, end = b"", time.monotonic() + 15
+        while time.monotonic() < end:
+            try:
+                connection.sendall(b" ")
+                block = connection.recv(1 << 16)
+            except TimeoutError:
+                continue
+            except OSError:
+                break
+            received += block
+            if not block:
+                break
+        else:
+            pytest.fail("the connection stayed open")
+    assert received.startswith(b"HTTP/1.1 415")
+
+
 def test_half_a_body_and_gone_leaves_nothing(server):
     with connect(server) as connection:
         connection.sendall(raw(server, server.ask(), **{"Content-Length": "10000"}))
@@ -107,6 +131,19 @@ def test_a_body_that_is_too_large_is_refused(server, declared):
         except httpx2.TransportError:
             return  # closed before all of it was sent
         assert (response.status_code, response.json()["error"]["code"]) == (413, "body_too_large")
+
+
+def test_many_large_bodies_do_not_fill_the_memory(server):
+    """4 MiB for all requests: the fifth body of nearly a MiB has no room."""
+    part = raw(server, server.ask("x" * 1_000_000))
+    with contextlib.ExitStack() as stack:
+        held = [stack.enter_context(connect(server)) for _ in range(5)]
+        for connection in held:
+            connection.sendall(part[:-100])
+        assert answered(server)
+        answers = [until_closed(connection) for connection in held]
+    assert sum(b"memory for requests is full" in answer for answer in answers) >= 1
+    assert sum(answer.startswith(b"HTTP/1.1 408") for answer in answers) <= 4
 
 
 def bomb() -> Image.Image:

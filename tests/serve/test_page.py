@@ -8,6 +8,7 @@ from bundles import export_tiny
 from digit_scenes import held_out
 from server_process import serving
 
+from ep_export.bundle import Dialect
 from ep_export.policy import MaxMin
 from ep_export.runtime import Session, open_picture
 
@@ -31,9 +32,9 @@ _SWITCHES = (
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory):
-    """The shipped model, cut before layer 3, with two policies."""
+    """The shipped model, cut before layer 3, with two policies, in the dialect that batches."""
     out = tmp_path_factory.mktemp("page") / "bundle"
-    return export_tiny(READER, out, layer=3, keep=0.5, policies=(MaxMin(),))
+    return export_tiny(READER, out, layer=3, keep=0.5, policies=(MaxMin(),), dialect=Dialect.ONNXRUNTIME)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,8 @@ def picture(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(bundle):
-    with serving(bundle.path, "--no-verify", environment={"EP_EXPORT_API_KEY": "open sesame"}) as running:
+    options = ("--no-verify", "--capacity", "600")
+    with serving(bundle.path, *options, environment={"EP_EXPORT_API_KEY": "open sesame"}) as running:
         yield running
 
 
@@ -136,7 +138,7 @@ def test_a_picture_is_asked_about_and_what_was_kept_is_seen(browser, bundle, pic
     assert len(radios) == 2
     browser.execute_script("arguments[0].click()", radios[0])
     assert "patches" not in at(browser, "#canvas").get_attribute("aria-label")
-    told = [entry["message"] for entry in browser.get_log("browser")]
+    told = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
     # no error and nothing that the policy of contents blocked, but for the key that was asked for
     assert [message for message in told if "401 (Unauthorized)" not in message] == []
 

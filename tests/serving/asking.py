@@ -3,7 +3,7 @@
 import random
 from itertools import product
 
-from tiny import tiny_picture
+from tiny import tiny_picture, tiny_video
 
 from ep_export.policy import Keep
 from ep_export.runtime import Sampling
@@ -25,7 +25,7 @@ def alone(session, request):
     )
 
 
-def random_requests(count, *, seed, policies, keeps, questions, sides, longest=8):
+def random_requests(count, *, seed, policies, keeps, questions, sides, videos=False):
     """Requests that differ in pictures, keep, policy, sampling and length.
 
     Args:
@@ -35,7 +35,7 @@ def random_requests(count, *, seed, policies, keeps, questions, sides, longest=8
         keeps: Of the amount.
         questions: Texts.
         sides: (smallest, largest) side of a picture in pixels.
-        longest: Answer in tokens.
+        videos: Whether some of the pictures are videos.
     """
     draw = random.Random(seed)  # noqa: S311 - no secret
     prunings = [*product(policies, keeps, [True]), ((), None, False)]
@@ -43,19 +43,21 @@ def random_requests(count, *, seed, policies, keeps, questions, sides, longest=8
     requests = []
     for number in range(count):
         names, keep, prune = draw.choice(prunings)
-        pictures = [
+        visuals = [
             tiny_picture(draw.randint(*sides), draw.randint(*sides), seed=10 * number + i)
             for i in range(draw.choice([0, 1, 1, 1, 2]))
         ]
+        if videos and draw.random() < 0.3:
+            visuals.append(tiny_video(70, 50, draw.randint(1, 4), seed=number))
         requests.append(
             Request(
                 question=draw.choice(questions),
-                visuals=tuple(pictures),
+                visuals=tuple(visuals),
                 keep=keep if keep is None or isinstance(keep, Keep) else Keep(ratio=keep),
                 policies=names,
                 prune=prune,
                 sampling=draw.choice(samplings),
-                max_new_tokens=draw.randint(1, longest),
+                max_new_tokens=draw.randint(1, 8),
             )
         )
     return requests

@@ -1,7 +1,9 @@
 """The engine as its users meet it: admission, order, cancelling, failures, closing."""
 
 import dataclasses
+import gc
 import threading
+import weakref
 
 import pytest
 from asking import alone
@@ -272,6 +274,18 @@ def test_a_reader_that_reads_nothing_holds_nobody_up(llava, expected):
         unread, read = engine.submit(ASK), engine.submit(ASK)
         assert "".join(read) == expected.answer
         assert "".join(unread) == expected.answer
+
+
+def test_what_has_ended_is_forgotten(llava):
+    with Engine(llava, slots=2, capacity=256) as engine:
+        picture = tiny_picture(84, 112)
+        streams = [engine.submit(dataclasses.replace(ASK, visuals=(picture,))) for _ in range(3)]
+        streams[2].cancel()
+        for stream in streams:
+            assert stream.answer.finish in {Finish.LENGTH, Finish.CANCELLED}
+        forgotten = [weakref.ref(picture), *map(weakref.ref, streams)]
+        del picture, stream, streams
+        wait_until(lambda: gc.collect() >= 0 and not any(each() for each in forgotten))
 
 
 def test_counters_add_up(llava, expected):

@@ -36,6 +36,7 @@ def verb(tmp_path):
         (["--cut", "2:0.5", "--cut", "1:0.2"], 2, "expected a later layer"),
         (["--cut", "two"], 2, "is not LAYER:SHARE"),
         (["--keep", "0.5", "--cut", "2:0.5:fastv"], 2, "policy 'fastv' is unknown"),
+        (["--keep", "0.5", "--max-pixels", "0"], 2, "--max-pixels"),
     ],
 )
 def test_mistakes_get_one_line_and_the_right_code(verb, arguments, code, said) -> None:
@@ -56,6 +57,8 @@ def test_a_folder_of_broken_pictures_says_so(verb) -> None:
 def test_methods_are_listed_with_their_sources() -> None:
     result = ep_export("sweep", "--list-methods")
     assert result.code == 0
+    for text in ("scope", "arXiv 2510.24214", "horizon", "scaled-flops", "coverage-norm-lowest"):
+        assert text in result.out
     for text in ("paper-highest", "fastv", "arXiv 2403.06764", "divprune", "arXiv 2503.02175", "random"):
         assert text in result.out
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
+from ep_export.adaptive import fit_threshold
 from ep_export.errors import UsageError
-from ep_export.measure.ways import one_cut
+from ep_export.measure.ways import Scaling, one_cut
 from ep_export.methods import METHODS, Place, find_methods
 from ep_export.policy import Cut, Keep, MaxMin, Random, Schedule, Scorer, Select, TopK
 from ep_export.sweep.compared import auto_layers, compared_ways
 
 FASTV = find_methods(("fastv",))
+PLACED = tuple(method for method in METHODS if method.place in {Place.INSIDE, Place.ANYWHERE})
 
 
 def places(rows) -> list[tuple[int, float]]:
@@ -50,21 +53,23 @@ def test_impossible_combinations_are_noted_and_the_rest_goes_on() -> None:
 def test_methods_stand_where_they_can_prune() -> None:
     rows, _ = compared_ways([0.5], 12, [1], METHODS)
     keys = {layer: [row.method for row in rows if row.layer == layer] for layer in (0, 1)}
-    placed = [m.key for m in METHODS if m.place in {Place.INSIDE, Place.ANYWHERE}]
+    placed = [method.key for method in PLACED]
     assert [key for key in keys[0] if key in placed] == ["divprune", "cdpruner", "random"]
     assert [key for key in keys[1] if key in placed] == placed
     assert {*keys[0], *keys[1]} >= {"horizon", "sparsevlm", "scaled", "scaled-flops"}
     assert places(rows) == [(0, 0.5), (1, 0.5), (3, 0.5)]  # PyramidDrop begins at a quarter of the depth
     assert [row.method for row in rows if row.layer == 3] == ["pyramiddrop"]
-    assert rows[-1].way == one_cut(1, "random", Keep(ratio=0.5))
+    assert next(row for row in rows if row.layer == 1 and row.method == "random").way == one_cut(
+        1, "random", Keep(ratio=0.5)
+    )
 
 
 def test_what_is_recommended_competes_at_its_own_layer() -> None:
     norm = TopK(Scorer.NORM, Select.LOWEST)
-    rows, _ = compared_ways([0.5], 12, [1], METHODS, recommended={0.5: Schedule((Cut(3, norm),))})
+    rows, _ = compared_ways([0.5], 12, [1], PLACED, recommended={0.5: Schedule((Cut(3, norm),))})
     assert places(rows) == [(0, 0.5), (1, 0.5), (3, 0.5)]
     at_three = {row.method: row.way for row in rows if row.layer == 3}
-    assert list(at_three) == [*(method.key for method in METHODS), "recommended"]
+    assert list(at_three) == [*(method.key for method in PLACED), "recommended"]
     assert at_three["recommended"] == at_three["norm-lowest"]  # one way, measured once
 
 
@@ -86,3 +91,25 @@ def test_a_schedule_that_a_keep_rules_out_is_noted() -> None:
     rows, notes = compared_ways([0.25], 12, [1], FASTV, schedule=schedule)
     assert places(rows) == [(1, 0.25)]
     assert "keep 0.25 at layer 5" in notes[0]
+
+
+def test_an_adaptive_keep_competes_beside_the_fixed_one() -> None:
+    schedule = Schedule((Cut(2, MaxMin()),))
+    own = fit_threshold(0.5, schedule, [np.linspace(0, 1, 40)], layers=12)
+    rows, _ = compared_ways(
+        [0.5], 12, [1], FASTV, recommended={0.5: schedule}, adaptive={0.5: (schedule, own)}
+    )
+    ways = {row.method: row.way for row in rows if row.layer == 2}
+    assert ways["adaptive"].cuts == ways["recommended"].cuts
+    assert ways["adaptive"].keep == own
+    assert ways["adaptive"].key != ways["recommended"].key
+
+
+def test_a_smaller_picture_is_compared_at_both_budgets() -> None:
+    rows, _ = compared_ways([0.5], 12, [1], find_methods(("scaled", "scaled-flops", "random")))
+    ways = {row.method: row.way for row in rows if not row.way.cuts}
+    assert {method: way.scaling for method, way in ways.items()} == {
+        "scaled": Scaling.TOKENS,
+        "scaled-flops": Scaling.FLOPS,
+    }
+    assert [row.layer for row in rows if not row.way.cuts] == [0, 0]

@@ -1,6 +1,7 @@
 """The report of a sweep: sentences that follow from the numbers, and a page that needs nothing else."""
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from ep_export.sweep.record import (
     GalleryEntry,
     MethodInfo,
     Row,
+    SameBudget,
     SweepRecord,
     Unpruned,
 )
@@ -37,8 +39,15 @@ def mean(value: float, spread: float = 0.1) -> MeanInterval:
     return MeanInterval(value, value - spread, value + spread, "wilson")
 
 
-def row(method: str, layer: int, keep: float, accuracy: float, over_random: float | None = None) -> Row:
-    """`over_random`: the paired difference to random, its interval 0.1 wide on both sides."""
+def row(
+    method: str,
+    layer: int,
+    keep: float,
+    accuracy: float,
+    over_random: float | None = None,
+    below_best: float | None = 0.5,
+) -> Row:
+    """`over_random`: the paired difference to random, its interval 0.1 wide on both sides; so `below_best`."""
     difference = Difference(mean(over_random), MeanInterval(0, -1, 1, "bootstrap")) if over_random else None
     policy = {"recommended": "norm-lowest", "schedule": "divprune"}.get(method, method)
     second = (WayCut(3, "random", 0.1),) if method == "schedule" else ()
@@ -54,10 +63,12 @@ def row(method: str, layer: int, keep: float, accuracy: float, over_random: floa
         kl=mean(0.5),
         kept_tokens=(4,),
         flops=50.0,
+        first_token_flops=250.0,
         kv_bytes=10.0,
         prefill=None,
         right=("10",),
         over_random=difference,
+        below_best=None if below_best is None else mean(below_best),
     )
 
 
@@ -93,13 +104,13 @@ def record(tmp_path: Path) -> SweepRecord:
         keeps=(0.5,),
         swept_layers=(1, 2),
         methods=tuple(MethodInfo(key, title, "a paper", "an idea", True) for key, title in titles),
-        unpruned=Unpruned(mean(0.95), "11", 8, 6, 100.0, 20.0, None),
+        unpruned=Unpruned(mean(0.95), "11", 8, 6, 100.0, 300.0, 20.0, None),
         entropies=Entropies((1, 2, 3, 4), (1, 1, 1, 1), (0.1,) * 4, (0.1,) * 4, 5, None, 0.5, "none found"),
         recommended=(),
         rows=(
-            row("paper-highest", 1, 0.5, 0.8, over_random=0.3),
+            row("paper-highest", 1, 0.5, 0.8, over_random=0.3, below_best=None),
             row("paper-highest", 2, 0.5, 0.2, over_random=-0.3),
-            row("recommended", 2, 0.5, 0.7, over_random=0.05),
+            row("recommended", 2, 0.5, 0.7, over_random=0.05, below_best=0.05),
             row("schedule", 1, 0.5, 0.6, over_random=0.3),
             row("random", 1, 0.5, 0.5),
             row("random", 2, 0.5, 0.5),
@@ -121,13 +132,47 @@ def test_without_answers_a_smaller_kl_stands_above():
 
 def test_the_findings_follow_from_the_numbers(record):
     said = " ".join(findings(record))
-    assert "best in hindsight is Paper, highest at layer 1, 80.0% [70.0%, 90.0%]" in said
+    best = "best in hindsight is Paper, highest at layer 1, 80.0% [70.0%, 90.0%]"
+    assert f"{best}, a tie with Recommended at layer 2" in said
     assert "(layer 2 norm-lowest), chosen beforehand, 70.0%" in said
     assert "Your schedule at keep 0.5 (layer 1 divprune, layer 3 random): 60.0%" in said
     assert "for 50% fewer FLOPs; there Paper, highest 20.0% and Random 50.0%" in said
     assert "better at 1 (layer 1 keep 0.5) and worse at 1 (layer 2 keep 0.5)" in said
     assert "Collapse: none found." in said
     assert "broken.png" in said
+
+
+def test_a_smaller_picture_and_an_adaptive_keep_are_judged(record):
+    small = replace(
+        row("scaled", 0, 0.5, 0.9, below_best=-0.3),
+        cuts=(),
+        kept_tokens=(5.0,),
+        budget=SameBudget.FIRST_TOKEN,
+    )
+    own = row("adaptive", 2, 0.5, 0.75, below_best=0.05)
+    own = replace(own, cuts=record.row("recommended", 2, 0.5).cuts)
+    titles = (("scaled", "Smaller picture"), ("adaptive", "Adaptive keep"))
+    more = tuple(MethodInfo(key, title, "a paper", "an idea", True) for key, title in titles)
+    said = " ".join(
+        findings(replace(record, rows=(*record.rows, small, own), methods=(*record.methods, *more)))
+    )
+    assert "same FLOPs to the first token (5 visual tokens, 83% of the unpruned first token): 90.0%" in said
+    assert "better than any pruning" in said
+    assert "keeping its own number (layer 2 norm-lowest): 75.0% [65.0%, 85.0%], at a fixed keep 70.0%" in said
+
+
+def test_too_few_pictures_are_said_first_and_no_answer_is_called_right(record, tmp_path):
+    few = replace(record, scarce=True, notes=("ONLY 2 PICTURES: chance",))
+    assert findings(few)[0] == "ONLY 2 PICTURES: chance"
+    shown = replace(record.gallery[0].answers[0], right=None, same=True)
+    entry = replace(record.gallery[0], answer=None, full_right=None, answers=(shown,))
+    data = replace(record.dataset, answers=False)
+    rows = tuple(replace(one, accuracy=None, right=()) for one in record.rows)
+    text = Page(
+        write_report(tmp_path, replace(record, gallery=(entry,), dataset=data, rows=rows)).read_text()
+    ).text
+    assert "1 of 1 as unpruned" in text
+    assert "✓" not in text.partition("What is kept")[2]
 
 
 class Page(HTMLParser):

@@ -62,6 +62,12 @@ def modern_bundle(tiny_checkpoint, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def fused_bundle(tiny_checkpoint, tmp_path_factory):
+    out = tmp_path_factory.mktemp("fused") / "bundle"
+    return export_tiny(tiny_checkpoint, out, layer=2, dialect=Dialect.ONNXRUNTIME)
+
+
+@pytest.fixture(scope="module")
 def true_result(tiny_bundle, checkpoint, tmp_path_factory):
     """What is found in the bundle as it is, and where it was written."""
     out = tmp_path_factory.mktemp("polygraphy") / "out"
@@ -100,7 +106,7 @@ def with_wrong_node(bundle, file, prefix, op_type, tmp_path):
     factor = ir.Value(name="factor", const_value=ir.tensor(np.float32(0.9), name="factor"))
     model.graph.initializers["factor"] = factor
     wrong = ir.node("Mul", [node.outputs[0], factor])
-    wrong.name = wrong.outputs[0].name = "wrong"
+    wrong.name = wrong.outputs[0].name = f"{prefix}wrong"
     for use in list(node.outputs[0].uses()):
         if use.node is not wrong:
             use.node.replace_input_with(use.idx, wrong.outputs[0])
@@ -216,9 +222,10 @@ def test_a_wrong_weight_is_found(tiny_bundle, checkpoint, tmp_path, tensor, comp
     [
         ("tiny_bundle", "decoder_1.onnx", "layers.3/", "Softmax", f"{LAYERS}3.self_attn.o_proj"),
         ("modern_bundle", "decoder_1.onnx", "layers.3/", "Attention", f"{LAYERS}3.self_attn.o_proj"),
+        ("fused_bundle", "decoder_1.onnx", "layers.3/", "GroupQueryAttention", f"{LAYERS}3.self_attn.o_proj"),
         ("tiny_bundle", "decoder_0.onnx", "layers.1/", "Sigmoid", f"{LAYERS}1.mlp.down_proj"),
     ],
-    ids=["attention", "attention, modern dialect", "gate"],
+    ids=["attention", "attention, modern dialect", "attention, onnxruntime dialect", "gate"],
 )
 def test_a_wrong_node_is_found(request, checkpoint, tmp_path, bundle, file, prefix, op_type, entered):
     """No weight is at fault: the first wrong tensor is what enters the next product."""

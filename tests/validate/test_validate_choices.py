@@ -8,9 +8,26 @@ import torch
 
 from ep_export.choosers import CutTokens
 from ep_export.dims import DecoderDims
-from ep_export.policy import Budget, Coverage, MaxMin, Random, Scorer, Select, TopK
+from ep_export.policy import (
+    Budget,
+    Coverage,
+    Cut,
+    Keep,
+    MaxMin,
+    Random,
+    Schedule,
+    Scorer,
+    Select,
+    Threshold,
+    TopK,
+)
 from ep_export.validate import Verdict
-from ep_export.validate.choices import choice_tolerance, compare_choice, graph_spread
+from ep_export.validate.choices import (
+    choice_tolerance,
+    compare_choice,
+    compare_own_tokens,
+    graph_spread,
+)
 
 TOLERANCE = 1e-3
 VISUAL = np.array([3, 4, 5, 6, 9, 10, 11, 12])
@@ -101,3 +118,17 @@ def test_the_graphs_own_spread_is_measured_on_its_scores():
     moved[0] += 0.25
     spread = graph_spread(TopK(Scorer.NORM), exact, moved, degree=512)
     assert spread == pytest.approx(0.25, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("k", "verdict"),
+    [(4, Verdict.PASS), (3, Verdict.AMBIGUOUS), (5, Verdict.AMBIGUOUS), (2, Verdict.FAIL), (6, Verdict.FAIL)],
+)
+def test_a_prompt_may_keep_one_more_or_fewer_where_a_score_lies_at_its_threshold(k, verdict):
+    """Norms 8, 7, 6 and 5.0004 are at least 5.0002; 5.0004 and 5.0 are nearer to it than the tolerance."""
+    threshold = Threshold(layer=1, policy="norm-highest", value=5.0002, floor=0.3, ceiling=1.0, pictures=9)
+    keep = Keep(ratio=0.5, adaptive=True, threshold=threshold)
+    schedule = Schedule((Cut(1, TopK(Scorer.NORM)),))
+    judged = compare_own_tokens("case", keep, schedule, tokens(SIZES), k, TOLERANCE, layers=4)
+    assert judged.verdict is verdict
+    assert judged.error == abs(k - 4)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import pytest
 import torch
 from bundles import export_tiny
+from family_pair import FamilyPair
 from published_layouts import LAYOUTS, publish
 from tiny import make_tiny, tiny_picture
-from tiny_llava import make_tiny_llava
+from tiny_families import TINY_FAMILIES
 
 from ep_export.checkpoint import open_checkpoint
 from ep_export.errors import UserError
@@ -41,29 +43,19 @@ def test_weights_are_what_the_format_says(source, tmp_path, layout):
         assert torch.equal(torch.from_numpy(read_layer(stored[name]).dequantised()).T, expected), name
 
 
+@pytest.fixture(scope="module")
+def source_of(tmp_path_factory):
+    return functools.cache(lambda family: TINY_FAMILIES[family](tmp_path_factory.mktemp(family) / "model"))
+
+
 @pytest.mark.parametrize("layout", RUNNABLE)
-def test_a_bundle_of_it_passes_every_stage(source, tmp_path, layout):
-    publish(source, tmp_path / "model", layout)
-    bundle = export_tiny(tmp_path / "model", tmp_path / "bundle", layer=2, chooser=MaxMin())
-    checkpoint = open_checkpoint(str(tmp_path / "model"))
-    report = validate(
-        bundle, checkpoint, pictures=[tiny_picture(112, 84)], prompts=["what is this"], max_new_tokens=4
-    )
-    assert report.verdict.value in {"PASS", "AMBIGUOUS"}, report.sentence
-
-
-def test_another_family_in_the_names_it_is_published_under(tmp_path):
-    make_tiny_llava(tmp_path / "source")
-    publish(tmp_path / "source", tmp_path / "model", "awq")
-    bundle = export_tiny(tmp_path / "model", tmp_path / "bundle", layer=1)
-    report = validate(
-        bundle,
-        open_checkpoint(str(tmp_path / "model")),
-        pictures=[tiny_picture(60, 60)],
-        prompts=["what is this"],
-        max_new_tokens=4,
-    )
-    assert report.verdict.value in {"PASS", "AMBIGUOUS"}, report.sentence
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_every_family_answers_as_its_dequantised_model(family, layout, source_of, tmp_path):
+    """Unpruned token for token; pruned with kept sets that the oracle agrees with."""
+    publish(source_of(family), tmp_path / "model", layout)
+    pair = FamilyPair(tmp_path / "model", tmp_path / "bundle", layer=1, chooser=MaxMin())
+    pair.check_everything_kept([tiny_picture(60, 60)])
+    pair.check_pruned([tiny_picture(60, 60)])
 
 
 def test_layers_that_were_left_as_they_are_stay_so(source, tmp_path):

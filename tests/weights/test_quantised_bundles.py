@@ -15,6 +15,7 @@ from tiny import tiny_picture
 
 from ep_export.bundle import Bundle, Dialect, WeightsMode
 from ep_export.checkpoint import open_checkpoint
+from ep_export.errors import UserError
 from ep_export.numerics import WeightKind, Weights
 from ep_export.policy import Cut, Keep, MaxMin, Schedule
 from ep_export.reference import PruneSpec, greedy_answer, load_model
@@ -140,7 +141,13 @@ def test_only_what_is_not_quantised_is_linked_or_read(bundle, checkpoint):
         assert not names & set(layers)
 
 
-@pytest.mark.parametrize("dialect", Dialect)
+def test_float8_is_refused_for_onnx_runtime(checkpoint, tmp_path):
+    packing = nearest(checkpoint.tensors, Weights(WeightKind.FP8, None, "nearest"), compute="fp32")
+    with pytest.raises(UserError, match="ONNX Runtime has no kernel for fp8 weights"):
+        export_tiny(checkpoint.path, tmp_path / "bundle", dialect=Dialect.ONNXRUNTIME, packing=packing)
+
+
+@pytest.mark.parametrize("dialect", [Dialect.PORTABLE, Dialect.MODERN])
 def test_float8_is_written_for_compilers(checkpoint, tmp_path, dialect):
     """ONNX Runtime's CPU provider is not asked to run it."""
     packing = nearest(checkpoint.tensors, Weights(WeightKind.FP8, None, "nearest"), compute="fp32")
