@@ -157,7 +157,7 @@ bench-families: $(STAMP)  ## Export 4 layers of every family's full size, weight
 	  --check memory --sparse
 
 bench-engines: $(RTX)  ## Compile 2 full-size layers of two 7B models, without a GPU (2 GB of disk, 6 GB of memory).
-	$(BIN)/python tests/bench/bench_engines.py full --dir $(DIR)
+	$(BIN)/python tests/bench/bench_engines.py full --dir $(DIR) --weights $(WEIGHTS)
 
 fixture: $(STAMP)  ## Train the shipped model again (over an hour on two cores).
 	$(BIN)/python tests/fixtures/train_digit_reader.py --out $(MODEL)

@@ -62,8 +62,6 @@ TEXT_TOKENS = 86
 """Text tokens of the plan that is shown before a build: about those of the paper's benchmarks."""
 
 MAX_PICTURES = 8
-ROUNDING_PICTURES = 24
-"""For calibrated rounding: with 24 pictures of 100 and more tokens every layer sees thousands of rows."""
 MAX_NEW_TOKENS = 16
 REPORT = "report"
 NO_BF16 = "ONNX Runtime computes no bfloat16 on a CPU"
@@ -222,7 +220,7 @@ def _packing(prepared: Prepared) -> Packing | None:
         from ep_export.weights.packing import nearest
 
         return nearest(checkpoint.tensors, request.weights, compute=request.precision.value)
-    from ep_export.calibrate.weights import calibrated
+    from ep_export.calibrate.weights import ROUNDING_PICTURES, calibrated
 
     pictures, questions = pictures_and_questions(request.images, request.prompts, ROUNDING_PICTURES)
     return calibrated(checkpoint, request.weights, pictures, questions, compute=request.precision.value)

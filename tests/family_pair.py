@@ -123,7 +123,7 @@ class FamilyPair:
         assert answer.kept_index == tuple(ours.kept_index.tolist())
 
     def check_adaptive(self, visuals: Sequence[Visual]) -> None:
-        """A prompt with a keep of its own keeps as many tokens as the oracle decides, and answers the same."""
+        """A prompt with a keep of its own keeps as many tokens as the oracle, and answers the same."""
         session, prompt = self.session, self.prompt(visuals)
         manifest = session.bundle.manifest
         schedule, layers = manifest.schedule, manifest.dims.layers

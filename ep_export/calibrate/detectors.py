@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ep_export.calibrate.record import LayerCurve
+from ep_export.calibrate.statistics import floats
 from ep_export.entropy import find_collapse, fixed_rule_stages
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def layer_curve(metric: str, values: NDArray[np.float64], *, seed: int) -> Layer
         judged = np.log(values) if metric == _LOGARITHMIC else values
         judgement = find_collapse(judged, seed=seed, unit="" if metric == _NO_ENTROPY else " nats")
         collapse, finding = judgement.layer, judgement.finding
-    return LayerCurve(metric, _floats(mean), _floats(values.std(axis=0)), collapse, finding)
+    return LayerCurve(metric, floats(mean), floats(values.std(axis=0)), collapse, finding)
 
 
 def where_detectors_agree(queries: Collapse, keys: Collapse, metrics: Sequence[LayerCurve]) -> str:
@@ -68,7 +69,3 @@ def where_detectors_agree(queries: Collapse, keys: Collapse, metrics: Sequence[L
     blind = [name for name, at in named.items() if at is None]
     text = f"{len(named) - len(blind)} of {len(named)} detectors see a collapse, {'; '.join(parts)}"
     return f"{text}; not {', '.join(blind)}" if blind else text
-
-
-def _floats(values: NDArray[np.float64]) -> tuple[float, ...]:
-    return tuple(float(f"{value:.6g}") for value in values)

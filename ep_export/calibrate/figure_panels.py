@@ -52,7 +52,7 @@ def entitle(axes: Any, title: str, note: str) -> None:
 
 def draw_metrics(axes: Any, record: Record) -> None:
     """Every metric as a share of its largest value; its own numbers stand in the legend."""
-    from ep_export.entropy import METRICS
+    from ep_export.entropy import METRICS, VENDI
 
     known = {metric.key: metric for metric in METRICS}
     for curve in record.metrics:
@@ -61,6 +61,8 @@ def draw_metrics(axes: Any, record: Record) -> None:
         metric = known.get(curve.metric)
         first, last = f"{curve.values[0]:.3g}", f"{curve.values[-1]:.3g}"
         title = f"{metric.title}, {first} to {last} {metric.unit}".strip() if metric else curve.metric
+        if metric is VENDI and record.visual_tokens:
+            title = f"{metric.title}: {record.visual_tokens:.0f} tokens, worth {first} to {last}"
         shares = [value / largest for value in curve.values]
         line = {"color": colour, "marker": "o", "markersize": 4, "linewidth": 1.7}
         axes.plot(range(len(shares)), shares, label=title, **line)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ep_export.calibrate.resampling import resampled_means
+from ep_export.calibrate.statistics import floats, resampled_means
 from ep_export.measure.ways import Way, WayCut, one_cut
 from ep_export.policy import Keep, Nothing, Random, Schedule
 
@@ -149,8 +149,8 @@ def before_horizon(horizon: Horizon | None, schedule: Schedule) -> str | None:
     if not early:
         return None
     at = [i for i, layer in enumerate(horizon.everything.layers) if layer <= early[0]]
-    cost = f", where dropping all of them costs KL {horizon.everything.kl[at[-1]]:.2g}" if at else ""
-    return f"the cut at layer {early[0]} lies before the information horizon, layer {horizon.layer}{cost}"
+    cost = f" (dropping all tokens there costs KL {horizon.everything.kl[at[-1]]:.2g})" if at else ""
+    return f"the cut at layer {early[0]}{cost} lies before the information horizon, layer {horizon.layer}"
 
 
 def _curve(
@@ -163,9 +163,9 @@ def _curve(
     within = (high <= NOISE_KL) & (top1 >= 1 - NOISE_TOP1)
     return DropCurve(
         layers=layers,
-        kl=_floats(kl.mean(axis=0)),
-        kl_high=_floats(high),
-        top1_agreement=_floats(top1),
+        kl=floats(kl.mean(axis=0)),
+        kl_high=floats(high),
+        top1_agreement=floats(top1),
         horizon=_first_of_all(layers, within) if images >= MIN_IMAGES else None,
     )
 
@@ -210,7 +210,3 @@ def _finding(
             text = "no information horizon that is sure"
     more = [f"layer {one[0]} with about {one[1]} pictures" for one in needed if one is not None]
     return f"{text}; perhaps {' and '.join(more)}" if more else text
-
-
-def _floats(values: NDArray[np.float64]) -> tuple[float, ...]:
-    return tuple(float(f"{value:.6g}") for value in values)

@@ -61,6 +61,7 @@ class Measurer:
         executor: Who measures; this process when None.
         progress: Called as (stage, done, total).
         announce: Told the plan, and how long it will take.
+        rounded: See `Setting.rounded`.
     """
 
     checkpoint: Checkpoint
@@ -71,6 +72,7 @@ class Measurer:
     executor: Executor | None
     progress: Progress
     announce: Announce
+    rounded: str | None = None
     _pace: float | None = field(default=None, init=False)  # seconds a token and layer, where known
     _resident: _OneModel = field(default_factory=_OneModel, init=False)
 
@@ -135,6 +137,7 @@ class Measurer:
             device=self.device,
             entropies=curves,
             metrics=curves,
+            rounded=self.rounded,
         )
 
     def _ask(self, setting: Setting, asked: Sequence[Asked], stage: str) -> tuple[dict[str, Outcome], float]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from ep_export.calibrate.horizon import NOISE_KL
 from ep_export.calibrate.record import RANDOM
-from ep_export.calibrate.resampling import resampled_means
+from ep_export.calibrate.statistics import resampled_means
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -14,7 +14,7 @@ import numpy as np
 from ep_export.calibrate.horizon import NOISE_KL
 from ep_export.calibrate.race import Fidelity, is_floor
 from ep_export.calibrate.record import Candidate
-from ep_export.calibrate.resampling import resampled_means
+from ep_export.calibrate.statistics import resampled_means
 from ep_export.policy import TopK
 
 if TYPE_CHECKING:
@@ -53,8 +53,8 @@ class Recommendation:
         confidence: Share of resamples in which it has the lowest mean KL of all that ran to the end; None
             without a schedule.
         reason: One sentence.
-        images_needed: Pictures that could tell it apart from its closest rival; None where it is told apart,
-            or where what there is between them is noise.
+        images_needed: Pictures that could tell it apart from its closest rival, or show that only noise lies
+            between them; None where either is sure.
     """
 
     schedule: Schedule | None
@@ -103,9 +103,9 @@ def recommend(fidelity: Fidelity, *, seed: int = 0) -> Recommendation:
 
     Among those the lowest mean KL leads, top-1 agreement breaking ties. Ways equal to it (interval of the
     paired difference reaches 0, mean at most 10% larger) are then put in this order: the published one
-    (paper-highest), then two cuts before one (the second lies at the horizon, so that at the same average
-    more tokens go through the layers that look at them), then the earlier layer (at the same average it costs
-    about the same, and it leaves room for smaller keeps), then the higher top-1 agreement, then the lower KL.
+    (paper-highest), then the earlier layer (at the same average it costs about the same, and it leaves room
+    for smaller keeps), then the leader's own first chooser, with a second cut before without (it lies at the
+    horizon, so that at the same average more tokens go through the layers that look), then the lower KL.
 
     Args:
         fidelity: The measurements; every layer needs its random column.
@@ -122,15 +122,14 @@ def recommend(fidelity: Fidelity, *, seed: int = 0) -> Recommendation:
     able = [i for i in columns if paired.beats_random(i)]
     if not able:
         return Recommendation(None, None, _nothing(ways, mean))
-    agreement = fidelity.agreement.mean(axis=0)  # of finalists; NaN of others
-    best = min(able, key=lambda i: (mean[i], -agreement[i]))
+    best = min(able, key=lambda i: (mean[i], -fidelity.agreement[:, i].mean()))
     equal = [i for i in able if mean[i] <= MARGIN * mean[best] and not paired.surely_below(best, i)]
-    chosen = min({best, *equal}, key=lambda i: (*_preference(ways[i]), -agreement[i], mean[i]))
+    chosen = min({best, *equal}, key=lambda i: (*_preference(ways[i], ways[best]), mean[i]))
     # two ways may keep the same tokens of every picture: a tie is a win
     resampled = paired.means(columns)
     won = resampled[:, columns.index(chosen)] <= resampled.min(axis=1) + 1e-12
     confidence = float(won.mean())
-    said, needed = _separation(paired, chosen, [i for i in columns if i not in (chosen, best)])
+    said, needed = _separation(paired, chosen, [i for i in columns if i != chosen])
     reasons = [_against_random(paired, chosen, best), f"best in {confidence:.0%} of resamples", *said]
     return Recommendation(ways[chosen].schedule, confidence, "; ".join(reasons), needed)
 
@@ -159,6 +158,12 @@ class _Paired:
         means = self.means([lower, upper])
         return bool(np.quantile(means[:, 1] - means[:, 0], tail) > 0)
 
+    def surely_within(self, one: int, other: int, noise: float) -> bool:
+        """Whether the 95% interval of the difference lies within plus or minus `noise`."""
+        means = self.means([one, other])
+        ends = np.quantile(means[:, 1] - means[:, 0], [_TAIL, 1 - _TAIL])
+        return bool(np.abs(ends).max() <= noise)
+
     def beats_random(self, column: int) -> bool:
         """See `recommend`."""
         kl, images = self.kl, self._images
@@ -169,27 +174,30 @@ class _Paired:
 def _separation(paired: _Paired, chosen: int, others: Sequence[int]) -> tuple[list[str], int | None]:
     """What is not told apart from the chosen way: how many, and the pictures that could tell the next best.
 
-    What lies within noise of it may stay there: more pictures would change nothing that matters.
+    Differences that lie within noise for sure hardly matter. For the others so many pictures are needed that
+    the interval of a difference either leaves out 0 or lies within noise.
     """
-    kl, ways, mean = paired.kl, paired.ways, paired.mean
+    ways, mean = paired.ways, paired.mean
     rivals = [i for i in others if not paired.surely_below(chosen, i)]
-    apart = [i for i in rivals if abs(mean[i] - mean[chosen]) >= NOISE_KL]
+    apart = [i for i in rivals if not paired.surely_within(chosen, i, NOISE_KL)]
     close = len(rivals) - len(apart)
-    said = [f"{close} within {NOISE_KL:g} nats of it not told apart, which hardly matters"] if close else []
+    said = [f"{close} within {NOISE_KL:g} nats of it for sure, which hardly matters"] if close else []
     if not apart:
         return [*said, "all others are worse for sure"], None
     rival = min(apart, key=lambda i: mean[i])
-    difference = kl[:, rival] - kl[:, chosen]
-    needed = math.ceil((_Z * float(difference.std(ddof=1) / difference.mean())) ** 2)
+    difference = paired.kl[:, rival] - paired.kl[:, chosen]
+    tell = max(abs(float(difference.mean())), NOISE_KL)
+    needed = math.ceil((_Z * float(difference.std(ddof=1)) / tell) ** 2)
     needed = max(needed, len(difference) + 1)  # an interval that is not symmetric was not sure yet
     maybe = f"{_name(ways[rival])} ({mean[rival]:.3g}) may be as good"
     return [*said, f"{maybe}, more pictures needed: about {needed}"], needed
 
 
-def _preference(way: Way) -> tuple[bool, int, int]:
-    cuts = way.cuts
-    published = len(cuts) == 1 and cuts[0].method == TopK().name
-    return (not published, -len(cuts), cuts[0].layer)
+def _preference(way: Way, best: Way) -> tuple[bool, int, bool, int]:
+    """See `recommend`; the lowest first."""
+    first = way.cuts[0]
+    published = len(way.cuts) == 1 and first.method == TopK().name
+    return (not published, first.layer, first.method != best.cuts[0].method, -len(way.cuts))
 
 
 def _name(way: Way) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from ep_export.calibrate.horizon import Horizon
 from ep_export.documents import read_document, write_document
 from ep_export.errors import UserError, reason
+from ep_export.numerics import Weights
 from ep_export.plan import check_schedule
 from ep_export.policy import Cut, EvidenceKind, Keep, Random, Schedule, chooser_named
 
@@ -152,8 +153,10 @@ class Record:
         detectors: One sentence: where the detectors of a collapse agree.
         horizon: The Information Horizon; None when it was not measured.
         horizons: The same for every kind of question that the prompts name.
-        images_needed: Pictures that could tell the recommended schedule apart from its closest rival; None
-            where it is, or where it does not matter.
+        images_needed: Pictures that could tell the recommended schedule apart from its closest rival, or show
+            that only noise lies between them; None where either is sure.
+        visual_tokens: Of a prompt, mean over pictures.
+        weights: What the measured model's linear layers were rounded to; None: its own weights.
         format: Version of this structure.
     """
 
@@ -182,6 +185,8 @@ class Record:
     horizon: Horizon | None = None
     horizons: tuple[Horizon, ...] = ()
     images_needed: int | None = None
+    visual_tokens: float | None = None
+    weights: Weights | None = None
     format: int = RECORD_FORMAT
 
     def candidate_for(self, schedule: Schedule) -> Candidate | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -17,12 +18,15 @@ from ep_export.calibrate.detectors import layer_curve, where_detectors_agree
 from ep_export.calibrate.figure import is_our_plot, plot
 from ep_export.calibrate.horizon import Horizon, find_horizon, horizon_ways
 from ep_export.calibrate.measuring import Measurer
-from ep_export.calibrate.pictures import Usable, ask_about, figures
+from ep_export.calibrate.pictures import Asked, Usable, ask_about, figures
 from ep_export.calibrate.race import Fidelity
 from ep_export.calibrate.recommend import Recommendation, recommend, table
 from ep_export.calibrate.record import Provenance, Record, write_calibration
+from ep_export.calibrate.statistics import floats
+from ep_export.calibrate.weights import ROUNDING_PICTURES, rounded_shard
 from ep_export.entropy import METRICS, Collapse, find_collapse
 from ep_export.errors import UserError
+from ep_export.interrupts import uninterrupted
 from ep_export.measure.executors import Executor
 from ep_export.measure.journal import Workplace
 from ep_export.measure.pictures import find_pictures
@@ -30,12 +34,14 @@ from ep_export.measure.prompts import GENERIC_QUESTIONS, Prompts, question_of
 from ep_export.measure.provenance import processor_fingerprint, tool_versions
 from ep_export.measure.question import QuestionResult
 from ep_export.measure.run import Announce
+from ep_export.numerics import WeightKind, Weights
 from ep_export.plan import check_keep
 from ep_export.policy import Cut, EvidenceKind, Keep, Schedule
 from ep_export.progress import Progress, silent
+from ep_export.runtime import open_picture
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    from PIL import Image
 
     from ep_export.checkpoint import Checkpoint
 
@@ -60,6 +66,7 @@ def calibrate(
     seed: int = 0,
     device: str = "cpu",
     executor: Executor | None = None,
+    weights: Weights | None = None,
     out: Path | None = None,
     work: Path | None = None,
     progress: Progress = silent,
@@ -78,6 +85,8 @@ def calibrate(
         seed: Of every random choice.
         device: Where torch runs, e.g. "cpu" or "cuda". On a GPU the checkpoint's own number type is used.
         executor: Who measures, e.g. `Processes(2)`; this process when None.
+        weights: Measure the model with its linear layers rounded so, by what enters them on the first
+            pictures; its own weights when None.
         out: Record to write, with its plot beside it as .png. Nothing is written when None.
         work: Where the journal lies, kept afterwards; when None, beside `out` and removed in the end.
         progress: Called as ("measuring", done, total), then so for every part of the race.
@@ -93,7 +102,11 @@ def calibrate(
     cut_layers = () if keep.ratio == 1 else candidate_layers(keep, depth, layers)
     pictures = find_pictures(images, most=max_images, seed=seed)
     half, everything = horizon_ways(depth)
-    with Workplace(out, work) as directory:
+    asked, skipped = ask_about(pictures, prompts)
+    with (
+        Workplace(out, work) as directory,
+        rounded_shard(checkpoint, weights, *_first_shown(asked), progress=progress) as shard,
+    ):
         measurer = Measurer(
             checkpoint,
             directory,
@@ -103,8 +116,8 @@ def calibrate(
             executor=executor,
             progress=progress,
             announce=announce,
+            rounded=None if shard is None else str(shard),
         )
-        asked, skipped = ask_about(pictures, prompts)
         usable = measurer.horizon(asked, (*half, *everything), skipped)
         horizons = [_horizon(usable.results, depth, None, seed)]
         horizons += [_horizon(usable.of_kind(kind), depth, kind, seed) for kind in usable.kinds]
@@ -117,10 +130,26 @@ def calibrate(
             record,
             provenance=_provenance(usable, prompts, images.name or str(images), seed),
             adaptive=_adaptive(record, measurer, usable),
+            weights=replace(weights, rounding="gptq")
+            if weights and weights.kind is not WeightKind.FP8
+            else weights,
         )
         if out is not None:
             _write(out, record)
     return record
+
+
+def _first_shown(asked: Sequence[Asked]) -> tuple[list[Image.Image], list[str]]:
+    """Pictures that can be opened and a question about each, to round weights by."""
+    pictures: list[Image.Image] = []
+    questions: list[str] = []
+    for one in asked:
+        if len(pictures) == ROUNDING_PICTURES:
+            break
+        with contextlib.suppress(UserError):  # named where it is measured
+            pictures.append(open_picture(one.questions[0].picture.path))
+            questions.append(one.questions[0].text)
+    return pictures, questions
 
 
 def _check_out(out: Path | None) -> None:
@@ -171,8 +200,8 @@ def _record(
     return Record(
         model=checkpoint.source,
         layers=checkpoint.dims.layers,
-        query_entropy=_floats(queries.mean(axis=0)),
-        key_entropy=_floats(keys.mean(axis=0)),
+        query_entropy=floats(queries.mean(axis=0)),
+        key_entropy=floats(keys.mean(axis=0)),
         images=len(first),
         ecl=collapse.layer,
         confidence=collapse.confidence,
@@ -181,8 +210,8 @@ def _record(
         provenance=Provenance(EvidenceKind.MEASURED, "", ""),
         fingerprint=checkpoint.fingerprint,
         processor=processor_fingerprint(checkpoint.processor_files),
-        query_spread=_floats(queries.std(axis=0)),
-        key_spread=_floats(keys.std(axis=0)),
+        query_spread=floats(queries.std(axis=0)),
+        key_spread=floats(keys.std(axis=0)),
         collapse_finding=collapse.finding,
         recommendation=recommendation.reason,
         recommended_confidence=recommendation.confidence,
@@ -193,6 +222,7 @@ def _record(
         horizon=horizons[0],
         horizons=tuple(horizons[1:]),
         images_needed=recommendation.images_needed,
+        visual_tokens=float(np.mean([result.visual_tokens for result in first])),
     )
 
 
@@ -244,10 +274,6 @@ def _different(prompts: Prompts) -> tuple[str, ...]:
     return tuple(dict.fromkeys(text for text in texts if text))
 
 
-def _floats(values: NDArray[np.float64]) -> tuple[float, ...]:
-    return tuple(float(value) for value in values)
-
-
 def _write(out: Path, record: Record) -> None:
     """Record and plot, both aside before either is renamed: a failure leaves what was there."""
     picture = _plot_file(out)
@@ -255,8 +281,9 @@ def _write(out: Path, record: Record) -> None:
     try:
         write_calibration(record_aside, record)
         plot(record, picture_aside)
-        picture_aside.replace(picture)
-        record_aside.replace(out)
+        with uninterrupted():
+            picture_aside.replace(picture)
+            record_aside.replace(out)
     finally:
         record_aside.unlink(missing_ok=True)
         picture_aside.unlink(missing_ok=True)

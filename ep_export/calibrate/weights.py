@@ -7,17 +7,24 @@ one layer are in memory at a time, besides the second moments and what every pro
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ep_export.bundle import hash_file
+from ep_export.errors import UserError
+from ep_export.export.packing import decoder_weights, pack
+from ep_export.numerics import WeightKind
+from ep_export.progress import Progress, silent
 from ep_export.reference.spans import SpanRecorder, run_layers
 from ep_export.reference.streamed import StreamedModel
 from ep_export.weights.gptq_rounding import Moments, round_calibrated
-from ep_export.weights.packing import Packing, scale_type
+from ep_export.weights.packing import Packing, nearest, scale_type
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -28,7 +35,12 @@ if TYPE_CHECKING:
     from ep_export.numerics import Weights
     from ep_export.weights.packed import PackedLinear
 
-__all__ = ["calibrate_layers", "calibrated"]
+__all__ = ["ROUNDING_PICTURES", "calibrate_layers", "calibrated", "rounded_shard"]
+
+ROUNDING_PICTURES = 24
+"""With 24 pictures of 100 and more tokens every layer sees thousands of rows."""
+
+_COMPUTE = "fp16"  # of the bundles that are measured for: it decides the type of scales
 
 
 def calibrated(
@@ -63,6 +75,49 @@ def calibrated(
         )
 
     return Packing(replace(weights, rounding="gptq"), layers)
+
+
+@contextmanager
+def rounded_shard(
+    checkpoint: Checkpoint,
+    weights: Weights | None,
+    pictures: Sequence[Image.Image] = (),
+    questions: Sequence[str] = (),
+    *,
+    progress: Progress = silent,
+) -> Iterator[Path | None]:
+    """What a bundle of these weights would hold, to measure a model that has them dequantised.
+
+    Args:
+        checkpoint: Unquantised.
+        weights: Kind and group; None for the checkpoint's own weights.
+        pictures: To round by what enters the layers, as `build --images` does; without any, to the nearest.
+        questions: One a picture.
+        progress: Told about every layer.
+
+    Yields:
+        A shard for `load_model(quantised=stored_layers([shard]))`, its name a digest of what is in it; gone
+        when the block ends. None without weights.
+
+    Raises:
+        UserError: The checkpoint is quantised already, or a layer cannot be rounded.
+    """
+    if weights is None:
+        yield None
+        return
+    if checkpoint.published is not None:
+        raise UserError(
+            f"{checkpoint.source} is quantized already, by {checkpoint.published.layout}",
+            hint="leave out --weights: it is measured as it is",
+        )
+    if pictures and weights.kind is not WeightKind.FP8:
+        packing = calibrated(checkpoint, weights, pictures, questions, compute=_COMPUTE)
+    else:
+        packing = nearest(checkpoint.tensors, weights, compute=_COMPUTE)
+    with tempfile.TemporaryDirectory(prefix="ep-export-weights-") as directory:
+        file = Path(directory) / "layers"
+        pack(checkpoint, decoder_weights(checkpoint), packing, file, compute=_COMPUTE, progress=progress)
+        yield file.rename(file.with_name(f"{weights.kind.value}-{hash_file(file)[:16]}.safetensors"))
 
 
 def calibrate_layers(

@@ -15,11 +15,14 @@ from ep_export.cli.options import (
     keep_options,
     model_option,
     optional_keep,
+    weights_from,
+    weights_options,
 )
 from ep_export.errors import UsageError
 
 if TYPE_CHECKING:
     from ep_export.calibrate import Record
+    from ep_export.checkpoint import Checkpoint
 
 __all__ = ["calibrate"]
 
@@ -43,7 +46,13 @@ _MOST_ROWS = 25
 @click.option(
     "--seed", type=int, default=0, show_default=True, help="Of the random floor and the resampling."
 )
-@click.option("--device", default="cpu", show_default=True, help="Where torch runs, e.g. cuda.")
+@click.option(
+    "--device",
+    default="cpu",
+    show_default=True,
+    help="Where torch runs, e.g. cuda; auto spreads the model over all GPUs.",
+)
+@weights_options
 @executor_options
 @click.option(
     "--out", type=click.Path(path_type=Path), metavar="FILE", help="Record to write [./<model>.json]."
@@ -60,6 +69,8 @@ def calibrate(
     max_images: int | None,
     seed: int,
     device: str,
+    weights: str,
+    group: int,
     jobs: int | None,
     ray: str | None,
     out: Path | None,
@@ -77,7 +88,9 @@ def calibrate(
     wanted = optional_keep(keep, keep_tokens)
     if wanted is None:
         raise UsageError("how much to keep is not given", hint="add --keep 0.25, or --keep-tokens N")
-    file = out or Path(f"{Path(model).name}.json")
+    plain = Path(f"{Path(model).name}.json")
+    stored = weights_from(weights, group)
+    file = out or (plain.with_stem(f"{plain.stem}-{weights}") if stored else plain)
     if file.exists() and not overwrite:
         raise UsageError(f"{file} exists already", hint="give another --out, or --overwrite to replace it")
     checkpoint = open_checkpoint(model)
@@ -92,6 +105,7 @@ def calibrate(
             seed=seed,
             device=device,
             executor=executor_from(jobs, ray),
+            weights=stored,
             out=file,
             progress=progress,
             announce=note,
@@ -101,7 +115,31 @@ def calibrate(
     else:
         show_record(record)
         click.echo(str(file))
+    if stored and (full := _of_full_weights(checkpoint, plain, file)):
+        note(_compared(record, full))
     note(f"plot: {file.with_suffix('.png')}")
+
+
+def _of_full_weights(checkpoint: Checkpoint, plain: Path, file: Path) -> Record | None:
+    """The record of the same model unquantised: one that lies beside, or in the working directory."""
+    from ep_export.calibrate import read_calibration
+
+    for other in (file.with_name(plain.name), plain):
+        if other.is_file():
+            record = read_calibration(other)
+            if record.fingerprint == checkpoint.fingerprint and record.weights is None:
+                return record
+    return None
+
+
+def _compared(record: Record, full: Record) -> str:
+    """Whether rounding the weights changes what is recommended."""
+    kind = record.weights.kind.value if record.weights else ""
+    if record.keep != full.keep:
+        return f"the record of full weights is for keep {full.keep}: not compared"
+    if record.recommended == full.recommended:
+        return f"with full weights the same schedule is recommended: {kind} weights do not change it"
+    return f"with full weights another schedule is recommended: {full.recommended or 'none'}"
 
 
 def show_record(record: Record) -> None:
@@ -127,6 +165,12 @@ def show_record(record: Record) -> None:
     for one in record.horizons:
         click.echo(f"  {one.kind}: {one.finding}")
     click.echo(f"recommended: {record.recommendation}")
+    if record.adaptive is not None and record.adaptive.threshold is not None:
+        own = record.adaptive.threshold
+        click.echo(
+            f"keep {record.adaptive}: every picture keeps what scores {own.value:.4g} or better by "
+            f"{own.policy} at layer {own.layer}, {own.floor:.0%} to {own.ceiling:.0%} over all layers"
+        )
     for skipped in record.skipped:
         note(f"skipped: {skipped}")
 

@@ -103,7 +103,7 @@ def plan(
     config = open_config(model)
     request = schedule_request(more)
     told = resolve_keep(config, request, keep=told)
-    schedule, evidence = resolve_schedule(config, request)
+    schedule, evidence = resolve_schedule(config, request, keep=told)
     stored = config.published.weights if config.published else weights_from(weights, group)
     _check_weights(stored, target)
     kv_dtype = kv_dtype or (target.graphs[0].precision.value if target else "fp16")

@@ -211,4 +211,5 @@ def _own_keep(manifest: Manifest, answer: Generation) -> str:
     else:
         why = f"the {kept} that score {threshold.value:.4g} or better by {threshold.policy}"
     average = percent_text(answer.keep.ratio or 0)
-    return f"keep {answer.keep}: {why}; that averages {average} over {threshold.pictures} calibration pictures"
+    averages = f"averages {average} over {threshold.pictures} calibration pictures"
+    return f"keep {answer.keep}: {why}; that {averages}"

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["AUTO", "parse_chooser", "parse_cut", "schedule_options", "schedule_request"]
 
 AUTO = "auto"
+_WITH_SYSTEM = ("--policy", "--calibration")  # a record warns of cuts before the measured horizon
 HORIZON = "horizon"
 """The Information Horizon's published system (arXiv 2512.07580); see `ep_export.methods.stages`."""
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -97,11 +98,11 @@ def schedule_request(options: Mapping[str, Any]) -> ScheduleRequest:
             hint="say it in the cut: --cut LAYER:SHARE:NAME, e.g. 2:0.25:norm-lowest-per-picture",
         )
     if options["policy_name"] == HORIZON:
-        given = next((flag for flag, there in one_cut.items() if there and flag != "--policy"), None)
-        if given is not None:
+        others = [flag for flag, there in one_cut.items() if there and flag not in _WITH_SYSTEM]
+        if others:
             raise UsageError(
-                f"--policy {HORIZON} has cuts of its own, so that {given} says nothing",
-                hint=f"leave out {given}, or say it in cuts: --cut 0:0.5:divprune --cut 20:0.07:random",
+                f"--policy {HORIZON} has cuts of its own, so that {others[0]} says nothing",
+                hint=f"leave out {others[0]}, or say it in cuts: --cut 0:0.5:divprune --cut 20:0.07:random",
             )
         return ScheduleRequest(system=HORIZON, calibration=options["calibration"])
     return ScheduleRequest(

@@ -86,7 +86,7 @@ _json_first = click.option(
     type=int,
     multiple=True,
     metavar="K",
-    help="Prune after layer K-1; may repeat [up to 4].",
+    help="Prune after layer K-1; may repeat [up to 3].",
 )
 @click.option(
     "--cut",
@@ -140,7 +140,12 @@ _json_first = click.option(
 )
 @executor_options
 @click.option("--seed", type=int, default=0, show_default=True, help="Of every random choice.")
-@click.option("--device", default="cpu", show_default=True, help="Where torch runs, e.g. cuda.")
+@click.option(
+    "--device",
+    default="cpu",
+    show_default=True,
+    help="Where torch runs, e.g. cuda; auto spreads the model over all GPUs.",
+)
 @click.option(
     "--out", type=click.Path(path_type=Path), metavar="DIR", help="Directory to write [./<model>-sweep]."
 )
@@ -156,7 +161,7 @@ def sweep(**options: Any) -> None:
     from ep_export.measure.prompts import read_prompts
     from ep_export.sweep import SweepOptions
     from ep_export.sweep import sweep as run
-    from ep_export.sweep.report import write_report
+    from ep_export.sweep.report import REPORT_FILE
 
     out = options["out"] or Path(f"{Path(options['model']).name}-sweep")
     schedule = _schedule(options["cuts"])
@@ -188,17 +193,19 @@ def sweep(**options: Any) -> None:
             progress=progress,
             announce=note,
         )
-    report = write_report(out, record)
     if options["as_json"]:
         print_json(record)
     else:
         show_sweep(record)
         click.echo(str(out))
-    note(f"report: {report}")
+    note(f"report: {out / REPORT_FILE}")
 
 
 def show_sweep(record: SweepRecord) -> None:
     """A table a keep, best first, and what is not in it."""
+    warnings, notes = (record.notes[:1], record.notes[1:]) if record.scarce else ((), record.notes)
+    for text in warnings:
+        click.echo(text)
     full = record.unpruned
     said = f", {full.accuracy} right" if full.accuracy else ""
     time = f", {full.prefill_ms:.0f} ms prefill" if full.prefill_ms is not None else ""
@@ -229,7 +236,7 @@ def show_sweep(record: SweepRecord) -> None:
             f"recommended for keep {one.keep:g}: {one.schedule or 'nothing'} ({one.reason}){_regret(one)}"
         )
     click.echo(record.entropies.finding)
-    for text in record.notes:
+    for text in notes:
         note(text)
     for skipped in record.dataset.skipped:
         note(f"left out: {skipped.name}: {skipped.reason}")

@@ -16,7 +16,7 @@ from ep_export.entropy.vendi import vendi_score
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["METRICS", "LayerMetric", "LayerTokens"]
+__all__ = ["METRICS", "VENDI", "LayerMetric", "LayerTokens"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,15 @@ class LayerMetric:
     compute: Callable[[LayerTokens], float]
 
 
+VENDI = LayerMetric(
+    "vendi",
+    "Vendi score",
+    "tokens",
+    "arXiv 2210.02410",
+    lambda tokens: vendi_score(tokens.visual),
+)
+"""How many different tokens the visual tokens are worth."""
+
 METRICS = (
     LayerMetric(
         "truncated",
@@ -66,13 +75,7 @@ METRICS = (
         "UNComp, arXiv 2410.03090",
         lambda tokens: truncated_entropy(tokens.query_spectrum),
     ),
-    LayerMetric(
-        "vendi",
-        "Vendi score: different tokens",
-        "tokens",
-        "arXiv 2210.02410",
-        lambda tokens: vendi_score(tokens.visual),
-    ),
+    VENDI,
     LayerMetric(
         "nuclear",
         "Matrix Nuclear-Norm",

@@ -106,7 +106,8 @@ def export_bundle(
         rounded = decoder.linears
     if dialect is Dialect.ONNXRUNTIME and packing and packing.weights.kind is WeightKind.FP8:
         raise UserError(
-            "ONNX Runtime has no kernel for fp8 weights", hint="add --dialect modern or portable, for TensorRT"
+            "ONNX Runtime has no kernel for fp8 weights",
+            hint="add --dialect modern or --dialect portable, for TensorRT",
         )
     opset = max(OPSETS[dialect], BLOCKS_OPSET if packing else 0)
     shards = Shards([ref for name, ref in checkpoint.tensors.items() if name not in rounded], out, weights)

@@ -99,6 +99,7 @@ def full_pass(
         prompt,
         answer,
         layers=setting.layers,
+        projections=setting.looks,
         entropies=entropies,
         metrics=setting.metrics,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +13,9 @@ from ep_export.families.picture_sizes import scaled_picture
 from ep_export.measure.spelling import Speller
 from ep_export.measure.ways import Way
 from ep_export.methods import Method, method_named
+from ep_export.policy import Nothing, Random
 from ep_export.runtime.pictures import open_picture
+from ep_export.weights.store import stored_layers
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -48,6 +51,8 @@ class Setting:
         entropies: Measure the layer entropies of every picture, with the first question about it.
         metrics: And with them the layer metrics.
         max_pixels: Pictures with more are scaled down first; None asks about them as they are.
+        rounded: Shard of quantised layers whose dequantised weights take the place of the checkpoint's; its
+            name says what is in it (see `ep_export.calibrate.weights.rounded_shard`).
     """
 
     ways: tuple[Way, ...]
@@ -58,11 +63,18 @@ class Setting:
     entropies: bool = True
     metrics: bool = False
     max_pixels: int | None = None
+    rounded: str | None = None
 
     @property
     def layers(self) -> tuple[int, ...]:
         """Layers before which anything is cut, ascending."""
         return tuple(sorted({cut.layer for way in self.ways for cut in way.cuts}))
+
+    @property
+    def looks(self) -> bool:
+        """Whether any cut looks at what it chooses from, rather than drop tokens at random or all of them."""
+        choosers = [method_named(cut.method).chooser for way in self.ways for cut in way.cuts]
+        return not all(isinstance(chooser, Random | Nothing) for chooser in choosers)
 
     def draws_of(self, way: Way) -> int:
         """How often a way is measured on a question: once, unless it leaves a choice to chance."""
@@ -102,10 +114,11 @@ def make_bench(checkpoint: Checkpoint, setting: Setting) -> Bench:
 
     check_device(setting.device)
     dtype = torch.float32 if setting.device == "cpu" else getattr(torch, checkpoint.dtype)
+    layers = stored_layers([Path(setting.rounded)]) if setting.rounded else None
     if _is_spread(setting.device):
-        model = load_model(checkpoint, dtype=dtype, device_map="auto")
+        model = load_model(checkpoint, dtype=dtype, quantised=layers, device_map="auto")
     else:
-        model = load_model(checkpoint, dtype=dtype).to(setting.device)
+        model = load_model(checkpoint, dtype=dtype, quantised=layers).to(setting.device)
     builder = checkpoint.family.prompt_builder(checkpoint.path, checkpoint.config)
     return Bench(
         checkpoint=checkpoint,

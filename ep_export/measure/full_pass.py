@@ -54,6 +54,7 @@ def run_full(
     answer: Sequence[int],
     *,
     layers: Iterable[int],
+    projections: bool = True,
     entropies: bool = False,
     metrics: bool = False,
 ) -> FullPass:
@@ -65,6 +66,7 @@ def run_full(
         prompt: With at least one visual token.
         answer: What is fed after the prompt, at least one token; the last is only predicted.
         layers: Layers K whose states are kept; what enters the decoder (K = 0) always is.
+        projections: Also keep what the layers before them project, more than half of what is kept.
         entropies: Also compute every layer's entropies.
         metrics: With them the layer metrics.
     """
@@ -74,7 +76,7 @@ def run_full(
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
     visual = torch.from_numpy(prompt.visual_index).to(model.device)
     last = len(decoder.layers)
-    recorder = SpanRecorder(decoder, {0, *layers, last}, arguments=True)
+    recorder = SpanRecorder(decoder, {0, *layers, last}, projections=projections, arguments=True)
     length = prompt.input_ids.shape[1]
     with ExitStack() as undo, torch.inference_mode():
         recorder.install(undo)

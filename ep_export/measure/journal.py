@@ -13,6 +13,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -174,7 +175,8 @@ def journal_settings(checkpoint: Checkpoint, setting: Setting) -> dict[str, obje
         "tools": tool_versions(),
         "model": checkpoint.fingerprint,
         "processor": processor_fingerprint(checkpoint.processor_files),
-        "setting": setting,
+        # wherever the shard lies, its name says what is in it
+        "setting": replace(setting, rounded=Path(setting.rounded).name) if setting.rounded else setting,
     }
 
 

@@ -66,13 +66,13 @@ def record_curves(
 
     def queries(_module: Any, _args: Any, output: torch.Tensor) -> None:
         hidden = entering[0][0]
-        tokens = LayerTokens(output[0, visual], hidden[some], hidden[text])
+        tokens = LayerTokens(output.to(visual.device)[0, visual], hidden[some], hidden[text])
         curves.query_entropy.append(spectrum_entropy(tokens.query_spectrum))
         for metric in wanted:
             curves.metrics[metric.key].append(metric.compute(tokens))
 
     def keys(_module: Any, _args: Any, output: torch.Tensor) -> None:
-        curves.key_entropy.append(layer_entropy(output[0, visual]))
+        curves.key_entropy.append(layer_entropy(output.to(visual.device)[0, visual]))
 
     for layer in decoder.layers:
         attention: Any = layer.self_attn

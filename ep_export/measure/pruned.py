@@ -75,7 +75,7 @@ class Arrival:
             visual_index=torch.isin(positions, full.visual_index).nonzero()[:, 0],
             hidden=hidden[: len(positions)],
             projections={
-                source: states[: len(positions)].to(hidden.device)  # of a layer on another GPU, see `load_model`
+                source: states[: len(positions)].to(hidden.device)  # from another GPU, see `load_model`
                 for source, states in projections.items()
             },
         )

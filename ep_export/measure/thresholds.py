@@ -57,9 +57,7 @@ def _scores(bench: Bench, question: Question, schedule: Schedule, average: float
     """[N] of one picture's visual tokens."""
     cut = schedule.cuts[0]
     prompt = build_prompt(bench, question)
-    full = run_full(
-        bench.model, bench.checkpoint.family, prompt, bench.speller.end[:1], layers=[cut.layer]
-    )
+    full = run_full(bench.model, bench.checkpoint.family, prompt, bench.speller.end[:1], layers=[cut.layer])
     ((_, arrival),) = arrivals(bench.decoder, full, [()], cut.layer)
     tokens = AtCut(bench, Prompted(question, prompt, full), arrival).tokens(cut.chooser)
     size = {"layers": bench.checkpoint.dims.layers, "visual_tokens": len(prompt.visual_index)}

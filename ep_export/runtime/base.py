@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
-__all__ = ["Buffer", "Feed", "Runner", "RunnerFactory", "Value"]
+__all__ = ["Bound", "Buffer", "Feed", "Runner", "RunnerFactory", "Value"]
 
 
 class Value(Protocol):
@@ -44,6 +44,25 @@ class Buffer(Value, Protocol):
 Feed = NDArray[Any] | Value
 
 
+class Bound(Protocol):
+    """Runs with memory bound beforehand."""
+
+    def __call__(self, feeds: Mapping[str, Feed], wanted: Mapping[str, bool]) -> dict[str, Value]:
+        """Run once.
+
+        Args:
+            feeds: The inputs that were not bound.
+            wanted: Outputs that come back -> whether they stay in the device's memory.
+
+        Returns:
+            What was wanted.
+
+        Raises:
+            UserError: The backend refuses an input.
+        """
+        ...
+
+
 class Runner(ABC):
     """One opened component. Use as a context manager, or call `close`."""
 
@@ -66,15 +85,15 @@ class Runner(ABC):
             UserError: An input is missing, unknown, or refused by the backend.
         """
 
-    def run_in_place(
-        self, feeds: Mapping[str, Feed], into: Mapping[str, Value], *, on_device: Collection[str] = ()
-    ) -> dict[str, Value]:
-        """Run once, with some outputs written into memory that is there already.
+    def bind(self, inputs: Mapping[str, Value], outputs: Mapping[str, Value]) -> Bound:
+        """Bind memory that outlives runs, once for many of them.
 
         Args:
-            feeds: See `run`.
-            into: Outputs -> rows of a `Buffer` of this runner, also such that an input reads.
-            on_device: See `run`.
+            inputs: Inputs -> rows of a `Buffer` of this runner.
+            outputs: Outputs -> rows of a `Buffer`, also those that an input reads: they are written in place.
+
+        Returns:
+            A run of the other inputs; see `Bound`.
         """
         raise NotImplementedError(f"{type(self).__name__} has no memory that outlives a run")
 

@@ -1,8 +1,8 @@
 """Decoding of several requests: each has a slot, and a step feeds one token to every slot it names.
 
 `open_decoder` chooses by the bundle: caches of fixed capacity are decoded in one batch, in place; growing
-ones slot by slot. The requests keep their own lengths in every span (what a cut dropped is missing only behind
-it) and their own positions, and get the tokens they get alone.
+ones slot by slot. The requests keep their own lengths in every span (what a cut dropped is missing only
+behind it) and their own positions, and get the tokens they get alone.
 """
 
 from __future__ import annotations
@@ -16,8 +16,15 @@ from numpy.typing import NDArray
 
 from ep_export.bundle import Component
 from ep_export.errors import UserError
-from ep_export.runtime.base import Buffer, Feed
-from ep_export.runtime.components import Components, cache_names, past_feeds, run_span
+from ep_export.runtime.base import Bound, Buffer, Feed
+from ep_export.runtime.components import (
+    Components,
+    bind_span,
+    cache_names,
+    length_feeds,
+    past_feeds,
+    run_span,
+)
 from ep_export.runtime.prefill import Prefill
 
 __all__ = ["BatchedDecoder", "SerialDecoder", "SlotDecoder", "open_decoder"]
@@ -138,6 +145,30 @@ class _Span:
             name: runner.buffer(name, shape) for name in cache_names(span.layer_range)
         }
         self.lengths = np.zeros(slots, dtype=np.int64)
+        self._components = components
+        self._last = span.layer_range.stop == dims.layers
+        self._bound: dict[tuple[int, int], Bound] = {}  # a request alone steps with the same memory each time
+
+    def step(self, hidden: Feed, position_ids: NDArray[np.int64], first: int, stop: int) -> Feed:
+        """Append one row to consecutive slots.
+
+        Args:
+            hidden: [B, 1, d], what enters its first layer.
+            position_ids: [A, B, 1].
+            first: The first slot.
+            stop: first + B.
+
+        Returns:
+            [B, 1, d], what enters the next span; logits [B, 1, V] on the host behind the last one.
+        """
+        if (first, stop) not in self._bound:
+            caches = {name: buffer.rows(first, stop) for name, buffer in self.buffers.items()}
+            self._bound[first, stop] = bind_span(self._components, self.span, caches)
+        # a slot that is full is over: its last row may go
+        lengths = length_feeds(np.minimum(self.lengths[first:stop], self.capacity - 1), 1)
+        feeds = {"inputs_embeds": hidden, "position_ids": position_ids, **lengths}
+        output = "logits" if self._last else "hidden_states"
+        return self._bound[first, stop](feeds, {output: not self._last})[output]
 
 
 class BatchedDecoder(SlotDecoder):
@@ -182,12 +213,8 @@ class BatchedDecoder(SlotDecoder):
         hidden = _embed(self._components, [tokens.get(slot, 0) for slot in range(first, stop)])
         position_ids = np.tile(self._positions[first:stop, None], (axes, 1, 1))
         for here in self._spans:
-            caches = {name: buffer.rows(first, stop) for name, buffer in here.buffers.items()}
-            # a slot that is full is over: its last row may go
-            lengths = np.minimum(here.lengths[first:stop], here.capacity - 1).tolist()
-            outputs = run_span(self._components, here.span, hidden, position_ids, caches, lengths=lengths)
-            hidden = outputs.get("hidden_states", hidden)
-        logits = outputs["logits"].numpy()
+            hidden = here.step(hidden, position_ids, first, stop)
+        logits = hidden if isinstance(hidden, np.ndarray) else hidden.numpy()
         for slot in tokens:
             self._positions[slot] += 1
             for here in self._spans:

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from ep_export.bundle import Component, Manifest, Role
 from ep_export.dims import DecoderDims
-from ep_export.runtime.base import Feed, Runner, Value
+from ep_export.runtime.base import Bound, Feed, Runner, Value
 
-__all__ = ["Components", "cache_names", "empty_caches", "length_feeds", "past_feeds", "run_span"]
+__all__ = ["Components", "bind_span", "cache_names", "empty_caches", "length_feeds", "past_feeds", "run_span"]
 
 _LOGITS = "logits"
 _PAST, _PRESENT = "past_key_values.", "present."
@@ -65,45 +65,41 @@ class Components:
 
 
 def run_span(
-    components: Components,
-    span: Component,
-    hidden: Feed,
-    position_ids: Feed,
-    caches: Mapping[str, Any],
-    *,
-    lengths: Sequence[int] | None = None,
+    components: Components, span: Component, hidden: Feed, position_ids: Feed, caches: Mapping[str, Feed]
 ) -> dict[str, Value]:
     """One span over new positions; only logits come to the host.
 
     Args:
         components: The opened bundle.
         span: Which.
-        hidden: [B, T, d], what enters its first layer.
-        position_ids: [A, B, T] int64.
-        caches: Of at least its layers, by input name.
-        lengths: Rows of these caches that are filled, one number for every B: the span then writes into
-            them. None: all are, and the span gives new ones.
+        hidden: [1, T, d], what enters its first layer.
+        position_ids: [A, 1, T] int64.
+        caches: Of at least its layers, by input name; all their rows are filled.
 
     Returns:
         Its outputs by name.
     """
     runner = components.runner(span)
     past = {name: caches[name] for name in runner.input_names if name.startswith(_PAST)}
-    filled = [next(iter(past.values())).shape[2]] * hidden.shape[0] if lengths is None else lengths
     feeds: dict[str, Feed] = {"inputs_embeds": hidden, "position_ids": position_ids, **past}
-    feeds |= {
-        name: array
-        for name, array in length_feeds(filled, hidden.shape[1]).items()
-        if name in runner.input_names
-    }
-    on_device = set(runner.output_names) - {_LOGITS}
-    if lengths is None:
-        return runner.run(feeds, on_device=on_device)
-    into = {name.replace(_PAST, _PRESENT, 1): cache for name, cache in past.items()}
-    return runner.run_in_place(feeds, into, on_device=on_device)
+    lengths = length_feeds([next(iter(past.values())).shape[2]], hidden.shape[1])
+    feeds |= {name: array for name, array in lengths.items() if name in runner.input_names}
+    return runner.run(feeds, on_device=set(runner.output_names) - {_LOGITS})
 
 
-def length_feeds(past: Sequence[int], new: int) -> dict[str, NDArray[Any]]:
+def bind_span(components: Components, span: Component, caches: Mapping[str, Value]) -> Bound:
+    """One span that writes new positions into caches of fixed capacity.
+
+    Args:
+        components: The opened bundle.
+        span: Which.
+        caches: Of its layers, by input name: rows of its runner's buffers.
+    """
+    outputs = {name.replace(_PAST, _PRESENT, 1): cache for name, cache in caches.items()}
+    return components.runner(span).bind(caches, outputs)
+
+
+def length_feeds(past: Sequence[int] | NDArray[np.int64], new: int) -> dict[str, NDArray[Any]]:
     """What a span of fixed capacity is told of its caches; a span takes those of these inputs it has.
 
     Args:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ep_export.errors import UserError
-from ep_export.runtime.base import Buffer, Feed, Runner, Value
+from ep_export.runtime.base import Bound, Buffer, Feed, Runner, Value
 from ep_export.runtime.bfloat16 import narrow, widen
 from ep_export.runtime.onnxruntime_buffer import OrtBuffer, OrtRows
 from ep_export.runtime.providers import CPU, device_of, node_counts, prepare_providers
@@ -114,51 +114,51 @@ class OnnxRuntimeRunner(Runner):
 
     def run(self, feeds: Mapping[str, Feed], *, on_device: Collection[str] = ()) -> dict[str, Value]:
         """See `Runner.run`."""
-        return self.run_in_place(feeds, {}, on_device=on_device)
-
-    def run_in_place(
-        self, feeds: Mapping[str, Feed], into: Mapping[str, Value], *, on_device: Collection[str] = ()
-    ) -> dict[str, Value]:
-        """See `Runner.run_in_place`."""
         if set(feeds) != set(self.input_names):
             missing = sorted(set(self.input_names) - set(feeds))
             unknown = sorted(set(feeds) - set(self.input_names))
             raise UserError(f"{self._file.name} misses inputs {missing} and does not know {unknown}")
-        ready = {name: self._to_ort(feed, self._types[name]) for name, feed in feeds.items()}
-        try:
-            outputs = self._run_bound(ready, on_device, into)
-        except _errors() as error:
-            raise UserError(
-                f"{self._file.name} failed: {_first_line(error)}",
-                hint="check the inputs against the manifest",
-            ) from error
-        return {**dict(zip(self.output_names, map(_OrtTensor, outputs), strict=True)), **into}
+        wanted = {name: name in on_device for name in self.output_names}
+        return self._run_bound(self._session.io_binding(), 0, feeds, wanted)
+
+    def bind(self, inputs: Mapping[str, Value], outputs: Mapping[str, Value]) -> Bound:
+        """See `Runner.bind`."""
+        binding = self._session.io_binding()
+        for bound, bind in ((inputs, binding.bind_input), (outputs, binding.bind_output)):
+            for name, rows in bound.items():
+                assert isinstance(rows, OrtRows)  # noqa: S101 - of this runner's buffers
+                bind(name, *rows.binding)
+        held = [*inputs.values(), *outputs.values()]  # their memory is bound by address alone
+
+        def run(feeds: Mapping[str, Feed], wanted: Mapping[str, bool]) -> dict[str, Value]:
+            assert held  # noqa: S101 - alive as long as this
+            return self._run_bound(binding, len(outputs), feeds, wanted)
+
+        return run
 
     def buffer(self, name: str, shape: tuple[int, ...]) -> Buffer:
         """See `Runner.buffer`."""
         return OrtBuffer.zeros(shape, self._types[name], self._device)
 
     def _run_bound(
-        self, ready: Mapping[str, Any], on_device: Collection[str], into: Mapping[str, Value]
-    ) -> Sequence[Any]:
-        """Run with every output bound to the memory it is to lie in; ONNX Runtime allocates what is open."""
-        binding = self._session.io_binding()
-        for name, value in ready.items():
-            if isinstance(value, OrtRows):
-                binding.bind_input(name, *value.binding)
-            else:
-                binding.bind_ortvalue_input(name, value)
-        for name in self.output_names:
-            rows = into.get(name)
-            if isinstance(rows, OrtRows):
-                binding.bind_output(name, *rows.binding)
-            else:
-                binding.bind_output(name, self._device if name in on_device else _HOST)
+        self, binding: Any, bound: int, feeds: Mapping[str, Feed], wanted: Mapping[str, bool]
+    ) -> dict[str, Value]:
+        """Run; ONNX Runtime allocates what is wanted, behind the outputs that were bound before."""
+        for name, feed in feeds.items():
+            binding.bind_ortvalue_input(name, self._to_ort(feed, self._types[name]))
+        for name, stays in wanted.items():
+            binding.bind_output(name, self._device if stays else _HOST)
         binding.synchronize_inputs()
-        self._session.run_with_iobinding(binding)
+        try:
+            self._session.run_with_iobinding(binding)
+        except _errors() as error:
+            raise UserError(
+                f"{self._file.name} failed: {_first_line(error)}",
+                hint="check the inputs against the manifest",
+            ) from error
         binding.synchronize_outputs()
-        outputs: Sequence[Any] = binding.get_outputs()
-        return outputs
+        outputs = binding.get_outputs()[bound:]
+        return dict(zip(wanted, map(_OrtTensor, outputs), strict=True))
 
     def close(self) -> None:
         """See `Runner.close`."""
@@ -171,8 +171,12 @@ def _session_options(options: OnnxRuntimeOptions) -> Any:
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 4  # errors are raised; on stderr they would be noise between answers
     # A bundle is several sessions run one after another, each with its own threads: those of the last one
-    # would spin on the cores the next one needs. Measured on 2 busy cores: 50 ms a decode step, not 193.
-    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # would spin on the cores the next one needs, so spinning stops with the run. Within it, threads spin as
+    # long as what one of them computes alone between two parallel operators. Measured on 2 cores, an int4
+    # decode step where nothing else ran: 11.8 ms, 14.5 without spinning; where 20 processes ran (with 20 us):
+    # 23 ms, 19 without, 86 with ONNX Runtime's own duration.
+    settings.add_session_config_entry("session.intra_op.spin_duration_us", "40")
+    settings.add_session_config_entry("session.force_spinning_stop", "1")
     if options.threads is not None:
         settings.intra_op_num_threads = options.threads
     if not options.prepack:
@@ -196,8 +200,6 @@ def _converter(onnxruntime: Any) -> Callable[[Feed, str], Any]:
     def convert(feed: Feed, kind: str) -> Any:
         if isinstance(feed, _OrtTensor):
             return feed.value
-        if isinstance(feed, OrtRows):
-            return feed
         array = feed if isinstance(feed, np.ndarray) else feed.numpy()
         if kind == "tensor(bfloat16)":
             return make_typed(narrow(array), _BFLOAT16)

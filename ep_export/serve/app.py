@@ -177,6 +177,9 @@ class _Outermost:
 
         try:
             await self._app(scope, receive, watched)
+        except Exception:
+            status = 500  # starlette answers it, outside of here
+            raise
         finally:
             path = scope["path"] if scope["path"] in _COUNTED else "other"
             self._metrics.responses.labels(path, status).inc()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -73,21 +73,22 @@ class ChatCompletions:
         Raises:
             ApiError: It is refused; nothing was sent yet.
         """
-        if self._open >= self._limits.requests:
-            raise ApiError(429, f"{self._open} requests are open already", code="server_full", retry_after=1)
-        self._open += 1
-        try:
-            with Share(self._budget) as share:
-                await self._answer(share, scope, receive, send)
-        finally:
-            self._open -= 1
+        with Share(self._budget) as share:
+            try:
+                body = await read_body(scope, receive, self._limits, share)
+            except ApiError as error:
+                error.headers["Connection"] = "close"  # the rest may still come, and nobody reads it
+                raise
+            if self._open >= self._limits.requests:  # a request counts once it is there
+                told = f"{self._open} requests are open already"
+                raise ApiError(429, told, code="server_full", retry_after=1)
+            self._open += 1
+            try:
+                await self._answer(body, share, scope, receive, send)
+            finally:
+                self._open -= 1
 
-    async def _answer(self, share: Share, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            body = await read_body(scope, receive, self._limits, share)
-        except ApiError as error:
-            error.headers["Connection"] = "close"  # the rest may still come, and nobody reads it
-            raise
+    async def _answer(self, body: bytes, share: Share, scope: Scope, receive: Receive, send: Send) -> None:
         request = await anyio.to_thread.run_sync(parse_request, body)
         if request.model != self._name:
             told = f"there is no model {request.model!r}, this server has {self._name!r}"
@@ -121,7 +122,8 @@ class ChatCompletions:
                     reply = Reply(self._name, self._manifest)
                     if request.stream:
                         streaming = True
-                        await self._send_events(request, reply, first, pieces, stream, send)
+                        with suppress(_UnreadError):  # uvicorn closes a response that is not complete
+                            await self._send_events(request, reply, first, pieces, stream, send)
                         return
                     async for _ in pieces:
                         pass
@@ -155,7 +157,7 @@ class ChatCompletions:
             if request.stream_options and request.stream_options.include_usage:
                 await _send_event(send, reply.usage_chunk(stream.answer))
         except _UnreadError:
-            return  # uvicorn closes a connection whose response is not complete
+            raise
         except Exception as error:  # noqa: BLE001 - too late for a status: it is said in the stream
             if not isinstance(error, ApiError):
                 _LOG.exception("an answer failed")

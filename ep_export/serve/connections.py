@@ -1,8 +1,8 @@
-"""Connections that ask nothing do not stay: slow headers, silence, and clients that vanished.
+"""Connections that ask nothing do not stay: slow headers, half a body, silence, and clients that vanished.
 
-Uvicorn closes a connection that is idle after a response; before one, and while headers trickle in, it waits
-for ever. Here a connection has a few seconds to send its headers. Of those that wait for headers only so many
-are kept: a newer one takes the place of the oldest, so that many slow ones do not keep out one that speaks.
+Uvicorn closes a connection that is idle after a response; before one, and while headers or a body trickle in,
+it waits for ever. Here a connection has some seconds to send its request. Of those that have not, only so
+many are kept: a newer one takes the place of the oldest, so that many slow ones keep out none that speaks.
 """
 
 from __future__ import annotations
@@ -46,19 +46,24 @@ def listening_socket(host: str, port: int) -> socket.socket:
 
 
 def protocol_for(limits: Limits) -> type[H11Protocol]:
-    """The HTTP protocol of uvicorn with a bound on waiting for headers.
+    """The HTTP protocol of uvicorn with a bound on waiting for requests.
 
     Args:
         limits: Seconds, and how many connections may wait.
     """
     waiting: dict[BoundedProtocol, asyncio.TimerHandle] = {}
+    # a body that is too slow is refused by the application, in time to be told
+    seconds = {h11.IDLE: limits.header_seconds, h11.SEND_BODY: limits.body_seconds + limits.header_seconds}
 
     class BoundedProtocol(H11Protocol):
-        """One connection; the oldest that waits for headers stands first in `waiting`."""
+        """One connection; the oldest that is waited for stands first in `waiting`."""
+
+        awaited: Any = None
+        """h11's state of a client that has not sent all of its request, while it is waited for."""
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
-            self._wait()
+            self._look()
 
         def connection_lost(self, exc: Exception | None) -> None:
             self.stop_waiting()
@@ -77,24 +82,27 @@ def protocol_for(limits: Limits) -> type[H11Protocol]:
             self._look()
 
         def _look(self) -> None:
-            """Whether it asks nothing: no headers yet, or the rest of a body whose request was answered."""
+            """Whether anything is waited for: headers, or a body, also one whose request was refused."""
             theirs = self.conn.their_state
-            asks_nothing = theirs is h11.IDLE or (theirs is h11.SEND_BODY and self.conn.our_state is h11.DONE)
-            if not asks_nothing:
+            if theirs not in seconds:
                 self.stop_waiting()
-            elif self not in waiting and not self.transport.is_closing():
-                self._wait()
+            elif theirs is not self.awaited and not self.transport.is_closing():
+                self._wait(theirs)
 
-        def _wait(self) -> None:
-            if len(waiting) >= limits.idle_connections:
+        def _wait(self, state: Any) -> None:
+            if self in waiting:
+                waiting[self].cancel()  # it keeps its place
+            elif len(waiting) >= limits.waiting_connections:
                 oldest = next(iter(waiting))
                 oldest.stop_waiting()  # at once: the system tells it of its end only later
                 oldest.transport.abort()
-            waiting[self] = self.loop.call_later(limits.header_seconds, self.transport.abort)
+            self.awaited = state
+            waiting[self] = self.loop.call_later(seconds[state], self.transport.abort)
 
         def stop_waiting(self) -> None:
-            """Its headers came, or nobody waits for them any more."""
-            timer: Any = waiting.pop(self, None)
+            """Its request came whole, or it ends."""
+            self.awaited = None
+            timer = waiting.pop(self, None)
             if timer is not None:
                 timer.cancel()
 

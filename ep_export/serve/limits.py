@@ -23,7 +23,7 @@ class Limits:
         seconds: From a request to the end of its answer, waiting included.
         requests: At once, waiting ones included.
         held_bytes: Of the bodies and the decoded pictures of all of them.
-        idle_connections: Without a request; beyond, the oldest is closed.
+        waiting_connections: Whose request has not come whole; beyond, the oldest is closed.
         fetch: Whether pictures may be fetched from http and https addresses.
         fetch_bytes: Of one fetched picture.
         fetch_seconds: For one picture, redirections included.
@@ -39,7 +39,7 @@ class Limits:
     seconds: float = 300.0
     requests: int = 80
     held_bytes: int = 1024 * _MIB
-    idle_connections: int = 256
+    waiting_connections: int = 256
     fetch: bool = False
     fetch_bytes: int = 16 * _MIB
     fetch_seconds: float = 10.0

@@ -34,6 +34,7 @@ class Stream:
         self.request = request
         self._cancel = cancel
         self._changed = threading.Condition()
+        self._ended = threading.Event()  # whoever wants the whole answer is not woken for every piece
         self._pieces: list[str] = []
         self._prompt: PromptReport | None = None
         self._answer: Answer | None = None
@@ -88,7 +89,7 @@ class Stream:
     @property
     def done(self) -> bool:
         """Whether nothing more comes."""
-        return self._answer is not None or self._error is not None
+        return self._ended.is_set()
 
     @property
     def cancelled(self) -> bool:
@@ -107,8 +108,7 @@ class Stream:
         Raises:
             UserError: As in `__iter__`.
         """
-        with self._changed:
-            self._changed.wait_for(lambda: self.done)
+        self._ended.wait()
         self._raise()
         assert self._answer is not None  # noqa: S101 - or there was an error
         return self._answer
@@ -132,11 +132,13 @@ class Stream:
 
     def finish(self, answer: Answer) -> None:
         """For the engine: the end."""
-        self._change(lambda: setattr(self, "_answer", answer))
+        self._answer = answer
+        self._change(self._ended.set)
 
     def fail(self, error: BaseException) -> None:
         """For the engine: the end, by an error."""
-        self._change(lambda: setattr(self, "_error", error))
+        self._error = error
+        self._change(self._ended.set)
 
     def _change(self, change: Callable[[], None]) -> None:
         with self._changed:

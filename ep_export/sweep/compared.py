@@ -24,7 +24,7 @@ _SCALED = {SCALED.key: Scaling.TOKENS, SCALED_FLOPS.key: Scaling.FLOPS}
 _UNPLACED = frozenset(method.key for method in METHODS if method.place in {Place.STAGES, Place.PICTURE})
 """Methods at whose first layer nothing else needs to be compared."""
 
-_MOST_LAYERS = 4
+_MOST_LAYERS = 3
 """Layers a keep is tried at by default: enough to see a trend, few enough to wait for."""
 
 _LEAST_LEFT = Fraction(1, 3)
@@ -53,7 +53,7 @@ class Compared:
 
 
 def auto_layers(keep: float, layers: int) -> tuple[int, ...]:
-    """Layers inside the decoder that a keep is compared at when none are asked for: at most 4, spread evenly.
+    """Layers inside the decoder that a keep is compared at when none are asked for: at most 3, spread evenly.
 
     Args:
         keep: Average share over all layers.

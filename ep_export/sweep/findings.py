@@ -53,7 +53,7 @@ def _at_keep(record: SweepRecord, keep: float) -> Iterable[str]:
         said += f"; there {' and '.join(others)}" if others else ""
     yield said + "."
     yield from _smaller_picture(record, rows, best)
-    yield from _adaptive(rows, ours)
+    yield from _adaptive(rows)
     told = next((row for row in rows if row.method == SCHEDULE), None)
     if told is not None:
         yield f"Your schedule at keep {keep:g} ({told.where}): {told.measure}."
@@ -89,13 +89,16 @@ def _smaller_picture(record: SweepRecord, rows: Sequence[Row], best: Row) -> Ite
         )
 
 
-def _adaptive(rows: Sequence[Row], recommended: Row | None) -> Iterable[str]:
-    row = next((row for row in rows if row.method == ADAPTIVE), None)
-    if row is None:
+def _adaptive(rows: Sequence[Row]) -> Iterable[str]:
+    """Every picture's own number beside the same cut with the same share of every picture."""
+    own = next((row for row in rows if row.method == ADAPTIVE), None)
+    if own is None:
         return
-    same = recommended is not None and recommended.cuts == row.cuts
-    fixed = f", at a fixed keep {recommended.measure}" if recommended is not None and same else ""
-    yield f"Every picture keeping its own number ({row.where}): {row.measure}{fixed}."
+    fixed = next((row for row in rows if row.cuts == own.cuts and row is not own), None)
+    beside = ""
+    if fixed is not None:
+        beside = f", with a fixed keep {fixed.measure} for {fixed.flops / own.flops:.0%} of its FLOPs"
+    yield f"Every picture keeping its own number ({own.where}): {own.measure}{beside}."
 
 
 def _paper_against_random(record: SweepRecord) -> Iterable[str]:

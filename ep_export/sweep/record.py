@@ -84,10 +84,12 @@ class Difference:
     Attributes:
         accuracy: In accuracy, bootstrap over pictures and draws; None without answers.
         kl: In KL, nats; below 0 the row is closer to the full model.
+        agreement: In the share of answer positions where the full model's own answer stays the top token.
     """
 
     accuracy: MeanInterval | None
     kl: MeanInterval
+    agreement: MeanInterval
 
     @property
     def standing(self) -> int:
@@ -95,7 +97,13 @@ class Difference:
 
         By accuracy, by KL where no answers are known.
         """
-        return self.accuracy.side if self.accuracy is not None else -self.kl.side
+        return self.standing_in("accuracy" if self.accuracy is not None else "kl")
+
+    def standing_in(self, figure: str) -> int:
+        """The same by one figure: "accuracy", "agreement" or "kl"; 0 where it was not measured."""
+        mean: MeanInterval | None = getattr(self, figure)
+        side = 0 if mean is None else mean.side
+        return -side if figure == "kl" else side
 
 
 class SameBudget(str, Enum):

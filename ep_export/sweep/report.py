@@ -110,7 +110,7 @@ def _cell(row: Row, figure: str, best: float) -> Mapping[str, Any]:
         text, interval = f"{mean.value:.3g}", f"{mean.low:.2g} to {mean.high:.2g}"
     else:
         text, interval = f"{mean.value:.1%}", f"{100 * mean.low:.0f} to {100 * mean.high:.0f}"
-    standing = row.over_random.standing if row.over_random is not None else 0
+    standing = row.over_random.standing_in(figure) if row.over_random is not None else 0
     cell = {"text": text, "interval": interval, "standing": standing}
     return {**cell, "best": mean.value == best, "published": bool(row.published)}
 

@@ -244,7 +244,8 @@ def _over_random(one: Compared, columns: Mapping[str, _Column], sampling: Sampli
     own, accuracy = columns[one.way.key], None
     if own.right is not None and floor.right is not None:
         accuracy = sampling.difference(own.right - floor.right)
-    return Difference(accuracy, sampling.mean(own.kl - floor.kl))
+    agreement = sampling.difference(own.agreement - floor.agreement)
+    return Difference(accuracy, sampling.mean(own.kl - floor.kl), agreement)
 
 
 def _budget(one: Compared) -> SameBudget:

@@ -44,6 +44,7 @@ from ep_export.sweep.record import (
     SweepRecord,
     write_sweep,
 )
+from ep_export.sweep.report import write_report
 from ep_export.sweep.rows import entropies, in_hindsight, method_infos, rows, unpruned
 from ep_export.sweep.statistics import Sampling, wilson
 from ep_export.sweep.timing import time_prefill
@@ -96,7 +97,7 @@ def sweep(
         checkpoint: The model.
         images: Folder of pictures.
         prompts: Questions, with or without answers; see `read_prompts`. General ones when None.
-        out: Directory to write: `sweep.json` and the gallery's pictures.
+        out: Directory to write: `sweep.json`, its report and the gallery's pictures.
         options: What is compared.
         overwrite: Replace an earlier sweep.
         progress: Called as ("asking", done, total) and for the other stages.
@@ -149,6 +150,7 @@ def sweep(
             name = images.name or str(images)
             record = _record(bench, options, measured, name, aside, started, progress)
             write_sweep(aside, record)
+            write_report(aside, record)
     return record
 
 

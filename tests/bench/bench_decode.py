@@ -1,4 +1,4 @@
-"""Decode and prefill against onnxruntime-genai's own graphs of the same weights, float32 and int4, in one run.
+"""Decode and prefill against onnxruntime-genai's own graphs of the same weights, float32 and int4.
 
 A LLaVA of random weights is exported for ONNX Runtime (two spans, a cut at layer 2); its language model alone
 is written by onnxruntime-genai's builder. All sides run in ONNX Runtime on the same threads, in turns, each
@@ -34,8 +34,8 @@ from ep_export.bundle import Bundle, Dialect
 from ep_export.checkpoint import open_checkpoint
 from ep_export.families.base import PromptInputs
 from ep_export.numerics import WeightKind, Weights
-from ep_export.policy import Cut, Keep, Schedule
 from ep_export.plan import kept_tokens
+from ep_export.policy import Cut, Keep, Schedule
 from ep_export.runtime import Components, Continuation, OnnxRuntimeOptions, OnnxRuntimeRunner, Prefill
 from ep_export.runtime.prefill import Timer, run_prefill
 from ep_export.weights.packing import nearest
@@ -61,7 +61,9 @@ class Ours:
 class Genai:
     """A graph of onnxruntime-genai's builder, with caches of fixed capacity that a run writes into."""
 
-    def __init__(self, folder: Path, *, layers: int, capacity: int, shape: tuple[int, int], threads: int) -> None:
+    def __init__(
+        self, folder: Path, *, layers: int, capacity: int, shape: tuple[int, int], threads: int
+    ) -> None:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = threads
@@ -231,7 +233,7 @@ def opened(bundle: Bundle, options: argparse.Namespace) -> Ours:
 
 def report(title: str, times: Mapping[str, Sequence[float]]) -> list[float]:
     """Print one table; milliseconds of each side over those of the first, turn by turn."""
-    first, *others = times
+    first = next(iter(times))
     ratios = []
     for name, milliseconds in times.items():
         low, middle, high = statistics.quantiles(milliseconds, n=4)

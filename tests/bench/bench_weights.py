@@ -22,9 +22,8 @@ from pathlib import Path
 import torch
 from digit_scenes import READING, held_out, make_scene, questions
 
-from ep_export.build import ROUNDING_PICTURES
 from ep_export.bundle import Bundle
-from ep_export.calibrate.weights import calibrated
+from ep_export.calibrate.weights import ROUNDING_PICTURES, calibrated
 from ep_export.checkpoint import Checkpoint, open_checkpoint
 from ep_export.export import export_bundle
 from ep_export.export.packing import decoder_weights

@@ -202,8 +202,8 @@ def test_told_second_cut_before_the_measured_horizon_is_warned_of_with_the_numbe
     schedule, evidence = resolve_schedule(config(), request)
     assert schedule == TWO
     assert evidence.kind is EvidenceKind.TOLD
-    assert "warning: the cut at layer 4 lies before the information horizon, layer 5" in evidence.summary
-    assert "KL 0.3" in evidence.summary
+    assert "warning: the cut at layer 4 (" in evidence.summary
+    assert "costs KL 0.3) lies before the information horizon, layer 5" in evidence.summary
     late = replace(request, cuts=(Cut(1, MaxMin(), 0.4), Cut(5, Nothing())))
     assert "warning" not in resolve_schedule(config(), late)[1].summary
     with pytest.raises(UserError, match="measured on other weights"):

@@ -117,13 +117,6 @@ def test_earlier_layer_is_preferred_among_equals() -> None:
     assert recommend(fidelity(equal)).schedule == schedule(1, TopK(Scorer.NORM, Select.HIGHEST))
 
 
-def test_higher_agreement_is_preferred_among_equals_of_a_layer() -> None:
-    data = fidelity({(2, "norm-highest"): 0.400, (2, "divprune"): 0.401})
-    column = next(i for i, w in enumerate(data.ways) if w.key.startswith("2:divprune"))
-    data.agreement[:, column] = 0.95
-    assert recommend(data).schedule == schedule(2, MaxMin())
-
-
 def test_few_pictures_recommend_nothing() -> None:
     advice = recommend(fidelity({(2, "norm-lowest"): 0.1}, images=3))
     assert advice.schedule is None
@@ -177,6 +170,20 @@ def test_random_second_cuts_keep_an_average_too() -> None:
     assert average_keep(drawn.schedule, layers=12).ratio == pytest.approx(0.5, abs=1e-6)
 
 
+def test_among_equals_a_second_cut_is_added_to_the_leader_s_own_chooser_not_to_another() -> None:
+    single = candidate_ways([1], HALF)
+    ways = (*single, *two_cut_ways(single, horizon(None, 3), layers=4))
+    mean = np.ones(len(ways))
+    for key, value in (("norm-lowest", 0.300), ("divprune", 0.301)):
+        mean[[way.cuts[0].method == key for way in ways]] = value
+    mean[[way.cuts[0].method == "norm-lowest" and len(way.cuts) == 2 for way in ways]] = 0.302
+    kl = mean * np.random.default_rng(0).uniform(0.5, 1.5, (24, 1))
+    kl = kl * (1 + np.random.default_rng(1).normal(0, 0.1, kl.shape))
+    kl *= mean / kl.mean(axis=0)
+    advice = recommend(Fidelity(ways, kl, np.full_like(kl, 0.9)))
+    assert [cut.chooser for cut in advice.schedule.cuts] == [TopK(Scorer.NORM, Select.LOWEST), Nothing()]
+
+
 def test_two_cuts_are_recommended_where_they_are_as_good_and_only_there() -> None:
     single = candidate_ways([0, 1], HALF)
     ways = (*single, *two_cut_ways(single, horizon(3, None), layers=4))
@@ -225,9 +232,15 @@ class TestSeparation:
 
     def test_a_difference_below_the_noise_needs_none(self) -> None:
         data, _ = self.close_rival(0.04, 0.2)
-        advice = recommend(replace(data, kl=0.1 * data.kl))
+        advice = recommend(replace(data, kl=0.05 * data.kl))
         assert advice.images_needed is None
-        assert "1 within 0.01 nats of it not told apart, which hardly matters" in advice.reason
+        assert "1 within 0.01 nats of it for sure, which hardly matters" in advice.reason
+
+    def test_a_small_mean_difference_that_may_hide_a_large_one_needs_more(self) -> None:
+        data, difference = self.close_rival(0.005, 0.3)
+        advice = recommend(data)
+        expected = (1.96 * difference.std(ddof=1) / 0.01) ** 2  # until the interval lies within the noise
+        assert advice.images_needed == pytest.approx(expected, rel=0.01)
 
 
 def test_a_way_that_fell_out_of_the_race_is_in_the_table_but_not_recommended() -> None:

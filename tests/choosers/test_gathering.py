@@ -12,7 +12,19 @@ from prune_graphs import Prompt, kept_positions, prompt, run, session
 from ep_export.choosers import choose
 from ep_export.choosers.gathering import gather_kept
 from ep_export.graph import Nodes
-from ep_export.policy import Budget, Chooser, MaxMin, Nothing, Random, Scorer, Select, Source, TopK
+from ep_export.policy import (
+    Budget,
+    Chooser,
+    Coverage,
+    MaxMin,
+    Nothing,
+    Random,
+    Scorer,
+    Select,
+    Source,
+    TopK,
+    scored_source,
+)
 
 
 def gather(
@@ -60,6 +72,7 @@ def test_more_rows_than_topk_allows_in_tensorrt() -> None:
 
 SECOND = [
     MaxMin(),
+    Coverage(Scorer.NORM, Select.LOWEST, Source.HIDDEN),
     Random(5),
     Nothing(),
     TopK(Scorer.NORM, Select.HIGHEST, Source.HIDDEN),
@@ -76,7 +89,7 @@ def test_a_second_component_chooses_on_what_the_first_one_kept(first: Chooser, s
     hidden = at.hidden[arrived]
     here = Prompt(
         hidden,
-        hidden.reshape(len(hidden), 6, -1) if isinstance(second, TopK) else None,
+        hidden.reshape(len(hidden), 6, -1) if scored_source(second) is not None else None,
         at.positions[:, :, arrived],
         one["kept_visual_index"],
     )
@@ -92,7 +105,7 @@ def test_a_second_component_chooses_on_what_the_first_one_kept(first: Chooser, s
     # the same choice, made on the prompt's own rows that the first one kept
     kept = choose(first, at.tokens, 30).kept.numpy()
     np.testing.assert_array_equal(kept_positions(one), kept)
-    states = at.hidden[kept].reshape(30, 6, -1) if isinstance(second, TopK) else None
+    states = at.hidden[kept].reshape(30, 6, -1) if scored_source(second) is not None else None
     again = type(at.tokens)(
         torch.from_numpy(at.hidden[kept]),
         None if states is None else torch.from_numpy(states),

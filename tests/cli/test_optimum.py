@@ -39,6 +39,7 @@ def test_help_is_ours_under_optimums_name(option):
 
 def test_build_is_the_same_build(tiny_checkpoint, tiny_bundle, tmp_path):
     arguments = ("build", "--model", str(tiny_checkpoint), "--layer", "2", "--keep", "0.75", "--no-validate")
+    arguments += ("--dialect", "portable")  # as that bundle
     result = optimum_cli("ep-export", *arguments, "--out", str(tmp_path / "bundle"))
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == str(tmp_path / "bundle")

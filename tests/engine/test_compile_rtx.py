@@ -8,7 +8,7 @@ import struct
 import pytest
 from bundles import export_tiny
 from command_line import ep_export
-from family_bundles import MAKERS
+from family_bundles import MAKERS, PRECISIONS
 from tiny import make_tiny
 
 from ep_export.bundle import Bundle, Dialect, Precision, Role
@@ -22,7 +22,7 @@ from ep_export.engine_record import RECORD, check_engine, check_engine_files, en
 from ep_export.errors import UserError
 from ep_export.families import FAMILIES
 from ep_export.numerics import WeightKind, Weights
-from ep_export.policy import Budget, Cut, MaxMin, Nothing, Random, Schedule, Scorer, Source, TopK
+from ep_export.policy import Budget, Coverage, Cut, MaxMin, Nothing, Random, Schedule, Scorer, Source, TopK
 from ep_export.runtime import OnnxRuntimeRunner
 from ep_export.targets import Flavour, find_target, load_targets
 from ep_export.weights.packing import nearest
@@ -42,7 +42,7 @@ def test_every_family_is_compiled_here():
 
 
 @needs_compiler
-@pytest.mark.parametrize("dialect", Dialect)
+@pytest.mark.parametrize("dialect", PRECISIONS)
 @pytest.mark.parametrize("family", MAKERS)
 def test_every_component_compiles_and_holds_the_profile_asked_for(family, dialect, bundle_of, tmp_path):
     bundle = bundle_of(family, dialect)
@@ -96,6 +96,8 @@ POLICIES = (
     TopK(source=Source.HIDDEN),
     TopK(budget=Budget.PER_PICTURE),
     MaxMin(),
+    Coverage(),
+    Coverage(Scorer.NORM, source=Source.VALUE),
     Random(7),
     Nothing(),
 )

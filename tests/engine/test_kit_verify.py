@@ -324,7 +324,9 @@ def test_the_device_judges_distances_as_ep_export_does(chooser):
         sizes = torch.from_numpy(np.round(random.normal(size=(16, 2, 3))))
         exact = CutTokens(torch.from_numpy(hidden[0, index]), sizes, torch.from_numpy(index))
         shaken = CutTokens(
-            exact.hidden + torch.from_numpy(random.normal(scale=0.05, size=(16, 4))), sizes, exact.visual_index
+            exact.hidden + torch.from_numpy(random.normal(scale=0.05, size=(16, 4))),
+            sizes,
+            exact.visual_index,
         )
         other = choose(chooser, shaken, k).kept
         if random.integers(4) == 0:

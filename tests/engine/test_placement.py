@@ -5,11 +5,14 @@ from bundles import export_tiny, two_cuts
 from family_bundles import MAKERS
 
 from ep_export.bundle import Dialect, Precision, Role
+from ep_export.checkpoint import open_config
 from ep_export.engine.compile import CompileRequest, check_ahead
 from ep_export.engine.placement import TOP_K_LIMIT, PruneOn, check_chooser, place_components, takes_plugin
 from ep_export.errors import UsageError, UserError
+from ep_export.first_token import typical_work
+from ep_export.numerics import WeightKind, Weights
 from ep_export.plan import average_keep, make_plan
-from ep_export.policy import MaxMin, Nothing, Random, Scorer, TopK
+from ep_export.policy import Cut, Keep, MaxMin, Nothing, Random, Schedule, Scorer, TopK
 from ep_export.targets import Graphs, find_target
 
 ADA, TURING, ORIN = map(find_target, ("rtx-ada", "rtx-turing", "jetson-orin-agx-64gb"))

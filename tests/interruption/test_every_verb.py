@@ -42,6 +42,12 @@ def whole_bundle(path: Path) -> None:
     assert (first_foreign(path, MANIFEST) or ".").startswith(".")  # a work folder, until the next run
 
 
+def whole_sweep(path: Path) -> None:
+    read_sweep(path)
+    assert (path / "report.html").is_file()
+    assert first_foreign(path, "sweep.json") is None
+
+
 def whole_repository(path: Path) -> None:
     assert first_foreign(path, "repository.json") is None
 
@@ -91,7 +97,7 @@ VERBS = {
             "sweep",
             "--overwrite",
         ),
-        read_sweep,
+        whole_sweep,
         "sweep",
     ),
     "build": Verb(

@@ -19,7 +19,7 @@ LIMITS = Limits(
     seconds=30,
     requests=8,
     held_bytes=4 << 20,
-    idle_connections=32,
+    waiting_connections=32,
     stop_seconds=1,
 )
 

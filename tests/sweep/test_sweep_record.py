@@ -48,7 +48,7 @@ ROW = Row(
     kv_bytes=1e6,
     prefill=Prefill(2.0, 1.0, 2.0, 1.9, 2.1, 6),
     right=("10", "11"),
-    over_random=Difference(None, MEAN),
+    over_random=Difference(None, MEAN, MEAN),
 )
 RECORD = SweepRecord(
     model="m",

