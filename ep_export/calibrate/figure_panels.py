@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ep_export.calibrate.horizon import NOISE_KL
+from ep_export.calibrate.horizon import MIN_IMAGES, NOISE_KL
 from ep_export.calibrate.record import RANDOM, Candidate, Record
 from ep_export.policy import Coverage, MaxMin, Nothing, Scorer, Select
 
@@ -96,7 +96,8 @@ def draw_horizon(axes: Any, record: Record) -> None:
     axes.set_ylabel("KL per answer token, nats (band: to the 95% interval's end)")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False, loc="lower left", fontsize=9)
-    kinds = ", ".join(f"{one.kind} {one.layer or 'none'}" for one in record.horizons)
+    sure = [one for one in record.horizons if one.images >= MIN_IMAGES]
+    kinds = ", ".join(f"{one.kind} {one.layer or 'none'}" for one in sure)
     by_kind = f"; by kind of question: {kinds}" if kinds else ""
     entitle(axes, "information horizon", f"{horizon.finding}{by_kind}")
 

@@ -61,7 +61,7 @@ class Moments:
 
         Returns:
             [in, in] float32, its strict upper triangle the U of the module's text; and [in] bool, inputs that
-            were always 0. At no time are there more than three float32 matrices of [in, in].
+            were always 0. At its height this takes four float32 matrices of [in, in].
         """
         if self._factor is None:
             assert self._total is not None  # noqa: S101 - let go of below
