@@ -12,7 +12,7 @@ import click
 from ep_export.bundle import Bundle, Precision
 from ep_export.cli.console import note, print_json, print_table, progress_bar
 from ep_export.cli.options import bundle_argument, json_option
-from ep_export.cli.schedule import parse_chooser
+from ep_export.spelling import parse_chooser
 from ep_export.targets import Target, find_target
 
 if TYPE_CHECKING:

@@ -13,6 +13,7 @@ from ep_export.bundle import Dialect, Precision, WeightsMode
 from ep_export.errors import UsageError
 from ep_export.numerics import DEFAULT_GROUP, GROUPS, WeightKind, Weights
 from ep_export.policy import ADAPTIVE, DEFAULT_DEGREE, DEGREES, Keep
+from ep_export.spelling import parse_share
 
 if TYPE_CHECKING:
     from ep_export.measure.executors import Executor
@@ -28,7 +29,6 @@ __all__ = [
     "keep_options",
     "model_option",
     "optional_keep",
-    "parse_share",
     "policies_option",
     "values",
     "weights_from",
@@ -102,15 +102,6 @@ def executor_from(jobs: int | None, ray: str | None) -> Executor:
 
         return OnRay(ray, jobs)
     return InProcess() if jobs in {None, 1} else Processes(jobs or 1)
-
-
-def parse_share(text: str) -> float:
-    """0.25, or 25%.
-
-    Raises:
-        ValueError: Neither.
-    """
-    return float(text[:-1]) / 100 if text.endswith("%") else float(text)
 
 
 class _AdaptiveShare(float):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,14 +9,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ep_export.cli.options import parse_share, values
+from ep_export.cli.options import values
 from ep_export.errors import UsageError
-from ep_export.policy import Budget, Chooser, Cut, Nothing, Scorer, Select, Source, TopK, chooser_named
+from ep_export.policy import Budget, Chooser, Scorer, Select, Source, TopK
+from ep_export.spelling import parse_chooser, parse_cut
 
 if TYPE_CHECKING:
     from ep_export.calibrate.choose import ScheduleRequest
 
-__all__ = ["AUTO", "parse_chooser", "parse_cut", "schedule_options", "schedule_request"]
+__all__ = ["AUTO", "schedule_options", "schedule_request"]
 
 AUTO = "auto"
 _WITH_SYSTEM = ("--policy", "--calibration")  # a record warns of cuts before the measured horizon
@@ -112,39 +112,6 @@ def schedule_request(options: Mapping[str, Any]) -> ScheduleRequest:
         budget=budget,
         calibration=options["calibration"],
     )
-
-
-def parse_chooser(name: str) -> Chooser:
-    """A policy's name; a score alone means its highest.
-
-    Raises:
-        UsageError: There is no such policy.
-    """
-    return chooser_named(f"{name}-{Select.HIGHEST.value}" if name in set(Scorer) else name)
-
-
-def parse_cut(text: str) -> Cut:
-    """`LAYER:SHARE[:NAME]`, e.g. `2:0.5:divprune`.
-
-    Raises:
-        UsageError: It is none.
-    """
-    layer, _, rest = text.partition(":")
-    share, _, name = rest.partition(":")
-    chooser = parse_chooser(name) if name else TopK()
-    try:
-        cut = Cut(int(layer), chooser, parse_share(share))
-    except ValueError:
-        raise UsageError(
-            f"--cut {text!r} is not LAYER:SHARE or LAYER:SHARE:NAME", hint="e.g. --cut 2:0.25:divprune"
-        ) from None
-    lowest = 0.0 if isinstance(chooser, Nothing) else math.ulp(0.0)
-    if not lowest <= (cut.share or 0.0) <= 1:
-        raise UsageError(
-            f"--cut {text!r} keeps a share of {cut.share:g}, expected 0 < share <= 1",
-            hint="to drop all visual tokens at a layer: --cut LAYER:0:nothing",
-        )
-    return cut
 
 
 def _chooser(name: str, select: str | None, source: str | None, budget: Budget) -> Chooser | None:

@@ -11,7 +11,7 @@ import click
 
 from ep_export.cli.console import note, print_json, print_table, progress_bar
 from ep_export.cli.options import executor_from, executor_options, model_option
-from ep_export.cli.schedule import parse_cut
+from ep_export.spelling import parse_cut
 from ep_export.errors import UsageError
 from ep_export.plan import average_keep
 from ep_export.policy import ADAPTIVE

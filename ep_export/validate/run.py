@@ -91,7 +91,7 @@ def validate(
             keep = observation.generation.keep
             found = find(setting, observation)
             if processor is not None:
-                shown = [] if question.clip else question.visuals(pictures)
+                shown = [] if question.clip else [pictures[number] for number in question.pictures]
                 own = processor(shown, question.prompt) if shown else None
                 found = (compare_preprocessing(question.name, observation.prompt, own, checkpoint), *found)
             findings.append(found)
