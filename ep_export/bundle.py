@@ -31,6 +31,7 @@ __all__ = [
     "Manifest",
     "Precision",
     "Role",
+    "StoredTable",
     "TensorSpec",
     "WeightsMode",
     "hash_file",
@@ -93,6 +94,23 @@ class Role(str, Enum):
 
 
 @dataclass(frozen=True)
+class StoredTable:
+    """Where in the bundle's shards a matrix lies whose rows are read on the host.
+
+    Attributes:
+        file: Path in the bundle.
+        offset: Its first byte.
+        dtype: "bfloat16", "float32", ...
+        shape: Rows, values of a row.
+    """
+
+    file: str
+    offset: int
+    dtype: str
+    shape: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class Component:
     """One ONNX file of the bundle and its interface.
 
@@ -105,6 +123,8 @@ class Component:
         layers: Of a decoder span: its first layer and the one after its last.
         cut: Of a prune component: which cut of the schedule, from 0.
         chooser: Of a prune component: what it computes.
+        table: Of the embedding table: where it lies. It is then read on the host and no runtime opens `file`;
+            bundles without it are older.
     """
 
     name: str
@@ -115,6 +135,7 @@ class Component:
     layers: tuple[int, int] | None = None
     cut: int | None = None
     chooser: Chooser | None = None
+    table: StoredTable | None = None
 
     @property
     def layer_range(self) -> range:

@@ -270,7 +270,11 @@ def check_engine(
             hint=f"compile for this GPU (see `ep-export targets`): {again} T",
         )
     manifest = bundle.manifest
-    components = [c for c in manifest.components if c.role is not Role.PRUNE or c.name in record.components]
+    components = [
+        c
+        for c in manifest.components
+        if (c.role is not Role.PRUNE and c.table is None) or c.name in record.components
+    ]
     for component in components:
         engine = record.components.get(component.name)
         if engine is None:

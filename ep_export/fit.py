@@ -26,8 +26,8 @@ __all__ = ["FORMULAS", "Estimate", "Figures", "estimate"]
 FORMULAS: Mapping[str, str] = {
     "weights": "parameters of decoder layers, lm_head and vision encoder x bytes of each; quantised layers "
     "take their bits and a scale a group, lm_head 8 bits beside integers",
-    "embedding table": "vocabulary x d x bytes; it is a component of its own, so that a table which is "
-    "lm_head too is loaded twice",
+    "embedding table": "vocabulary x d x bytes; rows are read on the host from the mapped file, whose pages "
+    "can be dropped: not counted",
     "KV cache": "2 (a step's caches go in and come out) x 2 x KV heads x head_dim x bytes, for every layer "
     "and token of prompt and answer",
     "activations": "tokens x (3 d + 2 (H + KV heads) head_dim + 3 m) x bytes, for the encoder and every span "
@@ -82,8 +82,8 @@ class Estimate:
         new_tokens: Length of the answer assumed.
         memory_bytes: Of the device.
         available_bytes: Of it, what is left for engines.
-        weight_bytes: Of all components.
-        embedding_bytes: Of it, the embedding table.
+        weight_bytes: Of all components but the embedding table.
+        embedding_bytes: Of that table, whose rows are read on the host; no total has it.
         full: Without pruning.
         pruned: With it.
         vision_counted: Whether the plan says what the encoder does.
@@ -147,7 +147,7 @@ def estimate(
         new_tokens=new_tokens,
         memory_bytes=target.memory_bytes,
         available_bytes=target.memory_bytes - target.reserved_bytes,
-        weight_bytes=sizes.loaded,
+        weight_bytes=sizes.computing,
         embedding_bytes=sizes.embedding,
         full=_figures(case, full),
         pruned=_figures(case, pruned),
@@ -191,7 +191,7 @@ def _figures(case: _Case, spans: _Spans) -> Figures:
     return Figures(
         kv_bytes=kv,
         activation_bytes=activations,
-        total_bytes=case.weights.loaded + kv + activations,
+        total_bytes=case.weights.computing + kv + activations,
         vision_seconds=vision,
         prefill_seconds=prefill,
         first_token_seconds=vision + prefill,

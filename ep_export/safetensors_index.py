@@ -38,6 +38,7 @@ DTYPES: Mapping[str, tuple[str, int]] = {
 }
 """dtype of the format -> (our name, bytes per element)."""
 
+_BITS_ALONE = {"float8_e4m3fn": "uint8", "float8_e5m2": "uint8"}
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _MAX_HEADER_BYTES = 100_000_000  # the reference implementation's own limit
@@ -163,11 +164,13 @@ def map_tensor(ref: TensorRef) -> NDArray[Any]:
 
 
 def _numpy_type(ref: TensorRef) -> np.dtype[Any]:
-    import ml_dtypes
     import numpy as np
 
-    special = {"bfloat16": ml_dtypes.bfloat16, "float8_e4m3fn": np.uint8, "float8_e5m2": np.uint8}
-    kind: np.dtype[Any] = np.dtype(special.get(ref.dtype, ref.dtype))
+    if ref.dtype == "bfloat16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    kind: np.dtype[Any] = np.dtype(_BITS_ALONE.get(ref.dtype, ref.dtype))
     return kind
 
 

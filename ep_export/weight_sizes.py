@@ -25,7 +25,7 @@ class WeightSizes:
         layer: One layer of the decoder, scales included.
         layers: How many there are.
         lm_head: The product with the vocabulary.
-        embedding: The table that token ids are looked up in.
+        embedding: The table that token ids are looked up in, row by row on the host.
         shared: Whether lm_head and embedding are one tensor.
     """
 
@@ -38,18 +38,13 @@ class WeightSizes:
 
     @property
     def computing(self) -> int:
-        """What is multiplied with: all but the embedding table."""
+        """What is multiplied with, and loaded for it: all but the embedding table."""
         return self.vision + self.layers * self.layer + self.lm_head
-
-    @property
-    def loaded(self) -> int:
-        """Of all components: embedding table and lm_head are one each, also where they are one tensor."""
-        return self.computing + self.embedding
 
     @property
     def stored(self) -> int:
         """On disk: a tensor that serves twice is there once."""
-        return self.loaded - (self.embedding if self.shared else 0)
+        return self.computing + (0 if self.shared else self.embedding)
 
 
 def weight_sizes(

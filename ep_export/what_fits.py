@@ -141,7 +141,7 @@ def _models(
 
 def _size(model: ModelConfig) -> int:
     tower = model.family.vision_tower(model.config)
-    return weight_sizes(model.dims, tower, number_bytes=1, weights=None, tied=False).loaded
+    return weight_sizes(model.dims, tower, number_bytes=1, weights=None, tied=False).stored
 
 
 def _suggestion(

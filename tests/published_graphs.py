@@ -14,7 +14,7 @@ from ep_export.export.decoder import build_embed_tokens, build_span
 from ep_export.export.dialects import FORMS, write_norms
 from ep_export.export.graph_builder import TORCH_DTYPES, GraphBuilder, Weights
 from ep_export.export.vision import build_vision
-from ep_export.families.attention import use_attention
+from ep_export.families.attention import use_vision_forms
 from ep_export.families.base import Family
 
 __all__ = ["published_graphs", "stored_weights"]
@@ -38,7 +38,7 @@ def published_graphs(family: Family, config: Any) -> dict[str, ir.Model]:
 
     def graph(name: str, build: Any, *arguments: Any) -> ir.Model:
         builder = GraphBuilder(name, precision=Precision.BF16, opset=_OPSET, weights=weights)
-        with use_attention(forms.attention):
+        with use_vision_forms(forms.vision):
             build(builder, *arguments)
         return builder.model()
 

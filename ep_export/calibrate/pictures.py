@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,15 +12,17 @@ import numpy as np
 from ep_export.errors import UserError
 from ep_export.measure.prompts import Prompts, entries_for, kind_of, question_of
 from ep_export.measure.question import Question, QuestionResult, Skipped
+from ep_export.runtime.pictures import open_picture
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from PIL import Image
 
     from ep_export.measure.executors import Outcome
     from ep_export.measure.pictures import PictureFile
     from ep_export.measure.ways import Way
 
-__all__ = ["Asked", "Usable", "ask_about", "figures", "usable_pictures"]
+__all__ = ["Asked", "Usable", "ask_about", "figures", "first_shown", "usable_pictures"]
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,19 @@ def ask_about(pictures: Sequence[PictureFile], prompts: Prompts) -> tuple[tuple[
             questions = tuple(Question(picture, digest, text or "") for text in texts)
             asked.append(Asked(questions, tuple(kind_of(entry) for entry in entries)))
     return tuple(asked), skipped
+
+
+def first_shown(asked: Sequence[Asked], most: int) -> tuple[list[Image.Image], list[str]]:
+    """So many pictures that can be opened and a question about each, to round weights by."""
+    pictures: list[Image.Image] = []
+    questions: list[str] = []
+    for one in asked:
+        if len(pictures) == most:
+            break
+        with contextlib.suppress(UserError):  # named where it is measured
+            pictures.append(open_picture(one.questions[0].picture.path))
+            questions.append(one.questions[0].text)
+    return pictures, questions
 
 
 def usable_pictures(

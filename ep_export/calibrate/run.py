@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime as dt
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from ep_export.calibrate.detectors import layer_curve, where_detectors_agree
 from ep_export.calibrate.figure import is_our_plot, plot
 from ep_export.calibrate.horizon import Horizon, find_horizon, horizon_ways
 from ep_export.calibrate.measuring import Measurer
-from ep_export.calibrate.pictures import Asked, Usable, ask_about, figures
+from ep_export.calibrate.pictures import Usable, ask_about, figures, first_shown
 from ep_export.calibrate.race import Fidelity
 from ep_export.calibrate.recommend import Recommendation, recommend, table
 from ep_export.calibrate.record import Provenance, Record, write_calibration
@@ -38,11 +37,8 @@ from ep_export.numerics import WeightKind, Weights
 from ep_export.plan import check_keep
 from ep_export.policy import Cut, EvidenceKind, Keep, Schedule
 from ep_export.progress import Progress, silent
-from ep_export.runtime import open_picture
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from ep_export.checkpoint import Checkpoint
 
 __all__ = ["DEFAULT_MAX_NEW_TOKENS", "calibrate"]
@@ -105,7 +101,9 @@ def calibrate(
     asked, skipped = ask_about(pictures, prompts)
     with (
         Workplace(out, work) as directory,
-        rounded_shard(checkpoint, weights, *_first_shown(asked), progress=progress) as shard,
+        rounded_shard(
+            checkpoint, weights, *first_shown(asked, ROUNDING_PICTURES), progress=progress
+        ) as shard,
     ):
         measurer = Measurer(
             checkpoint,
@@ -137,19 +135,6 @@ def calibrate(
         if out is not None:
             _write(out, record)
     return record
-
-
-def _first_shown(asked: Sequence[Asked]) -> tuple[list[Image.Image], list[str]]:
-    """Pictures that can be opened and a question about each, to round weights by."""
-    pictures: list[Image.Image] = []
-    questions: list[str] = []
-    for one in asked:
-        if len(pictures) == ROUNDING_PICTURES:
-            break
-        with contextlib.suppress(UserError):  # named where it is measured
-            pictures.append(open_picture(one.questions[0].picture.path))
-            questions.append(one.questions[0].text)
-    return pictures, questions
 
 
 def _check_out(out: Path | None) -> None:

@@ -84,9 +84,9 @@ def _memory_rows(guess: Estimate) -> list[tuple[str, str, str, str]]:
     names = {
         "total": "memory, together",
         "weights": "  weights",
-        "embedding": "  embedding table",
         "caches": f"  KV caches of prompt and {guess.new_tokens} new tokens",
         "activations": "  activations",
+        "embedding": "embedding table: on the host, not counted",
     }
     full, pruned = _memory(guess, guess.full), _memory(guess, guess.pruned)
     rows = [
@@ -99,9 +99,9 @@ def _memory_rows(guess: Estimate) -> list[tuple[str, str, str, str]]:
 
 
 def _memory(guess: Estimate, side: Figures) -> dict[str, int]:
-    """Bytes, part by part."""
+    """Bytes, part by part; the embedding table is read on the host and no part of the total."""
     return {
-        "weights": guess.weight_bytes - guess.embedding_bytes,
+        "weights": guess.weight_bytes,
         "embedding": guess.embedding_bytes,
         "caches": side.kv_bytes,
         "activations": side.activation_bytes,

@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from ep_export.measure.executors import Executor
 
 __all__ = [
+    "WEIGHTS",
     "bundle_argument",
     "executor_from",
     "executor_options",
     "export_options",
+    "group_option",
     "image_option",
     "json_option",
     "keep_from",
@@ -181,25 +183,31 @@ def optional_keep(ratio: float | None, tokens: int | None) -> Keep | None:
     return Keep(ratio=float(ratio), adaptive=isinstance(ratio, _AdaptiveShare))
 
 
+WEIGHTS = ("none", *(kind.value for kind in WeightKind))
+"""Values of `--weights`."""
+
+group_option = click.option(
+    "--group",
+    type=click.Choice([str(group) for group in GROUPS]),
+    callback=lambda _context, _option, value: int(value),
+    default=str(DEFAULT_GROUP),
+    show_default=True,
+    help="Inputs that share a scale, for --weights int4.",
+)
+
+
 def weights_options(function: _F) -> _F:
     """`--weights` and `--group`."""
     for option in reversed(
         (
             click.option(
                 "--weights",
-                type=click.Choice(["none", *(kind.value for kind in WeightKind)]),
+                type=click.Choice(WEIGHTS),
                 default="none",
                 show_default=True,
                 help="Store the decoder's linear layers in fewer bits; calibrated on --images where given.",
             ),
-            click.option(
-                "--group",
-                type=click.Choice([str(group) for group in GROUPS]),
-                callback=lambda _context, _option, value: int(value),
-                default=str(DEFAULT_GROUP),
-                show_default=True,
-                help="Inputs that share a scale, for --weights int4.",
-            ),
+            group_option,
         )
     ):
         function = option(function)

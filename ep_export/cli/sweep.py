@@ -10,11 +10,19 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ep_export.cli.console import note, print_json, print_table, progress_bar
-from ep_export.cli.options import executor_from, executor_options, model_option
-from ep_export.spelling import parse_cut
+from ep_export.cli.options import (
+    WEIGHTS,
+    executor_from,
+    executor_options,
+    group_option,
+    model_option,
+    weights_from,
+)
 from ep_export.errors import UsageError
 from ep_export.plan import average_keep
 from ep_export.policy import ADAPTIVE
+from ep_export.spelling import parse_cut
+from ep_export.sweep.findings import rounding_cost
 from ep_export.sweep.record import RANDOM, RECOMMENDED, SCHEDULE, SameBudget
 
 if TYPE_CHECKING:
@@ -101,6 +109,14 @@ _json_first = click.option(
     metavar="NAME,NAME,...",
     help="Compare only these: of --list-methods, or any policy [all that are listed].",
 )
+@click.option(
+    "--weights",
+    type=click.Choice(WEIGHTS),
+    multiple=True,
+    help="Measure everything with the decoder's linear layers in fewer bits as well; may repeat. Full "
+    "weights (none) always are. Rounded by --calibration-images, else to the nearest.",
+)
+@group_option
 @click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Draws of random tokens.")
 @click.option(
     "--calibration",
@@ -172,6 +188,7 @@ def sweep(**options: Any) -> None:
         keeps=_keeps(options["keeps"], schedule, checkpoint.dims.layers),
         layers=tuple(sorted(set(options["layers"]))) or None,
         schedule=schedule,
+        weights=tuple(w for kind in options["weights"] if (w := weights_from(kind, options["group"]))),
         seeds=options["seeds"],
         calibration=calibration,
         max_questions=options["max_questions"],
@@ -213,6 +230,8 @@ def show_sweep(record: SweepRecord) -> None:
         f"unpruned: {full.visual_tokens:.0f} visual tokens, {full.flops / 1e9:.3g} GFLOP{time}{said} "
         f"({record.dataset.questions} questions)"
     )
+    for rounded in record.rounded:
+        click.echo(rounding_cost(rounded))
     titles = {method.key: method.title for method in record.methods}
     for keep in record.keeps:
         for budget, title in _TABLES.items():

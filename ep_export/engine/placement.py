@@ -36,7 +36,7 @@ class Placement:
     """Components of a bundle that are used on a target.
 
     Attributes:
-        engines: Become engines, in the manifest's order.
+        engines: Become engines, in the manifest's order; an embedding table read on the host is none.
         on_cpu: Prune components that ONNX Runtime runs on the CPU.
     """
 
@@ -53,7 +53,9 @@ def place_components(
     plugin: bool = False,
     max_kept_tokens: int,
 ) -> Placement:
-    """Say which components become engines: all but prune components of policies nobody asked for.
+    """Say which components become engines: all but what no backend opens or nobody asked for.
+
+    An embedding table is read on the host; policies that are not used need no engines.
 
     Args:
         manifest: The bundle's.
@@ -75,7 +77,11 @@ def place_components(
         for prune in prunes:
             if prune.chooser is not None:
                 check_chooser(prune.chooser, target, plugin=plugin, max_kept_tokens=max_kept_tokens)
-    engines = tuple(c for c in manifest.components if c.role is not Role.PRUNE or c in prunes_on_target)
+    engines = tuple(
+        component
+        for component in manifest.components
+        if component.table is None and (component.role is not Role.PRUNE or component in prunes_on_target)
+    )
     return Placement(engines, tuple(prune for prune in prunes if prune not in prunes_on_target))
 
 

@@ -2,21 +2,28 @@
 
 Portable (opset 20) is what Hugging Face computes, in MatMul, Softmax and elementwise operators. Modern (opset
 23) has Attention, RMSNormalization and RotaryEmbedding. For ONNX Runtime spans have a builder of their own,
-`fused_decoder`; its encoders are portable, which ONNX Runtime fuses by itself.
+`fused_decoder`; its encoders differ from portable ones where ONNX Runtime has more than it fuses by itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 
 from ep_export.bundle import Dialect
-from ep_export.export.recording import onnx_operator
-from ep_export.families.attention import Attention, portable_attention
+from ep_export.export.recording import onnx_operator, onnx_operators
+from ep_export.families.attention import (
+    PORTABLE_VISION,
+    Attention,
+    VisionForms,
+    over_heads,
+    portable_attention,
+    portable_rotate,
+)
 
 __all__ = ["FORMS", "Forms", "write_norms"]
 
@@ -33,6 +40,7 @@ class Forms:
         tables: (cos, sin) [1, T, D] as Hugging Face has them, both halves equal -> what `rotate` reads.
         rotate: (x [1, H, T, D], tables) -> x with rotary embedding.
         mask_dtype: Graph's type -> type of attention masks.
+        vision: Attention and rotary embedding of vision blocks.
     """
 
     attention: Attention
@@ -40,6 +48,7 @@ class Forms:
     tables: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
     rotate: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
     mask_dtype: Callable[[torch.dtype], torch.dtype]
+    vision: VisionForms
 
 
 def write_norms(model: torch.nn.Module, forms: Forms) -> None:
@@ -66,11 +75,6 @@ def _portable_tables(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor
     return cos.unsqueeze(1), torch.cat([-first, second], dim=-1).unsqueeze(1)
 
 
-def _portable_rotate(x: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor) -> torch.Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([second, first], dim=-1) * signed_sin
-
-
 def _onnx_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
@@ -94,13 +98,42 @@ def _onnx_rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     return onnx_operator("RotaryEmbedding", [x, cos, sin], {"interleaved": 0})
 
 
+def _fused_vision_tables(angles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return angles.cos(), angles.sin()
+
+
+def _fused_vision_rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int) -> torch.Tensor:
+    return onnx_operator("RotaryEmbedding", [x, cos, sin], {"interleaved": 0, "num_heads": heads})
+
+
+def _fused_vision_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    *,
+    heads: int,
+) -> torch.Tensor:
+    """Without a mask MultiHeadAttention never holds all scores; with one it does, slower than apart."""
+    if mask is not None:
+        return PORTABLE_VISION.attention(query, key, value, mask, scale, heads=heads)
+    attributes = {"num_heads": heads, "scale": scale}
+    inputs = [query, key, value]
+    (attended,) = onnx_operators(
+        "MultiHeadAttention", inputs, attributes, like=[query], domain="com.microsoft"
+    )
+    return attended
+
+
 FORMS: Mapping[Dialect, Forms] = {
     Dialect.PORTABLE: Forms(
         portable_attention,
         _portable_rms_norm,
         _portable_tables,
-        _portable_rotate,
+        portable_rotate,
         lambda _: torch.float32,  # its softmax is in float32
+        PORTABLE_VISION,
     ),
     Dialect.MODERN: Forms(
         _onnx_attention,
@@ -108,6 +141,7 @@ FORMS: Mapping[Dialect, Forms] = {
         _onnx_tables,
         _onnx_rotate,
         lambda dtype: dtype,  # Attention takes a mask of the query's type
+        replace(PORTABLE_VISION, attention=over_heads(_onnx_attention)),
     ),
     Dialect.ONNXRUNTIME: Forms(
         portable_attention,
@@ -115,5 +149,6 @@ FORMS: Mapping[Dialect, Forms] = {
         _onnx_tables,
         _onnx_rotate,
         lambda _: torch.float32,
+        VisionForms(_fused_vision_attention, _fused_vision_tables, _fused_vision_rotate),
     ),
 }

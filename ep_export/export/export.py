@@ -23,6 +23,7 @@ from ep_export.bundle import (
     Manifest,
     Precision,
     Role,
+    StoredTable,
     WeightsMode,
     list_files,
     write_manifest,
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from ep_export.checkpoint import Checkpoint
     from ep_export.export.graph_builder import GraphBuilder
     from ep_export.families.base import VisionTrace
+    from ep_export.safetensors_index import TensorRef
     from ep_export.weights.packing import Packing
     from ep_export.weights.store import StoredLinear
 
@@ -181,7 +183,7 @@ def _components(
     from ep_export.export.fused_decoder import build_fused_span
     from ep_export.export.graph_builder import TORCH_DTYPES, GraphBuilder, Weights
     from ep_export.export.vision import build_vision
-    from ep_export.families.attention import use_attention
+    from ep_export.families.attention import use_vision_forms
 
     dims, forms = checkpoint.dims, FORMS[dialect]
     # A model of this export's own, config included: its modules are changed.
@@ -193,7 +195,7 @@ def _components(
 
     def component(name: str, role: Role, build: Callable[[GraphBuilder], None], **place: Any) -> Component:
         graph = GraphBuilder(name, precision=precision, opset=opset, weights=stored)
-        with use_attention(forms.attention), _refusing(checkpoint):
+        with use_vision_forms(forms.vision), _refusing(checkpoint):
             build(graph)
         return save_component(graph.model(), out, name, role, **place)
 
@@ -202,7 +204,10 @@ def _components(
     batch: int | str = "B" if dialect.fixed_caches else 1
     span = build_fused_span if dialect is Dialect.ONNXRUNTIME else build_span
     yield component(
-        "embed_tokens", Role.EMBED, lambda graph: build_embed_tokens(graph, modules, dims, batch=batch)
+        "embed_tokens",
+        Role.EMBED,
+        lambda graph: build_embed_tokens(graph, modules, dims, batch=batch),
+        table=_table(checkpoint.tensors[stored.names[id(modules.embed_tokens.weight)]], shards),
     )
     for number, layers in enumerate(schedule.spans(dims.layers)):
         yield component(
@@ -211,6 +216,11 @@ def _components(
             lambda graph: span(graph, modules, dims, layers, forms),  # noqa: B023
             layers=(layers.start, layers.stop),
         )
+
+
+def _table(ref: TensorRef, shards: Shards) -> StoredTable:
+    rows, width = ref.shape
+    return StoredTable(shards.place(ref)[0], ref.offset, ref.dtype, (rows, width))
 
 
 @contextmanager

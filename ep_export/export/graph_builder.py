@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -117,6 +117,7 @@ class GraphBuilder(Nodes):
         self._inputs: list[ir.Value] = []
         self._outputs: list[ir.Value] = []
         self._stored: dict[str, ir.Value] = {}
+        self._refs: dict[ir.Value, TensorRef] = {}
         self._casts: dict[tuple[ir.Value, torch.dtype], Tensor] = {}
         self._lengths: dict[Varying, tuple[ir.Value, int]] = {}
 
@@ -245,20 +246,39 @@ class GraphBuilder(Nodes):
     def stored(self, parameter: torch.nn.Parameter) -> Tensor:
         """A parameter in the checkpoint's type: the initializer says where in the shard it lies."""
         name = self._weights.names[id(parameter)]
-        ref = self._weights.tensors[name]
-        value = self._lying(ref, IR_DTYPES[ref.dtype], name=name)
+        return self._at(replace(self._weights.tensors[name], name=name))
+
+    def stored_rows(self, source: Tensor, specs: Sequence[Spec]) -> list[Tensor] | None:
+        """A stored tensor cut along its first axis: every part lies somewhere too; None: it is computed."""
+        node = source.value.producer()
+        origin = node.inputs[0] if node is not None and node.op_type == "Cast" else source.value
+        if origin not in self._refs:
+            return None
+        ref, start, parts = self._refs[origin], 0, []
+        row = ref.length // ref.shape[0]
+        for spec in specs:
+            rows = spec.shape[0]
+            assert isinstance(rows, int)  # noqa: S101 - of a stored tensor
+            part = replace(
+                ref,
+                name=f"{origin.name}[{start}:{start + rows}]",
+                offset=ref.offset + start * row,
+                length=rows * row,
+                shape=(rows, *ref.shape[1:]),
+            )
+            parts.append(self.cast(self._at(part), spec.dtype))
+            start += rows
+        return parts
+
+    def _at(self, ref: TensorRef) -> Tensor:
+        """What lies in a shard, in its own type."""
+        value = self._lying(ref, IR_DTYPES[ref.dtype])
+        self._refs[value] = ref
         return Tensor(value, Spec(ref.shape, getattr(torch, ref.dtype)))
 
-    def _lying(
-        self,
-        ref: TensorRef,
-        dtype: ir.DataType,
-        shape: tuple[int, ...] | None = None,
-        *,
-        name: str | None = None,
-    ) -> ir.Value:
+    def _lying(self, ref: TensorRef, dtype: ir.DataType, shape: tuple[int, ...] | None = None) -> ir.Value:
         """An initializer that says where in a shard its bytes lie."""
-        name, sizes = name or ref.name, ir.Shape(shape or ref.shape)
+        name, sizes = ref.name, ir.Shape(shape or ref.shape)
         if name not in self._stored:
             location, base = self._weights.place(ref)
             lying = ir.ExternalTensor(

@@ -137,6 +137,8 @@ def _unbind(graph: GraphBuilder, given: Arguments, *results: Spec) -> Sequence[T
 
 
 def _split(graph: GraphBuilder, given: Arguments, *results: Spec) -> Sequence[Tensor]:
+    if given["dim"] == 0 and (parts := graph.stored_rows(given["self"], results)) is not None:
+        return parts
     sizes = graph.shape([result.shape[given["dim"]] for result in results])
     return graph.tensors("Split", [given["self"], sizes], results, axis=given["dim"])
 

@@ -84,11 +84,11 @@ class ClipBlock(nn.Module):
         rows = hidden.reshape(-1, width)
         normed = self.layer_norm1(rows)
         query, key, value = (
-            projection(normed).reshape(-1, length, self.heads, width // self.heads).transpose(1, 2)
+            projection(normed).reshape(-1, length, width)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        attended = attention(query, key, value, None, self.scale).transpose(1, 2).reshape(-1, width)
-        rows = rows + self.out_proj(attended)
+        attended = attention(query, key, value, None, self.scale, heads=self.heads)
+        rows = rows + self.out_proj(attended.reshape(-1, width))
         rows = rows + self.mlp(self.layer_norm2(rows))
         tiles: torch.Tensor = rows.reshape(-1, length, width)
         return tiles

@@ -44,8 +44,8 @@ class WindowStem(nn.Module):
             window_inverse: [P] int64, the slot of every patch.
 
         Returns:
-            hidden [P, C]; cos and sin [P, 1, D] float32; slots [W, T] int64 without marks; mask [W, 1, T, T]
-            float32; `window_inverse`.
+            hidden [P, C]; two rotary tables; slots [W, T] int64 without marks; mask [W, 1, T, T] float32;
+            `window_inverse`.
         """
         hidden, cos, sin = self.stem(pixel_values, patch_positions)
         mask = (window_index < 0).float().mul(_HIDDEN).unsqueeze(1).unsqueeze(1)
@@ -67,11 +67,7 @@ class WindowBlock(VisionBlock):
     ) -> torch.Tensor:
         """[P, C] -> [P, C]."""
         states = self.query_key_value(hidden, cos, sin)
-        # [P, H, D] -> [W, T, H, D] -> [W, H, T, D]
-        query, key, value = (
-            x.index_select(0, slots.flatten()).reshape(*slots.shape, self.heads, -1).transpose(1, 2)
-            for x in states
-        )
-        attended = attention(query, key, value, mask, self.scale)
-        attended = attended.transpose(1, 2).flatten(2).flatten(0, 1)  # [W * T, H * D]
-        return self.finish(hidden, attended.index_select(0, window_inverse))
+        windows = (*slots.shape, hidden.shape[1])
+        query, key, value = (x.index_select(1, slots.flatten()).reshape(windows) for x in states)
+        attended = attention(query, key, value, mask, self.scale, heads=self.heads)  # [W, T, C]
+        return self.finish(hidden, attended.flatten(0, 1).index_select(0, window_inverse))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ep_export.families.attention import attention
+from ep_export.families.attention import attention, rotary_tables, rotate
 
 __all__ = ["FullBlock", "PatchMerger", "VisionBlock", "VisionStem"]
 
@@ -41,13 +41,12 @@ class VisionStem(nn.Module):
             patch_positions: [P, 2] int64, row and column.
 
         Returns:
-            hidden [P, C]; cos and sin [P, 1, D] float32.
+            hidden [P, C]; two rotary tables, float32, as `rotate` reads them.
         """
         weight = self.proj.weight  # a convolution whose stride is its kernel is a matrix product
         hidden = nn.functional.linear(pixel_values.to(weight.dtype), weight.flatten(1))
         half = (patch_positions.unsqueeze(-1).float() * self.inv_freq).flatten(1)  # [P, D/2]: rows, columns
-        angles = torch.cat([half, half], dim=-1).unsqueeze(1)
-        return hidden, angles.cos(), angles.sin()
+        return hidden, *rotary_tables(half.unsqueeze(0))
 
 
 class VisionBlock(nn.Module):
@@ -63,10 +62,18 @@ class VisionBlock(nn.Module):
     def query_key_value(
         self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Rotated query and key, and value, [P, H, D] each."""
-        qkv = self.qkv(self.norm1(hidden))
-        query, key, value = qkv.reshape(hidden.shape[0], 3, self.heads, -1).unbind(1)
-        return _rotate(query, cos, sin), _rotate(key, cos, sin), value
+        """Rotated query and key, and value, [1, P, C] each.
+
+        Three products with thirds of the weight, whose rows lie apart already, so that no result is cut.
+        """
+        normed = self.norm1(hidden).unsqueeze(0)
+        query, key, value = (
+            nn.functional.linear(normed, weight, bias)
+            for weight, bias in zip(self.qkv.weight.chunk(3), self.qkv.bias.chunk(3), strict=True)
+        )
+        # in float32, as Hugging Face
+        query, key = (rotate(x.float(), cos, sin, self.heads).to(x.dtype) for x in (query, key))
+        return query, key, value
 
     def finish(self, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """Output projection, residuals and feed-forward; `attended` is [P, H * D]."""
@@ -87,9 +94,7 @@ class FullBlock(VisionBlock):
     ) -> torch.Tensor:
         """[P, C] -> [P, C]."""
         states = self.query_key_value(hidden, cos, sin)
-        query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in states)
-        attended = attention(query, key, value, None, self.scale)  # [1, H, P, D]
-        return self.finish(hidden, attended.squeeze(0).transpose(0, 1).flatten(1))
+        return self.finish(hidden, attention(*states, None, self.scale, heads=self.heads).squeeze(0))
 
 
 class PatchMerger(nn.Module):
@@ -104,10 +109,3 @@ class PatchMerger(nn.Module):
         """[P, C] -> [N, d]."""
         merged: torch.Tensor = self.mlp(self.ln_q(hidden).reshape(-1, self.width))
         return merged
-
-
-def _rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding in float32, as Hugging Face; states [P, H, D], tables [P, 1, D]."""
-    x = states.float()
-    first, second = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(states.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from ep_export.errors import UserError
 from ep_export.first_token import prompt_plan
@@ -15,6 +15,7 @@ from ep_export.measure.pruned import gap, pruned_log_probs
 from ep_export.measure.question import QuestionResult, WayResult, normalise
 from ep_export.measure.scaled import scaled_outcomes
 from ep_export.measure.spelling import says
+from ep_export.measure.ways import UNPRUNED, on_weights
 
 if TYPE_CHECKING:
     from ep_export.families.base import PromptInputs
@@ -47,9 +48,14 @@ def measure(bench: Bench, question: Question, *, entropies: bool = True) -> Ques
     right = normalise(said) in {normalise(known) for known in question.answers} if spellings else None
     if right and own[-1] in bench.speller.end:
         spellings = [own, *(ids for ids in spellings if ids[:-1] != own[:-1])]
-    passes = [(ids, full if ids[:-1] == own[:-1] else full_pass(bench, prompt, ids)) for ids in spellings]
-    kept = kept_by(bench, Prompted(question, prompt, full), bench.setting.ways)
-    outcomes = _judge(bench, full, passes, [sets for draws in kept.values() for sets in draws])
+    asked = Prompted(question, prompt, full)
+    ways = _ways(bench, asked, _passes(bench, asked, own, spellings), own, full)
+    for name, rounded in bench.beside.items():
+        again = Prompted(question, prompt, full_pass(rounded, prompt, own))
+        passes = _passes(rounded, again, own, spellings)
+        results = {UNPRUNED: _unpruned(rounded, again.full, passes, full)}
+        results |= _ways(rounded, again, passes, own, full)
+        ways |= {on_weights(key, name): result for key, result in results.items()}
     visual = len(prompt.visual_index)
     return QuestionResult(
         key=question.key,
@@ -61,26 +67,66 @@ def measure(bench: Bench, question: Question, *, entropies: bool = True) -> Ques
         query_entropy=tuple(curves.query_entropy),
         key_entropy=tuple(curves.key_entropy),
         metrics={key: _short(values) for key, values in curves.metrics.items()},
-        ways={
-            **{
-                key: _way_result(
-                    [outcomes[sets] for sets in draws], len(own), known=bool(spellings), kept=_counts(draws)
-                )
-                for key, draws in kept.items()
-            },
-            **{
-                key: _way_result(
-                    [(one.gap, one.right)],
-                    len(own),
-                    known=bool(spellings),
-                    kept=(one.visual_tokens,),
-                    vision_flops=one.vision_flops,
-                )
-                for key, one in scaled_outcomes(bench, question, prompt, full, own, spellings).items()
-            },
-        },
+        ways=ways,
         vision_flops=prompt_plan(bench.checkpoint, prompt).vision_flops,
     )
+
+
+_Passes: TypeAlias = Sequence[tuple[list[int], "FullPass"]]
+"""Spellings of the right answer, each with a model's unpruned pass over it."""
+
+
+def _passes(
+    bench: Bench, asked: Prompted, own: Sequence[int], spellings: Sequence[list[int]]
+) -> list[tuple[list[int], FullPass]]:
+    same = list(own[:-1])
+    return [
+        (ids, asked.full if ids[:-1] == same else full_pass(bench, asked.prompt, ids)) for ids in spellings
+    ]
+
+
+def _ways(
+    bench: Bench, asked: Prompted, passes: _Passes, own: Sequence[int], reference: FullPass
+) -> dict[str, WayResult]:
+    """Every way of pruning one model.
+
+    Args:
+        bench: The setting, with that model.
+        asked: What is asked, with the model's unpruned pass over `own`.
+        passes: See `_Passes`.
+        own: The answer of the unpruned model of full weights.
+        reference: Its pass over it, which everything is compared with.
+    """
+    kept = kept_by(bench, asked, bench.setting.ways)
+    outcomes = _judge(
+        bench, asked.full, passes, [sets for draws in kept.values() for sets in draws], reference
+    )
+    known, spellings = bool(passes), [ids for ids, _ in passes]
+    pruned = {
+        key: _way_result([outcomes[sets] for sets in draws], len(own), known=known, kept=_counts(draws))
+        for key, draws in kept.items()
+    }
+    scaled = {
+        key: _way_result(
+            [(one.gap, one.right)],
+            len(own),
+            known=known,
+            kept=(one.visual_tokens,),
+            vision_flops=one.vision_flops,
+        )
+        for key, one in scaled_outcomes(
+            bench, asked.question, asked.prompt, reference, own, spellings
+        ).items()
+    }
+    return pruned | scaled
+
+
+def _unpruned(bench: Bench, full: FullPass, passes: _Passes, reference: FullPass) -> WayResult:
+    """A model of rounded weights with every token, against the one of full weights."""
+    right = any(says(one.log_probs, ids, bench.speller.end) for ids, one in passes)
+    distance = gap(reference.log_probs, full.log_probs)
+    visual = (len(full.visual_index),)
+    return _way_result([(distance, right)], len(full.log_probs), known=bool(passes), kept=visual)
 
 
 def _counts(draws: Sequence[KeptSets]) -> tuple[int, ...]:
@@ -128,15 +174,16 @@ def _own_answer(
 def _judge(
     bench: Bench,
     full: FullPass,
-    passes: Sequence[tuple[list[int], FullPass]],
+    passes: _Passes,
     kept: Sequence[KeptSets],
+    reference: FullPass,
 ) -> dict[KeptSets, tuple[Gap, bool]]:
-    """For everything kept: distance over the model's own answer, and whether a right answer is given."""
+    """For everything kept: distance over the reference's answer, and whether a right answer is given."""
     gaps: dict[KeptSets, Gap] = {}
     right = dict.fromkeys(kept, False)
     own = [ids for ids, one in passes if one is full]
     for sets, log_probs in pruned_log_probs(bench.decoder, full, kept):
-        gaps[sets] = gap(full.log_probs, log_probs)
+        gaps[sets] = gap(reference.log_probs, log_probs)
         right[sets] = any(says(log_probs, ids, bench.speller.end) for ids in own)
     for ids, other in passes:
         if other is not full:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Bench",
+    "RoundedModel",
     "Setting",
     "build_prompt",
     "check_device",
@@ -35,6 +36,20 @@ __all__ = [
     "shown_picture",
     "with_setting",
 ]
+
+
+@dataclass(frozen=True)
+class RoundedModel:
+    """A model with rounded weights, measured beside the one with full weights.
+
+    Attributes:
+        name: Its name in results, e.g. "int4"; see `on_weights`.
+        shard: Of its quantised layers; the file's name says what is in it (see
+            `ep_export.calibrate.weights.rounded_shard`).
+    """
+
+    name: str
+    shard: str
 
 
 @dataclass(frozen=True)
@@ -53,6 +68,8 @@ class Setting:
         max_pixels: Pictures with more are scaled down first; None asks about them as they are.
         rounded: Shard of quantised layers whose dequantised weights take the place of the checkpoint's; its
             name says what is in it (see `ep_export.calibrate.weights.rounded_shard`).
+        beside: Models that every way is measured on as well, each compared with the unpruned model of full
+            weights. Each is loaded besides.
     """
 
     ways: tuple[Way, ...]
@@ -64,6 +81,7 @@ class Setting:
     metrics: bool = False
     max_pixels: int | None = None
     rounded: str | None = None
+    beside: tuple[RoundedModel, ...] = ()
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -93,6 +111,7 @@ class Bench:
         builder: Its prompts.
         speller: Its tokenizer.
         methods: By name, every method of the ways.
+        beside: By name, the same with rounded weights; see `Setting.beside`.
     """
 
     checkpoint: Checkpoint
@@ -102,6 +121,7 @@ class Bench:
     builder: PromptBuilder
     speller: Speller
     methods: dict[str, Method] = field(repr=False)
+    beside: dict[str, Bench] = field(default_factory=dict, repr=False)
 
 
 def make_bench(checkpoint: Checkpoint, setting: Setting) -> Bench:
@@ -110,17 +130,10 @@ def make_bench(checkpoint: Checkpoint, setting: Setting) -> Bench:
     Raises:
         UserError: The device or a weight is missing.
     """
-    from ep_export.reference import load_model
-
     check_device(setting.device)
-    dtype = torch.float32 if setting.device == "cpu" else getattr(torch, checkpoint.dtype)
-    layers = stored_layers([Path(setting.rounded)]) if setting.rounded else None
-    if _is_spread(setting.device):
-        model = load_model(checkpoint, dtype=dtype, quantised=layers, device_map="auto")
-    else:
-        model = load_model(checkpoint, dtype=dtype, quantised=layers).to(setting.device)
+    model = _load(checkpoint, setting.device, setting.rounded)
     builder = checkpoint.family.prompt_builder(checkpoint.path, checkpoint.config)
-    return Bench(
+    bench = Bench(
         checkpoint=checkpoint,
         setting=setting,
         model=model,
@@ -129,11 +142,26 @@ def make_bench(checkpoint: Checkpoint, setting: Setting) -> Bench:
         speller=Speller(checkpoint.path, builder.eos_token_ids),
         methods=_methods(setting),
     )
+    models = {one.name: _load(checkpoint, setting.device, one.shard) for one in setting.beside}
+    decoder = checkpoint.family.decoder
+    beside = {name: replace(bench, model=one, decoder=decoder(one)) for name, one in models.items()}
+    return replace(bench, beside=beside)
+
+
+def _load(checkpoint: Checkpoint, device: str, rounded: str | None) -> PreTrainedModel:
+    from ep_export.reference import load_model
+
+    dtype = torch.float32 if device == "cpu" else getattr(torch, checkpoint.dtype)
+    layers = stored_layers([Path(rounded)]) if rounded else None
+    if _is_spread(device):
+        return load_model(checkpoint, dtype=dtype, quantised=layers, device_map="auto")
+    return load_model(checkpoint, dtype=dtype, quantised=layers).to(device)
 
 
 def with_setting(bench: Bench, setting: Setting) -> Bench:
     """The same loaded model for another setting on the same device."""
-    return replace(bench, setting=setting, methods=_methods(setting))
+    beside = {name: with_setting(one, setting) for name, one in bench.beside.items()}
+    return replace(bench, setting=setting, methods=_methods(setting), beside=beside)
 
 
 def _methods(setting: Setting) -> dict[str, Method]:

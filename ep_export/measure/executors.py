@@ -146,6 +146,7 @@ def _in_processes(job: Job, units: Sequence[Unit], jobs: int) -> Iterator[tuple[
     """What a set of processes finishes before it is through or one of them dies."""
     # spawned, not forked: a fork copies locks of threads that do not exist in it
     context = multiprocessing.get_context("spawn")
+    others = set(multiprocessing.active_children())
     threads = max(1, torch.get_num_threads() // jobs)
     pool = ProcessPoolExecutor(
         jobs, mp_context=context, initializer=_start, initargs=(job.checkpoint.path, job.setting, threads)
@@ -157,7 +158,11 @@ def _in_processes(job: Job, units: Sequence[Unit], jobs: int) -> Iterator[tuple[
     except BrokenProcessPool:
         return
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        pool.shutdown(wait=False, cancel_futures=True)
+        # Not asked to end: one that was killed may hold the lock of the queue where they would read it.
+        for process in set(multiprocessing.active_children()) - others:
+            process.terminate()
+            process.join()
 
 
 _here: list[Bench | UserError] = []

@@ -175,8 +175,12 @@ def journal_settings(checkpoint: Checkpoint, setting: Setting) -> dict[str, obje
         "tools": tool_versions(),
         "model": checkpoint.fingerprint,
         "processor": processor_fingerprint(checkpoint.processor_files),
-        # wherever the shard lies, its name says what is in it
-        "setting": replace(setting, rounded=Path(setting.rounded).name) if setting.rounded else setting,
+        # wherever a shard lies, its name says what is in it
+        "setting": replace(
+            setting,
+            rounded=Path(setting.rounded).name if setting.rounded else None,
+            beside=tuple(replace(one, shard=Path(one.shard).name) for one in setting.beside),
+        ),
     }
 
 

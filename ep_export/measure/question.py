@@ -20,12 +20,14 @@ class Question:
         digest: SHA-256 of the picture's bytes.
         text: As asked.
         answers: Right answers, any of which counts; empty where none is known.
+        kind: What the prompts call its kind; None where they do not.
     """
 
     picture: PictureFile
     digest: str
     text: str
     answers: tuple[str, ...] = ()
+    kind: str | None = None
 
     @property
     def key(self) -> str:

@@ -12,7 +12,10 @@ from ep_export.errors import UsageError, UserError
 from ep_export.plan import check_schedule, kept_tokens
 from ep_export.policy import Chooser, Cut, Keep, MaxMin, Schedule, chooser_named
 
-__all__ = ["Scaling", "Way", "WayCut", "one_cut", "scheduled_way"]
+__all__ = ["UNPRUNED", "Scaling", "Way", "WayCut", "on_weights", "one_cut", "scheduled_way"]
+
+UNPRUNED = "unpruned"
+"""Key of the unpruned model with rounded weights; with full ones it is what all is compared with."""
 
 
 class Scaling(str, Enum):
@@ -99,6 +102,11 @@ def scheduled_way(schedule: Schedule, keep: Keep, *, layers: int) -> Way:
     """
     check_schedule(schedule, layers)
     return Way(tuple(WayCut(cut.layer, cut.chooser.name, cut.share) for cut in schedule.cuts), keep)
+
+
+def on_weights(key: str, weights: str | None) -> str:
+    """The key of a way or method on rounded weights of that name; None is the full ones."""
+    return key if weights is None else f"{key}@{weights}"
 
 
 def _chooser(method: str) -> Chooser:

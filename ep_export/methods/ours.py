@@ -6,7 +6,16 @@ Nothing is computed here; their exact forms are in `ep_export.choosers`.
 from __future__ import annotations
 
 from ep_export.methods.contract import Method, Place
-from ep_export.policy import Chooser, Coverage, MaxMin, Random, Scorer, Select, TopK, reads_projections
+from ep_export.policy import (
+    Chooser,
+    Coverage,
+    MaxMin,
+    Random,
+    Scorer,
+    Select,
+    TopK,
+    reads_projections,
+)
 
 __all__ = ["CHOOSER_METHODS", "chooser_method"]
 
@@ -65,12 +74,12 @@ _SCOPE = "after SCOPE, arXiv 2510.24214"
 
 
 def _coverage(chooser: Coverage) -> Method:
-    score = _SCORERS[chooser.scorer][2]
+    title, _, score = _SCORERS[chooser.scorer]
     return Method(
         key=chooser.name,
-        title=f"Coverage, {chooser.select.value} {chooser.scorer.value}",
+        title=f"Coverage × {title}, {chooser.select.value}",
         source=_SCOPE,
-        idea=f"keeps tokens of {chooser.select.value} {score} that are far from what is kept already",
+        idea=f"keeps tokens of {chooser.select.value} {score} and far from what is kept already",
         chooser=chooser,
     )
 

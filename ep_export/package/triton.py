@@ -128,7 +128,7 @@ def _link_graphs(bundle: Bundle, folder: Path) -> bool:
 
 
 def _link_engines(bundle: Bundle, target: Target, folder: Path) -> bool:
-    """The engines and their plugin, the graphs that run beside them, and the processor files."""
+    """The engines and their plugin, what runs beside them, and the processor files."""
     directory = engine_directory(bundle.path, target.name)
     record = read_record(directory)
     check_engine_files(directory, record, verify=False)  # computed where they are loaded
@@ -137,6 +137,7 @@ def _link_engines(bundle: Bundle, target: Target, folder: Path) -> bool:
         names.append(record.plugin.file)
     linked = [link_or_copy(directory / name, folder / ENGINES / target.name / name) for name in names]
     beside = [bundle.manifest.component(name).file for name in record.on_cpu]
+    beside += [component.table.file for component in bundle.manifest.components if component.table]
     beside += [MANIFEST, *(e.path for e in bundle.manifest.files if e.path.startswith("processor/"))]
     linked += [link_or_copy(bundle.file(file), folder / file) for file in beside]
     return all(linked)

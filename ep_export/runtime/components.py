@@ -8,11 +8,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ep_export.bundle import Component, Manifest, Role
+from ep_export.bundle import Bundle, Component, Manifest, Role
 from ep_export.dims import DecoderDims
-from ep_export.runtime.base import Bound, Feed, Runner, Value
+from ep_export.runtime.base import Bound, Feed, Runner, RunnerFactory, Value
+from ep_export.runtime.embedding_rows import EmbeddingRows
 
-__all__ = ["Components", "bind_span", "cache_names", "empty_caches", "length_feeds", "past_feeds", "run_span"]
+__all__ = [
+    "Components",
+    "bind_span",
+    "cache_names",
+    "empty_caches",
+    "length_feeds",
+    "open_component",
+    "past_feeds",
+    "run_span",
+]
 
 _LOGITS = "logits"
 _PAST, _PRESENT = "past_key_values.", "present."
@@ -62,6 +72,17 @@ class Components:
         """Close what is open."""
         while self._runners:
             self._runners.popitem()[1].close()
+
+
+def open_component(bundle: Bundle, component: Component, factory: RunnerFactory) -> Runner:
+    """What runs a component: the backend, but for an embedding table, whose rows are read on the host.
+
+    Raises:
+        UserError: The backend cannot open it, or the table does not lie where the manifest says.
+    """
+    if component.table is not None:
+        return EmbeddingRows(bundle, component)
+    return factory(bundle.file(component.file))
 
 
 def run_span(

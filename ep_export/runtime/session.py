@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from ep_export.adaptive import check_adaptive, own_tokens
-from ep_export.bundle import Bundle, Component
+from ep_export.bundle import Bundle
 from ep_export.errors import UsageError, UserError
 from ep_export.families import family_named
 from ep_export.families.base import PromptBuilder, PromptInputs, Visual
@@ -18,9 +18,9 @@ from ep_export.families.bounds import check_dims
 from ep_export.first_token import prompt_plan
 from ep_export.plan import kept_tokens
 from ep_export.policy import Keep, Schedule
-from ep_export.runtime.base import Feed, Runner, RunnerFactory
+from ep_export.runtime.base import Feed, RunnerFactory
 from ep_export.runtime.batch import SlotDecoder, open_decoder
-from ep_export.runtime.components import Components
+from ep_export.runtime.components import Components, open_component
 from ep_export.runtime.generate import (
     AnswerCut,
     Continuation,
@@ -93,11 +93,7 @@ class Session:
         processor = bundle.file(_PROCESSOR)
         config = _load_config(bundle)
         prompts = family_named(manifest.family).prompt_builder(processor, config)
-
-        def open_component(component: Component) -> Runner:
-            return factory(bundle.file(component.file))
-
-        components = Components(manifest, open_component)
+        components = Components(manifest, lambda component: open_component(bundle, component, factory))
         components.open_all_but_prunes()
         return cls(bundle, config, prompts, components)
 

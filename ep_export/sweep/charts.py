@@ -6,8 +6,9 @@ Panels leave as SVG that takes its ink from the page (light or dark) and togethe
 from __future__ import annotations
 
 import io
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,14 +16,20 @@ from typing import TYPE_CHECKING, Any
 from ep_export.calibrate.figure import draw_entropy, hue_of
 from ep_export.policy import ADAPTIVE, Select
 from ep_export.sweep.record import RANDOM, RECOMMENDED, SCHEDULE, Row, SweepRecord
+from ep_export.sweep.shortlist import charted
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["Look", "Panel", "entropy_panel", "flops_panels", "layer_panels", "look_of", "save_png", "svg"]
+__all__ = ["Look", "Panel", "entropy_panel", "first_panels", "layer_panels", "look_of", "save_png", "svg"]
 
 _INK, _LINE = "#161d29", "#dfe3ea"  # replaced by the page's own in SVG
 _SIZE = (4.5, 3.3)  # inches: readable at the width of a phone
+_LEAST_RANGE = 10.0  # percent: where all ways cost the same
+_ASIDE = 0.03
+"""Points of a keep stand apart by that part of the axis, or their intervals would cover each other."""
+_NEAR = 0.15
+"""Ways that lose less than this to the best are near it."""
 _HUES = {
     "fastv": "#b3261e",
     "dart": "#a16207",
@@ -31,8 +38,8 @@ _HUES = {
     "pyramiddrop": "#9a3412",
     "sparsevlm": "#be185d",
     "horizon": "#4338ca",
-    "scaled": "#111827",
-    "scaled-flops": "#4b5563",
+    "scaled": "#78716c",
+    "scaled-flops": "#15803d",
     ADAPTIVE: "#c026d3",
     RANDOM: "#8a8f98",
     RECOMMENDED: "#e0218a",
@@ -54,6 +61,7 @@ _MARKS = {
     ADAPTIVE: "H",
     SCHEDULE: "P",
 }
+_GLYPHS = {"": "━", **dict(zip("osDd^v<>hHpXP*", "●■◆♦▲▼◀▶⬢⬣⬟✖✚★", strict=True))}
 _STRONG = frozenset({RECOMMENDED, ADAPTIVE, SCHEDULE, RANDOM})
 
 
@@ -72,6 +80,11 @@ class Look:
     dashed: bool
     mark: str
     width: float
+
+    @property
+    def glyph(self) -> str:
+        """The mark as a character, for legends in text."""
+        return "○" if self.dashed and self.mark == "o" else _GLYPHS[self.mark]
 
     @property
     def line(self) -> dict[str, Any]:
@@ -103,16 +116,26 @@ def look_of(method: str) -> Look:
     return Look(colour, method.endswith(f"-{Select.LOWEST.value}"), mark, 2.4 if method in _STRONG else 1.5)
 
 
-def flops_panels(record: SweepRecord) -> tuple[Panel, ...]:
-    """Accuracy (or agreement) against prefill FLOPs, a panel for each layer at which tokens were pruned."""
-    return tuple(
-        Panel(
-            title=f"pruned before layer {layer}" if layer else "pruned before the decoder",
-            about=f"{_what(record)} against decoder FLOPs for every method pruned before layer {layer}",
-            draw=partial(_draw_flops, record=record, layer=layer),
-        )
-        for layer in record.swept_layers
+def first_panels(record: SweepRecord) -> tuple[Panel, ...]:
+    """Accuracy (or agreement) with intervals against FLOPs up to the first token, of the ways shown first.
+
+    Where ways lie far apart there is a second panel, of those near the best.
+    """
+    curves = charted(record)
+    values = [row.measure.value for rows in curves.values() for row in rows]
+    title, about = (
+        f"{_what(record)} against FLOPs up to the first token",
+        "with 95% intervals, a point a keep",
     )
+    panels = [Panel(title, f"{title}, {about}", partial(_draw_first, record=record, curves=curves))]
+    near = {
+        method: tuple(row for row in rows if row.measure.value >= max(values) - _NEAR)
+        for method, rows in curves.items()
+    }
+    if max(values) - min(values) > 2 * _NEAR:
+        draw = partial(_draw_first, record=record, curves={m: rows for m, rows in near.items() if rows})
+        panels.append(Panel("the same, near the best", f"{title}, those near the best, {about}", draw))
+    return tuple(panels)
 
 
 def layer_panels(record: SweepRecord) -> tuple[Panel, ...]:
@@ -167,7 +190,7 @@ def save_png(record: SweepRecord, path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    lines = [flops_panels(record), layer_panels(record), (entropy_panel(record),)]
+    lines = [(*first_panels(record), entropy_panel(record)), layer_panels(record)]
     columns = max(map(len, lines))
     size = (_SIZE[0] * columns, (_SIZE[1] + 0.4) * len(lines))
     with mpl.rc_context(_rc()):
@@ -199,14 +222,38 @@ def _what(record: SweepRecord) -> str:
     return "exact answers" if record.dataset.answers else "agreement with the unpruned model"
 
 
-def _draw_flops(axes: Any, record: SweepRecord, layer: int) -> None:
-    for method in record.methods:
-        rows = [row for row in record.rows if (row.method, row.layer) == (method.key, layer)]
-        rows.sort(key=lambda row: row.flops)
-        _curve(axes, method.key, [100 * row.flops / record.unpruned.flops for row in rows], rows)
-    axes.set_xlim(0, 104)  # one scale for all panels
-    axes.set_xlabel("decoder FLOPs, % of unpruned")
-    _finish(axes, record)
+def _draw_first(axes: Any, record: SweepRecord, curves: Mapping[str, Sequence[Row]]) -> None:
+    every = [row for rows in curves.values() for row in rows]
+    aside = dict(zip(map(id, every), _apart([_first_token_share(record, row) for row in every]), strict=True))
+    for method, rows in curves.items():
+        look = look_of(method)
+        x = [aside[id(row)] for row in rows]
+        y, low, high = ([100 * getattr(row.measure, end) for row in rows] for end in ("value", "low", "high"))
+        front = 5 if method == RECOMMENDED else 3
+        axes.vlines(x, low, high, color=look.colour, linewidth=1.6, alpha=0.55, zorder=front)
+        line = {**look.line, "linestyle": "", "marker": look.mark or "_"}
+        axes.plot(x, y, markersize=11 if look.mark == "*" else 5.5, zorder=front, **line)
+    axes.margins(x=0.1)
+    axes.set_xlabel("FLOPs up to the first token, % of unpruned")
+    _finish(axes, record, bottom=10 * (100 * min(row.measure.low for row in every) // 10))
+
+
+def _first_token_share(record: SweepRecord, row: Row) -> float:
+    """In percent of the unpruned model."""
+    return 100 * row.first_token_flops / record.unpruned.first_token_flops
+
+
+def _apart(values: Sequence[float]) -> list[float]:
+    """Values a step or more apart: the mean of where pushing right and pushing left moves them."""
+    order = sorted(range(len(values)), key=values.__getitem__)
+    step = _ASIDE * max(max(values) - min(values), _LEAST_RANGE)
+    moved = [0.0] * len(values)
+    for sign in (1, -1):
+        last = -math.inf
+        for place in order[::sign]:
+            last = max(sign * values[place], last + step)
+            moved[place] += sign * last / 2
+    return moved
 
 
 def _draw_layers(axes: Any, record: SweepRecord, keep: float) -> None:
@@ -235,11 +282,11 @@ def _curve(axes: Any, method: str, x: Sequence[float], rows: Sequence[Row]) -> N
         axes.vlines(x, low, high, color=look.colour, linewidth=3, alpha=0.3)
 
 
-def _finish(axes: Any, record: SweepRecord) -> None:
+def _finish(axes: Any, record: SweepRecord, *, bottom: float = 0.0) -> None:
     """The unpruned model's level, one scale for all panels, and nothing that is not needed."""
     full = record.unpruned.accuracy
     axes.axhline(100 * full.value if full is not None else 100.0, color=_INK, linewidth=1, linestyle=":")
-    axes.set_ylim(bottom=0, top=103)
+    axes.set_ylim(bottom=max(0.0, bottom), top=103 - 0.03 * bottom)
     axes.set_ylabel(f"{_what(record)}, %", fontsize=9.5)
     _bare(axes)
 

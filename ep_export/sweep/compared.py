@@ -11,7 +11,7 @@ from fractions import Fraction
 
 from ep_export.calibrate.candidates import candidate_layers
 from ep_export.errors import UsageError, UserError
-from ep_export.measure.ways import Scaling, Way, WayCut, one_cut, scheduled_way
+from ep_export.measure.ways import Scaling, Way, WayCut, on_weights, one_cut, scheduled_way
 from ep_export.methods import METHODS, SCALED, SCALED_FLOPS, Method, Place
 from ep_export.plan import check_schedule
 from ep_export.policy import ADAPTIVE, Cut, Keep, Random, Schedule
@@ -40,11 +40,18 @@ class Compared:
         method: Key of the row's method: that of its cut, or `RECOMMENDED` or `SCHEDULE`.
         way: What is measured.
         keep: Average share over all layers.
+        weights: Name of the rounded weights it is measured on; None is the full ones.
     """
 
     method: str
     way: Way
     keep: float
+    weights: str | None = None
+
+    @property
+    def key(self) -> str:
+        """Its name in `QuestionResult.ways`."""
+        return on_weights(self.way.key, self.weights)
 
     @property
     def layer(self) -> int:

@@ -9,15 +9,26 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from ep_export.policy import ADAPTIVE
-from ep_export.sweep.record import PAPER, RANDOM, RECOMMENDED, SCHEDULE, Row, SameBudget, SweepRecord
+from ep_export.sweep.names import called, places
+from ep_export.sweep.record import (
+    PAPER,
+    RANDOM,
+    RECOMMENDED,
+    SCHEDULE,
+    RoundedUnpruned,
+    Row,
+    SameBudget,
+    SweepRecord,
+)
 
-__all__ = ["findings"]
+__all__ = ["findings", "rounding_cost"]
 
 
 def findings(record: SweepRecord) -> tuple[str, ...]:
     """The findings, most important first."""
     said = [*record.notes[:1]] if record.scarce else []
     said.append(_unpruned(record))
+    said += [rounding_cost(one) for one in record.rounded]
     for keep in record.keeps:
         said += _at_keep(record, keep)
     said += _paper_against_random(record)
@@ -36,33 +47,37 @@ def _unpruned(record: SweepRecord) -> str:
     return f"Unpruned, the model answers {full} of {questions} exactly."
 
 
+def rounding_cost(one: RoundedUnpruned) -> str:
+    """What rounded weights cost before anything is pruned."""
+    how = "rounded to the nearest" if one.weights.rounding == "nearest" else "rounded by calibration pictures"
+    right = f", {one.accuracy} right" if one.accuracy is not None else ""
+    return (
+        f"{one.name} weights, {how}, unpruned: KL {one.kl.value:.4f} from full weights, the same top token "
+        f"at {one.agreement.value:.1%} of positions{right}."
+    )
+
+
 def _at_keep(record: SweepRecord, keep: float) -> Iterable[str]:
     rows = [row for row in record.rows if row.keep == keep]
     if not rows:
         return
     best = next((row for row in rows if row.below_best is None), rows[0])
     tied = [row for row in rows if row.tied and row is not best and row.budget is best.budget]
-    said = f"Keep {keep:g}: best in hindsight is {_called(record, best)}, {best.measure}{_ties(record, tied)}"
+    said = f"Keep {keep:g}: best in hindsight is {called(record, best)}, {best.measure}{_ties(record, tied)}"
     ours = next((row for row in rows if row.method == RECOMMENDED), None)
     if ours is not None:
         saved = 1 - ours.flops / record.unpruned.flops
-        said += f"; the recommended policy ({ours.where}), chosen beforehand, {ours.measure}"
+        said += f"; the recommended policy ({places(record, ours)}), chosen beforehand, {ours.measure}"
         said += f" for {saved:.0%} fewer FLOPs"
         there = (record.row(name, ours.layer, keep) for name in (PAPER, RANDOM))
         others = [f"{record.method(row.method).title} {row.measure.value:.1%}" for row in there if row]
         said += f"; there {' and '.join(others)}" if others else ""
     yield said + "."
     yield from _smaller_picture(record, rows, best)
-    yield from _adaptive(rows)
+    yield from _adaptive(record, rows)
     told = next((row for row in rows if row.method == SCHEDULE), None)
     if told is not None:
-        yield f"Your schedule at keep {keep:g} ({told.where}): {told.measure}."
-
-
-def _called(record: SweepRecord, row: Row) -> str:
-    """E.g. `DivPrune at layer 2`."""
-    title = record.method(row.method).title
-    return f"{title} at layer {row.layer}" if len(row.cuts) == 1 else title
+        yield f"Your schedule at keep {keep:g} ({places(record, told)}): {told.measure}."
 
 
 def _ties(record: SweepRecord, tied: Sequence[Row]) -> str:
@@ -70,7 +85,7 @@ def _ties(record: SweepRecord, tied: Sequence[Row]) -> str:
     if not tied:
         return ", told apart from all others"
     tied = sorted(tied, key=lambda row: -row.measure.value)
-    names = ", ".join(_called(record, row) for row in tied[:3])
+    names = ", ".join(called(record, row) for row in tied[:3])
     more = f" and {len(tied) - 3} more" if len(tied) > 3 else ""
     return f", a tie with {names}{more}"
 
@@ -89,7 +104,7 @@ def _smaller_picture(record: SweepRecord, rows: Sequence[Row], best: Row) -> Ite
         )
 
 
-def _adaptive(rows: Sequence[Row]) -> Iterable[str]:
+def _adaptive(record: SweepRecord, rows: Sequence[Row]) -> Iterable[str]:
     """Every picture's own number beside the same cut with the same share of every picture."""
     own = next((row for row in rows if row.method == ADAPTIVE), None)
     if own is None:
@@ -98,7 +113,7 @@ def _adaptive(rows: Sequence[Row]) -> Iterable[str]:
     beside = ""
     if fixed is not None:
         beside = f", with a fixed keep {fixed.measure} for {fixed.flops / own.flops:.0%} of its FLOPs"
-    yield f"Every picture keeping its own number ({own.where}): {own.measure}{beside}."
+    yield f"Every picture keeping its own number ({places(record, own)}): {own.measure}{beside}."
 
 
 def _paper_against_random(record: SweepRecord) -> Iterable[str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ep_export.calibrate.run import DEFAULT_MAX_NEW_TOKENS
 from ep_export.measure.executors import Executor
 from ep_export.methods import METHODS, Method
+from ep_export.numerics import Weights
 from ep_export.policy import Schedule
 from ep_export.sweep.recommended import Calibration
 
@@ -22,6 +23,8 @@ class SweepOptions:
         layers: Layers K; `auto_layers` of every keep when None.
         methods: Competitors.
         schedule: A schedule that is compared besides, its shares scaled to every keep.
+        weights: Rounded weights that every way is measured on besides the full ones; how they are rounded
+            `sweep_weights` says.
         seeds: Draws of a method of chance.
         calibration: Where the recommended schedule comes from; None leaves it out.
         max_questions: A random sample of so many.
@@ -38,6 +41,7 @@ class SweepOptions:
     layers: tuple[int, ...] | None = None
     methods: tuple[Method, ...] = METHODS
     schedule: Schedule | None = None
+    weights: tuple[Weights, ...] = ()
     seeds: int = 3
     calibration: Calibration | None = None
     max_questions: int | None = None

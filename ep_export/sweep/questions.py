@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 
 from ep_export.errors import UserError
 from ep_export.measure.pictures import PictureFile, find_pictures
-from ep_export.measure.prompts import GENERIC_QUESTIONS, Prompts, entries_for
+from ep_export.measure.prompts import GENERIC_QUESTIONS, Prompts, entries_for, kind_of
 from ep_export.measure.question import Question, Skipped, normalise
 
 __all__ = ["find_questions"]
@@ -88,10 +89,10 @@ def _question(picture: PictureFile, digest: str, entry: Any) -> Question | Skipp
     text = entry.get("question") if isinstance(entry, dict) else entry
     if not isinstance(text, str) or not text.strip():
         return Skipped(picture.name, f"its entry {json.dumps(entry)[:60]} holds no question")
-    question = Question(picture, digest, text)
+    question = Question(picture, digest, text, kind=kind_of(entry))
     if not isinstance(entry, dict) or "answer" not in entry:
         return question
     answers = entry["answer"] if isinstance(entry["answer"], list) else [entry["answer"]]
     if not answers or not all(isinstance(answer, str) and normalise(answer) for answer in answers):
         return Skipped(question.name, f"its answer {json.dumps(entry['answer'])[:60]} is no text")
-    return Question(picture, digest, text, tuple(answers))
+    return replace(question, answers=tuple(answers))

@@ -15,6 +15,7 @@ from ep_export.dims import DecoderDims
 from ep_export.documents import read_document, write_document
 from ep_export.measure.question import Skipped
 from ep_export.measure.ways import WayCut
+from ep_export.numerics import Weights
 from ep_export.policy import Keep, Schedule
 from ep_export.runtime.kept import KeptPicture
 from ep_export.sweep.statistics import MeanInterval
@@ -35,6 +36,7 @@ __all__ = [
     "MethodInfo",
     "Prefill",
     "Recommended",
+    "RoundedUnpruned",
     "Row",
     "SameBudget",
     "SweepRecord",
@@ -63,8 +65,8 @@ class Prefill:
     Attributes:
         full_ms: Median over prompts and rounds.
         pruned_ms: Median over the same prompts and rounds.
-        speedup: Median over prompts of full / pruned.
-        speedup_low: 10% quantile of it over prompts.
+        speedup: Median over prompts and rounds of the prompt's full time / pruned.
+        speedup_low: 10% quantile of it over prompts and rounds.
         speedup_high: 90% quantile.
         samples: Prompts times rounds.
     """
@@ -79,7 +81,7 @@ class Prefill:
 
 @dataclass(frozen=True)
 class Difference:
-    """A row minus random tokens at the same layer and keep, question by question.
+    """A row minus another, question by question: random tokens at its layer and keep, or its full weights.
 
     Attributes:
         accuracy: In accuracy, bootstrap over pictures and draws; None without answers.
@@ -93,7 +95,7 @@ class Difference:
 
     @property
     def standing(self) -> int:
-        """1 when the row beats random tokens, -1 when it loses, 0 when they are not told apart.
+        """1 when the row beats the other, -1 when it loses, 0 when they are not told apart.
 
         By accuracy, by KL where no answers are known.
         """
@@ -123,7 +125,7 @@ class Row:
     """One way of pruning.
 
     Attributes:
-        method: Key of its `MethodInfo`.
+        method: Key of its `MethodInfo`; with rounded weights it ends in their name, e.g. "divprune@int4".
         layer: K of its first cut: layers 0..K-1 see every visual token. 0 prunes before the decoder, or
             scales the picture down.
         keep: Average share of visual tokens over all layers.
@@ -132,7 +134,8 @@ class Row:
         seeds: Random draws a question was measured with; 1 for a method without chance.
         accuracy: Exact answers; None without answers. Over pictures and draws where there are several.
         agreement: Share of answer positions where the full model's own answer stays the top token.
-        kl: KL(full || pruned) in nats, mean over answer positions, then over questions.
+        kl: KL(full || pruned) in nats, mean over answer positions, then over questions. Full is the unpruned
+            model of full weights, whatever the row's are.
         kept_tokens: Mean visual tokens that go on after every cut.
         flops: Mean prefill FLOPs of the decoder layers.
         first_token_flops: Mean of the same with the vision encoder.
@@ -140,10 +143,14 @@ class Row:
         prefill: Measured time; None where it was not measured.
         right: A string a draw, a character a question in the order of `SweepRecord.questions`: "1" right, "0"
             wrong. Empty without answers.
-        over_random: Paired difference from random tokens; None for these, and where there are none.
+        over_random: Paired difference from random tokens on the same weights; None for these, and where there
+            are none.
         below_best: By how much the best row of this keep is better, paired, in what rows are ranked by; None
             for that row.
         budget: What the row has in common with the others of this keep.
+        weights: Name of the rounded weights it was measured on, of `SweepRecord.rounded`; None is the full
+            ones.
+        over_full_weights: Paired difference from the same row on full weights; None for these.
     """
 
     method: str
@@ -164,6 +171,8 @@ class Row:
     over_random: Difference | None
     below_best: MeanInterval | None = None
     budget: SameBudget = SameBudget.AVERAGE
+    weights: str | None = None
+    over_full_weights: Difference | None = None
 
     @property
     def where(self) -> str:
@@ -210,6 +219,27 @@ class Unpruned:
     first_token_flops: float
     kv_bytes: float
     prefill_ms: float | None
+
+
+@dataclass(frozen=True)
+class RoundedUnpruned:
+    """The model with rounded weights and every visual token, against the one with full weights.
+
+    Attributes:
+        name: As in `Row.weights`, e.g. "int4".
+        weights: What linear layers of the decoder are stored in, and how they were rounded.
+        accuracy: Exact answers; None without answers.
+        agreement: As in `Row`.
+        kl: As in `Row`.
+        right: A character a question, as in `Row.right`; empty without answers.
+    """
+
+    name: str
+    weights: Weights
+    accuracy: MeanInterval | None
+    agreement: MeanInterval
+    kl: MeanInterval
+    right: str
 
 
 @dataclass(frozen=True)
@@ -321,12 +351,14 @@ class AnsweredQuestion:
         question: As asked.
         answer: The right one; None where none is known.
         full_answer: What the unpruned model says.
+        kind: What the prompts call its kind; None where they do not.
     """
 
     picture: str
     question: str
     answer: str | None
     full_answer: str
+    kind: str | None = None
 
 
 @dataclass(frozen=True)
@@ -403,6 +435,7 @@ class SweepRecord:
         notes: What a reader should know, e.g. combinations that are impossible.
         scarce: Whether there are so few pictures that most differences are chance; the first note then says
             how few.
+        rounded: Rounded weights that every row was measured on as well.
         format: Version of this structure.
     """
 
@@ -428,6 +461,7 @@ class SweepRecord:
     seconds: float
     notes: tuple[str, ...] = ()
     scarce: bool = False
+    rounded: tuple[RoundedUnpruned, ...] = ()
     format: int = SWEEP_FORMAT
 
     def method(self, key: str) -> MethodInfo:
@@ -476,6 +510,7 @@ def _check(record: SweepRecord) -> None:
         ValueError: A count, layer, curve, method or path that does not fit.
     """
     known = {method.key for method in record.methods}
+    rounded = {None, *(one.name for one in record.rounded)}
     if len(record.questions) != record.dataset.questions:
         raise ValueError(f"{len(record.questions)} questions, the data set says {record.dataset.questions}")
     for name in ("query", "key", "query_spread", "key_spread"):
@@ -484,6 +519,8 @@ def _check(record: SweepRecord) -> None:
     for row in record.rows:
         if row.method not in known:
             raise ValueError(f"method {row.method!r} is not described")
+        if row.weights not in rounded:
+            raise ValueError(f"weights {row.weights!r} are not described")
         if not 0 <= row.layer < record.layers:
             raise ValueError(f"layer {row.layer} is outside 0 to {record.layers - 1}")
         if any(len(draw) != record.dataset.questions or set(draw) - {"0", "1"} for draw in row.right):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +12,10 @@ from ep_export.bundle import hash_file
 from ep_export.errors import UserError
 from ep_export.page import render
 from ep_export.runtime.pictures import open_picture
-from ep_export.sweep.charts import entropy_panel, flops_panels, layer_panels, look_of, save_png, svg
+from ep_export.sweep.charts import entropy_panel, first_panels, layer_panels, look_of, save_png, svg
 from ep_export.sweep.findings import findings
+from ep_export.sweep.kinds import OneKind, by_kind
+from ep_export.sweep.names import places, title_of
 from ep_export.sweep.record import (
     RANDOM,
     RECOMMENDED,
@@ -23,6 +26,7 @@ from ep_export.sweep.record import (
     Row,
     SweepRecord,
 )
+from ep_export.sweep.shortlist import charted, first_token_shortlist, shortlist
 from ep_export.validate.picture import draw_kept
 
 if TYPE_CHECKING:
@@ -33,8 +37,10 @@ if TYPE_CHECKING:
 __all__ = ["REPORT_FILE", "write_report"]
 
 REPORT_FILE = "report.html"
-_THUMBNAIL = 340
-"""Pixels of a gallery picture's longer side: a dozen a picture stay below a few megabytes."""
+_THUMBNAIL, _HERO = 280, 640
+"""Pixels of a picture's longer side, in the gallery and at the top: a page stays below a few megabytes."""
+
+_NAMES = {"accuracy": "right answers", "agreement": "agreement with the unpruned model", "kl": "KL, nats"}
 
 
 def write_report(out: Path, record: SweepRecord) -> Path:
@@ -56,12 +62,21 @@ def write_report(out: Path, record: SweepRecord) -> Path:
         record=record,
         model=short_name(record.model),
         findings=findings(record),
-        flops_panels=flops_panels(record),
+        hero=_hero(out, record),
+        tiles=list(_tiles(record)),
+        title_of=partial(title_of, record),
+        places=partial(places, record),
+        first_panels=first_panels(record),
+        charted=list(charted(record)),
+        first=[shortlist(record, keep) for keep in record.keeps],
+        scaled=[one for keep in record.keeps if (one := first_token_shortlist(record, keep)) is not None],
         layer_panels=layer_panels(record),
         entropy_panel=entropy_panel(record),
         svg=svg,
         look_of=look_of,
         tables=list(_tables(record)),
+        names=_NAMES,
+        kinds=list(_kinds(record)),
         costs=[
             (layer, [_saved(record, layer, keep) for keep in record.keeps]) for layer in record.swept_layers
         ],
@@ -76,6 +91,37 @@ def write_report(out: Path, record: SweepRecord) -> Path:
     finally:
         aside.unlink(missing_ok=True)
     return file
+
+
+def _tiles(record: SweepRecord) -> Iterator[tuple[str, Row]]:
+    """For every keep what a reader should remember: the recommended row, or the best where there is none."""
+    for keep in record.keeps:
+        rows = shortlist(record, keep).rows
+        row = next((row for row in rows if row.method == RECOMMENDED), rows[0])
+        name = "recommended" if row.method == RECOMMENDED else "best in hindsight"
+        yield f"keep {keep:g}, {name}", row
+
+
+def _hero(out: Path, record: SweepRecord) -> dict[str, Any] | None:
+    """The first picture of the gallery, with what the recommendation (or what stands first) kept of it."""
+    for entry in record.gallery[:1]:
+        shown = sorted(
+            (answer for answer in entry.answers if answer.kept),
+            key=lambda answer: (answer.method != RECOMMENDED, answer.method == RANDOM, answer.keep),
+        )
+        if shown:
+            picture = _gallery_picture(out, entry)
+            drawn = _answer(record, picture, shown[0], _HERO)
+            return {"entry": entry, "picture": picture.resize(_fit(picture.size, _HERO)), **drawn}
+    return None
+
+
+def _kinds(record: SweepRecord) -> Iterator[tuple[float, tuple[Row, ...], tuple[OneKind, ...]]]:
+    """For every keep the rows that are shown first, by kind of question."""
+    for keep in record.keeps:
+        rows = shortlist(record, keep).rows
+        if kinds := by_kind(record, rows):
+            yield keep, rows, kinds
 
 
 def _tables(record: SweepRecord) -> Iterator[dict[str, Any]]:
@@ -127,38 +173,54 @@ def _saved(record: SweepRecord, layer: int, keep: float) -> Mapping[str, str] | 
     return {"text": f"FLOPs -{flops:.0%}, KV -{cache:.0%}", "speedup": speedup}
 
 
-def _entry(out: Path, record: SweepRecord, entry: GalleryEntry) -> dict[str, Any]:
-    """A gallery picture: itself, and by keep what every method kept and answered."""
+def _gallery_picture(out: Path, entry: GalleryEntry) -> Image.Image:
     file = out / entry.picture
     if not file.is_file() or hash_file(file) != entry.sha256:
         raise UserError(
             f"gallery picture {entry.picture} is missing or was changed", hint="run `ep-export sweep` again"
         )
-    picture = open_picture(file)
+    return open_picture(file)
+
+
+def _entry(out: Path, record: SweepRecord, entry: GalleryEntry) -> dict[str, Any]:
+    """A gallery picture: itself, and by keep what every method kept and answered."""
+    picture = _gallery_picture(out, entry)
     order = {method.key: number for number, method in enumerate(record.methods)}
     order |= {RECOMMENDED: -2, RANDOM: -1}
     answers = sorted(entry.answers, key=lambda answer: order[answer.method])
     return {
         "entry": entry,
-        "picture": picture.resize(_fit(picture.size)),
+        "picture": picture.resize(_fit(picture.size, _THUMBNAIL)),
         "keeps": [
-            (keep, [_answer(record, picture, one) for one in answers if one.keep == keep])
-            for keep in sorted({answer.keep for answer in answers})
+            (keep, [_answer(record, picture, one, _THUMBNAIL) for one in answers if one.keep == keep])
+            for keep in sorted({answer.keep for answer in answers}, reverse=True)
         ],
     }
 
 
-def _answer(record: SweepRecord, picture: Image.Image, answer: GalleryAnswer) -> dict[str, Any]:
+def _answer(record: SweepRecord, picture: Image.Image, answer: GalleryAnswer, side: int) -> dict[str, Any]:
+    """A way's answer, with the picture after its deepest cut that leaves any of it."""
+    cuts = [
+        sum(int(mask.sum()) for mask in masks) for masks in zip(*(p.masks for p in answer.kept), strict=True)
+    ]
+    seen = max((cut for cut, count in enumerate(cuts) if count), default=0)
     drawn = []
     for part in answer.kept:
-        drawing = draw_kept(picture, part.token_grid, part.kept, view=part.view)
-        about = f"{len(part.kept_tokens)} of {part.kept.size} patches kept"
-        drawn.append((drawing.resize(_fit(drawing.size)), about))
-    return {"answer": answer, "title": record.method(answer.method).title, "drawn": drawn}
+        drawing = draw_kept(picture, part.token_grid, part.masks[seen], view=part.view)
+        about = f"{part.masks[seen].sum()} of {part.kept.size} tokens kept"
+        drawn.append((drawing.resize(_fit(drawing.size, side)), about))
+    row = record.row(answer.method, answer.layer, answer.keep)
+    return {
+        "answer": answer,
+        "title": title_of(record, answer.method),
+        "where": places(record, row) if row is not None else "",
+        "kept": f"{', then '.join(map(str, cuts))} of {sum(part.kept.size for part in answer.kept)} tokens",
+        "drawn": drawn,
+    }
 
 
-def _fit(size: tuple[int, int]) -> tuple[int, int]:
-    scale = _THUMBNAIL / max(size)
+def _fit(size: tuple[int, int], side: int) -> tuple[int, int]:
+    scale = side / max(size)
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ep_export.entropy import find_collapse
-from ep_export.measure.ways import Scaling, one_cut
+from ep_export.measure.ways import UNPRUNED, Scaling, on_weights, one_cut
 from ep_export.methods import find_methods, method_named
 from ep_export.plan import layer_flops, span_tokens
 from ep_export.policy import ADAPTIVE, Keep
@@ -23,6 +23,7 @@ from ep_export.sweep.record import (
     MethodInfo,
     Prefill,
     Recommended,
+    RoundedUnpruned,
     Row,
     SameBudget,
     Unpruned,
@@ -32,11 +33,12 @@ if TYPE_CHECKING:
     from ep_export.dims import DecoderDims
     from ep_export.measure.question import QuestionResult
     from ep_export.measure.ways import Way
+    from ep_export.numerics import Weights
     from ep_export.policy import Schedule
     from ep_export.sweep.compared import Compared
     from ep_export.sweep.statistics import MeanInterval, Sampling
 
-__all__ = ["entropies", "in_hindsight", "method_infos", "rows", "unpruned"]
+__all__ = ["entropies", "in_hindsight", "method_infos", "rounded_unpruned", "rows", "unpruned"]
 
 
 _OWN = frozenset({RECOMMENDED, ADAPTIVE, SCHEDULE})
@@ -50,8 +52,8 @@ _CACHE_BYTES = 2
 class _Column:
     """One way over all questions; arrays are [questions, draws]."""
 
-    def __init__(self, way: Way, results: Sequence[QuestionResult]) -> None:
-        ways = [result.ways[way.key] for result in results]
+    def __init__(self, key: str, results: Sequence[QuestionResult]) -> None:
+        ways = [result.ways[key] for result in results]
         self.kl = np.array([one.kl for one in ways])
         self.agreement = np.array([one.agreement for one in ways])
         self.right: NDArray[np.float64] | None = None
@@ -97,7 +99,7 @@ def rows(
         sampling: Of these questions.
         prefill: Way key -> measured time, where there is one.
     """
-    columns = {one.way.key: _Column(one.way, results) for one in compared}
+    columns = {one.key: _Column(one.key, results) for one in compared}
     best = _best(compared, columns)
     return tuple(_row(one, columns, best[one.keep], results, dims, sampling, prefill) for one in compared)
 
@@ -106,8 +108,8 @@ def _best(compared: Sequence[Compared], columns: Mapping[str, _Column]) -> dict[
     """For every keep what ranks first among ways of the same average; of equal ones the closest by KL."""
     best: dict[float, _Column] = {}
     for keep in dict.fromkeys(one.keep for one in compared):
-        here = [columns[one.way.key] for one in compared if one.keep == keep and _budget(one) is _AVERAGE]
-        here = here or [columns[one.way.key] for one in compared if one.keep == keep]
+        here = [columns[one.key] for one in compared if one.keep == keep and _budget(one) is _AVERAGE]
+        here = here or [columns[one.key] for one in compared if one.keep == keep]
         best[keep] = max(here, key=lambda column: (float(column.ranked.mean()), -float(column.kl.mean())))
     return best
 
@@ -126,6 +128,21 @@ def unpruned(
         text_tokens=float(np.mean([result.text_tokens for result in results])),
         **_mean_cost(costs),
         prefill_ms=prefill_ms,
+    )
+
+
+def rounded_unpruned(
+    name: str, weights: Weights, results: Sequence[QuestionResult], sampling: Sampling
+) -> RoundedUnpruned:
+    """The same questions without pruning on rounded weights."""
+    column = _Column(on_weights(UNPRUNED, name), results)
+    return RoundedUnpruned(
+        name=name,
+        weights=weights,
+        accuracy=column.accuracy(sampling),
+        agreement=sampling.share(column.agreement),
+        kl=sampling.mean(column.kl),
+        right="".join(column.marks),
     )
 
 
@@ -155,17 +172,17 @@ def in_hindsight(
 ) -> Recommended:
     """What the recommendation lost against the best, now that the questions are known.
 
-    Compared with everything a bundle can prune by, at every layer the sweep tried for that keep. The best is
-    picked and measured on the same questions, so that the regret errs upwards.
+    Compared with everything a bundle can prune by, at every layer the sweep tried for that keep, on full
+    weights. The best is picked and measured on the same questions, so that the regret errs upwards.
     """
-    at_keep = [one for one in compared if one.keep == recommended.keep]
+    at_keep = [one for one in compared if one.keep == recommended.keep and one.weights is None]
     taken = next((one for one in at_keep if one.method == RECOMMENDED), None)
     if taken is None:
         return recommended
     ours = [one for one in at_keep if one.method != RECOMMENDED and _is_ours(one.way)]
-    columns = {one.way.key: _Column(one.way, results) for one in (taken, *ours)}
-    own = columns[taken.way.key]
-    best = min(ours or [taken], key=lambda one: float(columns[one.way.key].kl.mean()))
+    columns = {one.key: _Column(one.key, results) for one in (taken, *ours)}
+    own = columns[taken.key]
+    best = min(ours or [taken], key=lambda one: float(columns[one.key].kl.mean()))
     accuracy = None
     if own.right is not None:
         top = max((column.right for column in columns.values() if column.right is not None), key=np.mean)
@@ -176,13 +193,16 @@ def in_hindsight(
         recommended,
         best_method=best.method,
         best_layer=best.layer,
-        regret_kl=sampling.mean(own.kl - columns[best.way.key].kl),
+        regret_kl=sampling.mean(own.kl - columns[best.key].kl),
         regret_accuracy=accuracy,
     )
 
 
 def method_infos(compared: Sequence[Compared], schedule: Schedule | None) -> tuple[MethodInfo, ...]:
-    """What a reader needs to know of each method: the recommended schedule first, then as in `METHODS`."""
+    """What a reader needs to know of each method: the recommended schedule first, then as in `METHODS`.
+
+    After them the same on rounded weights, which stand in key and title.
+    """
     keys = dict.fromkeys(one.method for one in compared)
     infos = []
     if RECOMMENDED in keys:
@@ -195,7 +215,16 @@ def method_infos(compared: Sequence[Compared], schedule: Schedule | None) -> tup
         ours = all(_is_ours(one.way) for one in compared if one.method == SCHEDULE)
         infos.append(MethodInfo(SCHEDULE, "Your schedule", "--cut", str(schedule), ours=ours))
     methods = find_methods(tuple(key for key in keys if key not in _OWN))
-    return (*infos, *(MethodInfo(m.key, m.title, m.source, m.idea, m.ours) for m in methods))
+    infos += [MethodInfo(m.key, m.title, m.source, m.idea, m.ours) for m in methods]
+    rounded = dict.fromkeys(one.weights for one in compared if one.weights is not None)
+    return (
+        *infos,
+        *(
+            replace(info, key=on_weights(info.key, name), title=f"{info.title}, {name}")
+            for name in rounded
+            for info in infos
+        ),
+    )
 
 
 def _row(
@@ -207,10 +236,10 @@ def _row(
     sampling: Sampling,
     prefill: Mapping[str, Prefill],
 ) -> Row:
-    column = columns[one.way.key]
-    kept = np.mean([result.ways[one.way.key].kept for result in results], axis=0)
+    column = columns[one.key]
+    kept = np.mean([result.ways[one.key].kept for result in results], axis=0)
     return Row(
-        method=one.method,
+        method=on_weights(one.method, one.weights),
         layer=one.layer,
         keep=one.keep,
         cuts=one.way.cuts,
@@ -220,12 +249,14 @@ def _row(
         agreement=sampling.share(column.agreement),
         kl=sampling.mean(column.kl),
         kept_tokens=tuple(float(count) for count in kept),
-        **_mean_cost([_way_cost(one.way, result, dims) for result in results]),
-        prefill=prefill.get(one.way.key),
+        **_mean_cost([_way_cost(one, result, dims) for result in results]),
+        prefill=prefill.get(one.key),
         right=column.marks,
         over_random=_over_random(one, columns, sampling),
         below_best=None if column is best else column.below(best, sampling),
         budget=_budget(one),
+        weights=one.weights,
+        over_full_weights=_over_full_weights(one, columns, sampling),
     )
 
 
@@ -237,24 +268,37 @@ def _published(one: Compared) -> bool | None:
 
 
 def _over_random(one: Compared, columns: Mapping[str, _Column], sampling: Sampling) -> Difference | None:
-    """The paired difference from random tokens at the same layer and keep."""
-    floor = columns.get(one_cut(one.layer, RANDOM, Keep(ratio=one.keep)).key)
+    """The paired difference from random tokens at the same layer and keep, on the same weights."""
+    floor = columns.get(on_weights(one_cut(one.layer, RANDOM, Keep(ratio=one.keep)).key, one.weights))
     if floor is None or one.method == RANDOM:
         return None
-    own, accuracy = columns[one.way.key], None
-    if own.right is not None and floor.right is not None:
-        accuracy = sampling.difference(own.right - floor.right)
-    agreement = sampling.difference(own.agreement - floor.agreement)
-    return Difference(accuracy, sampling.mean(own.kl - floor.kl), agreement)
+    return _difference(columns[one.key], floor, sampling)
+
+
+def _over_full_weights(
+    one: Compared, columns: Mapping[str, _Column], sampling: Sampling
+) -> Difference | None:
+    """The paired difference that rounding makes."""
+    if one.weights is None:
+        return None
+    return _difference(columns[one.key], columns[one.way.key], sampling)
+
+
+def _difference(own: _Column, other: _Column, sampling: Sampling) -> Difference:
+    accuracy = None
+    if own.right is not None and other.right is not None:
+        accuracy = sampling.difference(own.right - other.right)
+    agreement = sampling.difference(own.agreement - other.agreement)
+    return Difference(accuracy, sampling.mean(own.kl - other.kl), agreement)
 
 
 def _budget(one: Compared) -> SameBudget:
     return SameBudget.FIRST_TOKEN if one.way.scaling is Scaling.FLOPS else SameBudget.AVERAGE
 
 
-def _way_cost(way: Way, result: QuestionResult, dims: DecoderDims) -> tuple[int, int, int]:
+def _way_cost(one: Compared, result: QuestionResult, dims: DecoderDims) -> tuple[int, int, int]:
     """Decoder FLOPs, FLOPs to the first token and cache bytes of what was really kept on a question."""
-    measured = result.ways[way.key]
+    measured, way = result.ways[one.key], one.way
     if way.scaling is not None:
         spans = [(dims.layers, measured.kept[0])]
     else:

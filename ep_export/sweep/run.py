@@ -11,7 +11,7 @@ import os
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -45,13 +45,15 @@ from ep_export.sweep.record import (
     write_sweep,
 )
 from ep_export.sweep.report import write_report
-from ep_export.sweep.rows import entropies, in_hindsight, method_infos, rows, unpruned
+from ep_export.sweep.rounded_weights import rounded_models, sweep_weights, weights_name
+from ep_export.sweep.rows import entropies, in_hindsight, method_infos, rounded_unpruned, rows, unpruned
 from ep_export.sweep.statistics import Sampling, wilson
 from ep_export.sweep.timing import time_prefill
 
 if TYPE_CHECKING:
     from ep_export.checkpoint import Checkpoint
     from ep_export.measure.prompts import Prompts
+    from ep_export.numerics import Weights
 
 __all__ = ["sweep"]
 
@@ -73,6 +75,7 @@ class _Measured:
     skipped: Sequence[Skipped]
     recommended: Sequence[Recommended]
     notes: Sequence[str]
+    weights: Sequence[Weights]
 
     @property
     def results(self) -> list[QuestionResult]:
@@ -116,10 +119,12 @@ def sweep(
     compared, _ = _compared(checkpoint, options, ())  # refuses early
     questions, skipped = find_questions(images, prompts, most=options.max_questions, seed=options.seed)
     announce(_plan(options, compared, questions, skipped))
-    with Workplace(out) as work:
+    weights = sweep_weights(options)
+    with Workplace(out) as work, rounded_models(checkpoint, weights, options, progress=progress) as beside:
         recommended = _recommended(checkpoint, options, questions, work, progress)
         compared, notes = _compared(checkpoint, options, recommended)
-        bench = make_bench(checkpoint, _setting(options, compared))
+        compared = (*compared, *(replace(one, weights=w.name) for w in beside for one in compared))
+        bench = make_bench(checkpoint, replace(_setting(options, compared), beside=beside))
         outcomes = measure_all(
             checkpoint,
             bench.setting,
@@ -145,7 +150,7 @@ def sweep(
             )
         compared, impossible = _everywhere(compared, [result for _, result in answered])
         notes = (*_scarce(answered), *notes, *impossible)
-        measured = _Measured(compared, answered, [*skipped, *refused], recommended, notes)
+        measured = _Measured(compared, answered, [*skipped, *refused], recommended, notes, weights)
         with staged(out, overwrite=overwrite, marker=SWEEP_FILE) as aside:
             name = images.name or str(images)
             record = _record(bench, options, measured, name, aside, started, progress)
@@ -198,14 +203,12 @@ def _everywhere(
     compared: Sequence[Compared], results: Sequence[QuestionResult]
 ) -> tuple[tuple[Compared, ...], tuple[str, ...]]:
     """What was possible on every question, and a note for what was not."""
-    missing = {
-        one: sum(one.way.key not in result.ways for result in results) for one in dict.fromkeys(compared)
-    }
+    missing = {one: sum(one.key not in result.ways for result in results) for one in dict.fromkeys(compared)}
     notes = tuple(
         f"{one.method} at keep {one.keep:g} is left out: no picture is small enough on {count} of "
         f"{len(results)} questions"
         for one, count in missing.items()
-        if count
+        if count and one.weights is None
     )
     return tuple(one for one in compared if not missing[one]), notes
 
@@ -241,13 +244,15 @@ def _plan(
     skipped: Sequence[Skipped],
 ) -> str:
     setting = _setting(options, compared)
-    runs = len(questions) * sum(setting.draws_of(way) for way in setting.ways)
+    names = [weights_name(one) for one in sweep_weights(options)]
+    runs = len(questions) * (1 + len(names)) * sum(setting.draws_of(way) for way in setting.ways)
+    on_all = f" on full, {' and '.join(names)} weights" if names else ""
     left_out = f" ({len(skipped)} left out)" if skipped else ""
     methods, places = {one.method for one in compared}, {(one.layer, one.keep) for one in compared}
     more = "" if options.calibration is None else ", and what a calibration recommends"
     return (
-        f"{len(questions)} questions{left_out} x {len(setting.ways)} ways of pruning = {runs:,} pruned "
-        f"answers; ways: {len(methods)} methods, {len(places)} pairs of layer and keep{more}"
+        f"{len(questions)} questions{left_out} x {len(setting.ways)} ways of pruning{on_all} = {runs:,} "
+        f"pruned answers; ways: {len(methods)} methods, {len(places)} pairs of layer and keep{more}"
     )
 
 
@@ -298,19 +303,24 @@ def _record(
             prefill=timings.ways if timings else {},
         ),
         questions=tuple(
-            AnsweredQuestion(q.picture.name, q.text, q.answers[0] if q.answers else None, result.full_answer)
+            AnsweredQuestion(
+                q.picture.name, q.text, q.answers[0] if q.answers else None, result.full_answer, q.kind
+            )
             for q, result in measured.answered
         ),
         gallery=gallery(
             bench,
             _spread(measured.answered, options.gallery_pictures),
-            _shown(measured.compared, measured.recommended),
+            _shown([one for one in measured.compared if one.weights is None], measured.recommended),
             out,
             progress=progress,
         ),
         seconds=time.monotonic() - started,
         notes=tuple(measured.notes),
         scarce=bool(_scarce(measured.answered)),
+        rounded=tuple(
+            rounded_unpruned(weights_name(one), one, results, sampling) for one in measured.weights
+        ),
     )
 
 

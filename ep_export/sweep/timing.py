@@ -92,8 +92,10 @@ def time_prefill(
 
 
 def _prefill(full_ms: Sequence[Sequence[float]], way_ms: Sequence[Sequence[float]]) -> Prefill:
-    """From [prompts][rounds] milliseconds to medians."""
-    speedups = [float(np.median(full) / np.median(way)) for full, way in zip(full_ms, way_ms, strict=True)]
+    """From [prompts][rounds] milliseconds to medians; the range is that of single measurements."""
+    speedups = [
+        float(np.median(full)) / one for full, way in zip(full_ms, way_ms, strict=True) for one in way
+    ]
     low, middle, high = np.quantile(speedups, [0.1, 0.5, 0.9])
     flat = np.concatenate(way_ms)
     return Prefill(

@@ -24,6 +24,7 @@ from ep_export.policy import Schedule
 from ep_export.progress import Progress, silent
 from ep_export.reference import load_model
 from ep_export.runtime.base import RunnerFactory
+from ep_export.runtime.components import open_component
 from ep_export.staging import refuse_existing, staged
 from ep_export.validate.comparison import Finding, fold
 from ep_export.validate.component_feeds import ComponentFeeds, component_feeds
@@ -112,8 +113,10 @@ def compare_with_polygraphy(
             progress("polygraphy", number, len(every))
             if not given.feeds:  # no prompt comes by: its runs are reported as 0
                 continue
-            file = bundle.file(given.component.file)
-            openers = {name: partial(factory, file) for name, factory in backends.items()}
+            openers = {
+                name: partial(open_component, bundle, given.component, factory)
+                for name, factory in backends.items()
+            }
             findings, results = compare_component(bundle.manifest, given, oracles, openers)
             _write(aside, given, results)
             stages += [fold([finding]) for finding in findings]

@@ -164,7 +164,6 @@ class TestPolicies:
         record = compile_bundle(bundle, request).record
         assert {engine.role for engine in record.components.values()} == {
             Role.VISION,
-            Role.EMBED,
             Role.DECODER,
         }
         for name in record.on_cpu:

@@ -130,7 +130,7 @@ def test_half_precision_agrees_within_what_pytorch_itself_loses(tiny_checkpoint,
     assert len(result.stdout.splitlines()) == 3
     refused = device.run(kits[Precision.BF16], "verify.sh", "--onnxrt")
     assert "error: ONNX Runtime computes no bfloat16 on a CPU" in refused.stderr
-    (run,) = run_with_standins(kits[Precision.BF16], device, "--case", "embed_tokens.all")
+    (run,) = run_with_standins(kits[Precision.BF16], device, "--case", "vision_encoder.all")
     assert run[run.index("--data-loader-script") + 1] == "kit/load_inputs.py"
     assert "--load-inputs" not in run
 
@@ -160,12 +160,12 @@ def test_another_kept_set_fails_with_3(kit, device):
 
 
 def test_an_engine_that_cannot_be_run_is_an_error_not_a_difference(kit, device):
-    (kit / "embed_tokens.onnx").unlink()
-    (kit / "embed_tokens.onnx").write_text("no model")
-    resum(kit, "embed_tokens.onnx")
-    result = device.run(kit, "verify.sh", "--onnxrt", "--case", "embed_tokens.all")
+    (kit / "decoder_1.onnx").unlink()
+    (kit / "decoder_1.onnx").write_text("no model")
+    resum(kit, "decoder_1.onnx")
+    result = device.run(kit, "verify.sh", "--onnxrt", "--case", "decoder_1.decode")
     assert result.returncode == 1
-    assert "ERROR     embed_tokens.all" in result.stdout
+    assert "ERROR     decoder_1.decode" in result.stdout
 
 
 def test_without_tensorrt_or_engines_it_says_what_is_missing(kit, device):
@@ -209,10 +209,9 @@ def run_with_standins(kit: Path, device: Device, *arguments: str) -> list[list[s
 def test_on_the_device_every_engine_runs_under_its_profile_with_the_plugin_registered(kit, device):
     runs = run_with_standins(kit, device)
     compared = [run for run in runs if "--load-outputs" in run]
-    assert len(runs) == 8  # what the device keeps is looked at before it is compared
+    assert len(runs) == 7  # what the device keeps is looked at before it is compared
     assert [(run[1], run[run.index("--optimization-profile") + 1]) for run in compared] == [
         (f"engines/{JETPACK6}/vision_encoder.engine", "0"),
-        (f"engines/{JETPACK6}/embed_tokens.engine", "0"),
         (f"engines/{JETPACK6}/decoder_0.engine", "0"),
         (f"engines/{JETPACK6}/decoder_0.engine", "1"),
         (f"engines/{JETPACK6}/{PRUNE}.engine", "0"),

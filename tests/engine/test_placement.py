@@ -1,5 +1,7 @@
 """Which components become engines, and what is refused before a compiler starts."""
 
+from dataclasses import replace
+
 import pytest
 from bundles import export_tiny, two_cuts
 from family_bundles import MAKERS
@@ -34,12 +36,19 @@ def names(components) -> list[str]:
 
 def test_engines_are_all_components_of_the_schedule_and_no_other_policy(manifest):
     placed = place_components(manifest, ADA, max_kept_tokens=64)
+    used = {"prune_0.divprune", "prune_1.paper-highest"}
     assert names(placed.engines) == [
         component.name
         for component in manifest.components
-        if component.role is not Role.PRUNE or component.name in {"prune_0.divprune", "prune_1.paper-highest"}
+        if component.role in {Role.VISION, Role.DECODER} or component.name in used
     ]
     assert placed.on_cpu == ()
+
+
+def test_an_older_bundle_does_not_say_where_its_embedding_table_lies_and_gets_an_engine(manifest):
+    older = tuple(replace(component, table=None) for component in manifest.components)
+    placed = place_components(replace(manifest, components=older), ADA, max_kept_tokens=64)
+    assert set(names(placed.engines)) > {"embed_tokens", "decoder_0"}
 
 
 def test_further_policies_are_had_by_name(manifest):
@@ -70,7 +79,7 @@ def test_on_the_cpu_any_policy_goes_and_the_spans_still_become_engines(manifest)
     placed = place_components(
         manifest, TURING, policies=("random",), prune_on=PruneOn.CPU, max_kept_tokens=TOP_K_LIMIT
     )
-    assert {component.role for component in placed.engines} == {Role.VISION, Role.EMBED, Role.DECODER}
+    assert {component.role for component in placed.engines} == {Role.VISION, Role.DECODER}
     assert set(names(placed.on_cpu)) == {
         "prune_0.divprune",
         "prune_0.random",

@@ -108,7 +108,11 @@ def test_the_command_line_shows_what_was_kept_of_tiles_and_frames(pair, tmp_path
     said = json.loads(result.out)
     assert said["visual_tokens"] == 16 * (1 * 3 + 1)
     with Image.open(tmp_path / "kept.png") as drawing:
-        assert drawing.width == 3 * drawing.height  # one row of three tiles
+        side, paper = drawing.width // 3, (16, 22, 34)  # one row of three tiles, then a caption
+        pixels = np.asarray(drawing.convert("RGB"))
+    assert len(pixels) > side
+    assert (pixels[side] == paper).all()
+    assert not (pixels[side - 1] == paper).all()
     video = ("--video", frames(tmp_path / "frames"), "--show", str(tmp_path / "sheet.png"))
     result = ep_export(*ask, *video, "--json")
     assert result.code == 0, result.err

@@ -41,7 +41,6 @@ from ep_export.targets import find_target
 READER = Path(__file__).parents[1] / "fixtures" / "digit-reader"
 COMPONENTS = (
     "vision_encoder",
-    "embed_tokens",
     "decoder_0",
     "decoder_1",
     "decoder_2",
@@ -369,7 +368,7 @@ def engines_in(bundle: Bundle, name: str, on_cpu: tuple[str, ...] = ()) -> Path:
     folder.mkdir(parents=True)
     components = {}
     for component in bundle.manifest.components:
-        if component.name in on_cpu:
+        if component.name in on_cpu or component.table is not None:
             continue
         (folder / f"{component.name}.engine").write_text("a stand-in")
         source = source_sha256(bundle.manifest, component)
@@ -412,6 +411,8 @@ def test_engines_are_served_by_one_model_in_its_own_process(bundle, tmp_path):
     linked = {file.name for file in (served / ENGINES / "rtx-ada").iterdir()}
     assert linked == {"engine.json", "plugin.so", *engines}
     assert {file.name for file in served.glob("*.onnx")} == {f"{name}.onnx" for name in beside}
+    table = bundle.manifest.embed.table  # rows of which are read on the host
+    assert [file.relative_to(served).as_posix() for file in (served / "weights").iterdir()] == [table.file]
     with pytest.raises(UserError), StandIn(made.path / "models").running():
         pass  # no GPU, or no TensorRT: said in a sentence when the model is loaded
 

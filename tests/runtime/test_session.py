@@ -241,15 +241,15 @@ def test_what_prunes_is_opened_when_it_is_first_used_and_runs_once_a_prompt(twic
     spans = ["decoder_0", "decoder_1", "decoder_2"]
     counting = Counting()
     with Session.open(twice, runner=counting) as session:
-        assert counting.opened == ["vision_encoder", "embed_tokens", *spans]
+        assert counting.opened == ["vision_encoder", *spans]  # the embedding table is no session
         session.generate([], QUESTION, max_new_tokens=2)
-        assert counting.ran == ["embed_tokens", *spans] * 2
-        assert len(counting.opened) == 5
+        assert counting.ran == spans * 2
+        assert len(counting.opened) == 4
         counting.ran.clear()
         session.generate([tiny_picture(60, 60)], QUESTION, max_new_tokens=3, policies=("divprune", "nothing"))
         walked = ["decoder_0", "prune_0.divprune", "decoder_1", "prune_1.nothing", "decoder_2"]
-        assert counting.ran == ["vision_encoder", "embed_tokens", *walked, *["embed_tokens", *spans] * 2]
-        assert counting.opened[5:] == ["prune_0.divprune", "prune_1.nothing"]
+        assert counting.ran == ["vision_encoder", *walked, *spans * 2]
+        assert counting.opened[4:] == ["prune_0.divprune", "prune_1.nothing"]
 
 
 def test_a_cut_before_the_first_layer_prunes_embeddings(tiny_checkpoint, tmp_path):
@@ -371,7 +371,7 @@ def test_what_was_opened_is_closed_when_a_later_component_fails(tiny_bundle):
 
     with pytest.raises(UserError, match="no"):
         Session.open(tiny_bundle, runner=Fake)
-    assert set(closed) == {"vision_encoder", "embed_tokens", "decoder_0"}
+    assert set(closed) == {"vision_encoder", "decoder_0"}
 
 
 def test_a_bundle_answers_where_torch_and_onnx_are_not_installed(tiny_bundle, session, tmp_path):
@@ -430,7 +430,7 @@ def test_an_adaptive_keep_scores_first_and_keeps_then(tiny_bundle, own_keep):
     with Session.open(tiny_bundle, runner=counting) as session:
         session.generate([tiny_picture(200, 130)], QUESTION, max_new_tokens=1, keep=own_keep)
     prune = "prune_0.paper-highest"
-    assert counting.ran == ["vision_encoder", "embed_tokens", "decoder_0", prune, prune, "decoder_1"]
+    assert counting.ran == ["vision_encoder", "decoder_0", prune, prune, "decoder_1"]
 
 
 def test_an_adaptive_keep_that_the_bundle_has_not_is_refused(session):

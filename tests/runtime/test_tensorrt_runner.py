@@ -254,7 +254,7 @@ def test_polygraphy_compares_engines_beside_onnx_runtime(twice, tiny_checkpoint,
     )
     assert found.report.verdict is Verdict.PASS
     assert len(devices) == len(module.made.engines)
-    assert {Role.VISION, Role.EMBED, Role.DECODER, Role.PRUNE} == {
+    assert {Role.VISION, Role.DECODER, Role.PRUNE} == {
         component.role for component in compiled.manifest.components if component.file in module.made.engines
     }
     for one in module.made.engines.values():

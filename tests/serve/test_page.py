@@ -1,9 +1,10 @@
 """The page at / in headless Chromium: a real picture, the shipped model, labels, a phone's width."""
 
-import shutil
 from pathlib import Path
 
 import pytest
+from browser import NEEDS_BROWSER
+from browser import browser as chromium
 from bundles import export_tiny
 from digit_scenes import held_out
 from server_process import serving
@@ -13,21 +14,8 @@ from ep_export.policy import MaxMin
 from ep_export.runtime import Session, open_picture
 
 READER = Path(__file__).parents[1] / "fixtures" / "digit-reader"
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER), reason="no chromium and chromedriver (Debian: chromium, chromium-driver)"
-)
+pytestmark = NEEDS_BROWSER
 QUESTION = "Which digits are there?"
-_SWITCHES = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
 
 
 @pytest.fixture(scope="module")
@@ -54,24 +42,13 @@ def server(bundle):
 
 @pytest.fixture(scope="module")
 def browser(server, tmp_path_factory):
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    for switch in (*_SWITCHES, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
-        options.add_argument(switch)
-    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
-    try:
+    with chromium(tmp_path_factory.mktemp("chromium")) as driver:
         driver.get(server.url)
         waits_for(driver, lambda: at(driver, "#key-form").is_displayed())
         assert driver.switch_to.active_element == at(driver, "#key")
         at(driver, "#key").send_keys("open sesame\n")
         waits_for(driver, lambda: at(driver, "#model").text == "tiny")
         yield driver
-    finally:
-        driver.quit()
 
 
 def at(browser, selector: str):

@@ -139,8 +139,8 @@ def test_the_findings_follow_from_the_numbers(record):
     said = " ".join(findings(record))
     best = "best in hindsight is Paper, highest at layer 1, 80.0% [70.0%, 90.0%]"
     assert f"{best}, a tie with Recommended at layer 2" in said
-    assert "(layer 2 norm-lowest), chosen beforehand, 70.0%" in said
-    assert "Your schedule at keep 0.5 (layer 1 divprune, layer 3 random): 60.0%" in said
+    assert "(Query norm, lowest at layer 2), chosen beforehand, 70.0%" in said
+    assert "Your schedule at keep 0.5 (DivPrune at layer 1, then Random at layer 3): 60.0%" in said
     assert "for 50% fewer FLOPs; there Paper, highest 20.0% and Random 50.0%" in said
     assert "better at 1 (layer 1 keep 0.5) and worse at 1 (layer 2 keep 0.5)" in said
     assert "Collapse: none found." in said
@@ -164,7 +164,7 @@ def test_a_smaller_picture_and_an_adaptive_keep_are_judged(record):
     assert "same FLOPs to the first token (5 visual tokens, 83% of the unpruned first token): 90.0%" in said
     assert "better than any pruning" in said
     assert (
-        "keeping its own number (layer 2 norm-lowest): 75.0% [65.0%, 85.0%], with a fixed keep 70.0%" in said
+        "keeping its own number (Query norm, lowest at layer 2): 75.0% [65.0%, 85.0%], with a fixed keep 70.0%" in said
     )
 
 
