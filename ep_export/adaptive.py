@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ep_export.errors import UsageError, UserError
-from ep_export.plan import kept_tokens
+from ep_export.planning import kept_tokens
 from ep_export.policy import (
     Budget,
     Coverage,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from ep_export.calibrate.choose import ScheduleRequest, resolve_keep, resolve_schedule
 from ep_export.errors import UsageError
 from ep_export.numerics import DEFAULT_GROUP, WeightKind, Weights
-from ep_export.plan import Plan, make_plan, settled_keep
+from ep_export.planning import Plan, make_plan, settled_keep
 from ep_export.policy import DEFAULT_DEGREE, Chooser, Cut, Keep, Schedule
 from ep_export.progress import Progress, silent
 from ep_export.spelling import parse_chooser, parse_cut, parse_share
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from transformers import PreTrainedModel
 
-    from ep_export.build import BuildResult
+    from ep_export.building import BuildResult
     from ep_export.bundle import Bundle
     from ep_export.families.base import Video, Visual
     from ep_export.reference import PruneTrace
@@ -109,7 +109,7 @@ def build(
     calibration: str | os.PathLike[str] | None = None,
     images: str | os.PathLike[str] | None = None,
     prompts: str | os.PathLike[str] | None = None,
-    weights: str = WeightKind.NONE.value,
+    weights: str = "none",
     group: int = DEFAULT_GROUP,
     dialect: str = "onnxruntime",
     precision: str = "fp32",
@@ -144,13 +144,14 @@ def build(
         progress: Told about every stage.
 
     Raises:
-        UserError: See `ep_export.build.prepare` and `ep_export.build.build`.
+        UserError: See `ep_export.building.prepare` and `ep_export.building.build`.
     """
-    from ep_export.build import BuildRequest, prepare
-    from ep_export.build import build as build_bundle
+    from ep_export.building import BuildRequest, prepare
+    from ep_export.building import build as build_bundle
     from ep_export.bundle import Dialect, Precision, WeightsMode
 
-    kind = _one_of(WeightKind, weights, "weights")
+    kind = None if weights == "none" else _one_of(WeightKind, weights, "weights")
+    stored = None if kind is None else Weights(kind, group if kind is WeightKind.INT4 else None, "nearest")
     request = BuildRequest(
         model=os.fspath(model),
         keep=_keep(keep, keep_tokens),
@@ -161,7 +162,7 @@ def build(
         precision=_one_of(Precision, precision, "precision"),
         shards=WeightsMode.LINK,
         degree=DEFAULT_DEGREE,
-        weights=None if kind is WeightKind.NONE else Weights(kind, group if kind is WeightKind.INT4 else None),
+        weights=stored,
         images=None if images is None else Path(images),
         prompts=None if prompts is None else Path(prompts),
     )
@@ -396,5 +397,9 @@ def _visuals(pictures: Pictures) -> list[Visual]:
 
     if pictures is None:
         return []
-    several = pictures if isinstance(pictures, (list, tuple)) else [pictures]
+    several: Sequence[Shown] = [pictures] if _is_one(pictures) else pictures  # type: ignore[list-item,assignment]
     return [open_picture(Path(each)) if isinstance(each, (str, os.PathLike)) else each for each in several]
+
+
+def _is_one(pictures: Pictures) -> bool:
+    return not isinstance(pictures, (list, tuple))

@@ -17,7 +17,7 @@ from ep_export.dims import DecoderDims
 from ep_export.documents import read_document, write_document
 from ep_export.errors import UsageError, UserError
 from ep_export.numerics import Numerics, RoundingCost
-from ep_export.plan import check_schedule
+from ep_export.planning import check_schedule
 from ep_export.policy import Chooser, Evidence, Keep, Nothing, Schedule
 
 __all__ = [

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ep_export.families.bounds import check_settings
 from ep_export.families.picture_sizes import scaled_size
 from ep_export.families.processor_files import image_settings, video_settings
-from ep_export.plan import Plan, make_plan
+from ep_export.planning import Plan, make_plan
 from ep_export.policy import Cut, Keep, Schedule
 from ep_export.vision_flops import VisionCall, VisionWork
 

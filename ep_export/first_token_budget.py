@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ep_export.errors import UsageError
 from ep_export.families.picture_sizes import scaled_size
-from ep_export.plan import Plan, make_plan
+from ep_export.planning import Plan, make_plan
 from ep_export.policy import Keep
 from ep_export.vision_flops import VisionWork
 

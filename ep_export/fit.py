@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from ep_export.bundle import Dialect, Precision
 from ep_export.numerics import Weights
-from ep_export.plan import Plan, layer_flops, span_tokens
+from ep_export.planning import Plan, layer_flops, span_tokens
 from ep_export.policy import Coverage, MaxMin, Scorer, TopK
 from ep_export.targets import Graphs, Target
 from ep_export.weight_sizes import WeightSizes, table_parameters, weight_sizes

@@ -294,7 +294,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The cuts of a model, from the first layer to the last; checked by `ep_export.plan.check_schedule`."""
+    """The cuts of a model, from the first layer to the last; see `ep_export.planning.check_schedule`."""
 
     cuts: tuple[Cut, ...]
 

@@ -1,8 +1,8 @@
 """What a vision encoder costs: its FLOPs and parameters from its shape, without the model.
 
 A family says how its towers are shaped (`VisionTower`) and into what pictures are cut (`VisionCall`); counts
-leave. A multiply and an add are two, as in `ep_export.plan.layer_flops`; norms, activations, rotary tables,
-softmax and interpolation are left out there and here. No torch.
+leave. A multiply and an add are two, as in `ep_export.planning.layer_flops`; norms, activations, rotary
+tables, softmax and interpolation are left out there and here. No torch.
 """
 
 from __future__ import annotations

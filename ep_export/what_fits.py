@@ -15,7 +15,7 @@ from ep_export.checkpoint import ModelConfig, open_config
 from ep_export.errors import UsageError
 from ep_export.fit import Estimate, estimate
 from ep_export.numerics import DEFAULT_GROUP, WeightKind, Weights
-from ep_export.plan import Plan, make_plan
+from ep_export.planning import Plan, make_plan
 from ep_export.policy import Keep
 from ep_export.targets import AS_THEY_ARE
 from ep_export.weight_sizes import weight_sizes

@@ -23,7 +23,7 @@ from ep_export.checkpoint import open_checkpoint
 from ep_export.choosers import KeptDifference
 from ep_export.errors import UsageError
 from ep_export.families.base import Picture, PromptInputs, Visual
-from ep_export.plan import average_keep, kept_tokens
+from ep_export.planning import average_keep, kept_tokens
 from ep_export.policy import Budget, Coverage, Cut, Keep, MaxMin, Schedule, Scorer, TopK
 from ep_export.reference import PruneSpec, kept_as, load_model, prune
 from ep_export.runtime import Prefill, Session, open_picture, open_video

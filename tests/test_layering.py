@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "ep_export"
 LAYERS = (
     ("errors", "interrupts"),
     ("dims", "policy", "numerics", "progress", "garbage", "vision_flops"),
-    ("documents", "page", "plan", "graph", "weight_sizes"),
+    ("documents", "page", "planning", "graph", "spelling", "weight_sizes"),
     ("safetensors_index",),
     ("adaptive", "data", "ownership", "bundle", "links", "testcards", "aliases"),
     ("targets", "staging"),
@@ -26,8 +26,8 @@ LAYERS = (
     ("calibrate",),
     ("validate", "harness"),
     ("engine",),
-    ("build", "catalog", "sweep"),
-    ("cli",),
+    ("building", "catalog", "sweep"),
+    ("api", "cli"),
     ("__main__",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
@@ -76,7 +76,7 @@ def test_imports_follow_the_data_flow(file):
         "ep_export.checkpoint",
         "ep_export.cli.main",
         "ep_export.families",
-        "ep_export.plan",
+        "ep_export.planning",
         "ep_export.runtime",
         "ep_export.serving",
     ],

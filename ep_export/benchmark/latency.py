@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from ep_export.bundle import Precision
 from ep_export.errors import UsageError
-from ep_export.plan import make_plan
+from ep_export.planning import make_plan
 from ep_export.policy import Keep
 from ep_export.progress import Progress, silent
 

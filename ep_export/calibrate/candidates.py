@@ -9,7 +9,7 @@ from ep_export.calibrate.record import RANDOM
 from ep_export.errors import UsageError
 from ep_export.measure.ways import Way, WayCut, one_cut
 from ep_export.methods.ours import CHOOSER_METHODS
-from ep_export.plan import check_schedule
+from ep_export.planning import check_schedule
 from ep_export.policy import Chooser, Cut, Keep, Nothing, Random, Schedule, reads_projections
 
 __all__ = ["RANDOM_DRAWS", "candidate_layers", "candidate_ways", "two_cut_ways"]

@@ -17,7 +17,7 @@ from ep_export.calibrate.record import Candidate, Record, read_calibration
 from ep_export.data import data_dir
 from ep_export.errors import UsageError, UserError
 from ep_export.measure.provenance import processor_fingerprint
-from ep_export.plan import check_schedule
+from ep_export.planning import check_schedule
 from ep_export.policy import Budget, Chooser, Cut, Evidence, EvidenceKind, Keep, Schedule, TopK, chooser_named
 
 if TYPE_CHECKING:

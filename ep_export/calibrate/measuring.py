@@ -20,7 +20,7 @@ from ep_export.measure.executors import Executor, InProcess, Job, Outcome, Unit
 from ep_export.measure.question import QuestionResult, Skipped
 from ep_export.measure.run import Announce, measure_all
 from ep_export.measure.thresholds import measured_threshold
-from ep_export.plan import span_tokens
+from ep_export.planning import span_tokens
 from ep_export.progress import Progress
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from ep_export.calibrate.horizon import Horizon
 from ep_export.documents import read_document, write_document
 from ep_export.errors import UserError, reason
 from ep_export.numerics import Weights
-from ep_export.plan import check_schedule
+from ep_export.planning import check_schedule
 from ep_export.policy import Cut, EvidenceKind, Keep, Random, Schedule, chooser_named
 
 __all__ = [

@@ -34,7 +34,7 @@ from ep_export.measure.provenance import processor_fingerprint, tool_versions
 from ep_export.measure.question import QuestionResult
 from ep_export.measure.run import Announce
 from ep_export.numerics import WeightKind, Weights
-from ep_export.plan import check_keep
+from ep_export.planning import check_keep
 from ep_export.policy import Cut, EvidenceKind, Keep, Schedule
 from ep_export.progress import Progress, silent
 

@@ -14,7 +14,7 @@ from ep_export.cli.runtime import backend_sentence, open_backend, runtime_option
 from ep_export.cli.units import bytes_text
 from ep_export.documents import encode
 from ep_export.errors import UsageError
-from ep_export.plan import check_schedule
+from ep_export.planning import check_schedule
 
 if TYPE_CHECKING:
     from ep_export.benchmark import Agreement, Latency, PrunedSide, Question, Side, Spread, Stages

@@ -25,7 +25,7 @@ from ep_export.cli.schedule import schedule_options, schedule_request
 from ep_export.targets import find_target
 
 if TYPE_CHECKING:
-    from ep_export.build import BuildRequest, BuildResult, Prepared
+    from ep_export.building import BuildRequest, BuildResult, Prepared
 
 __all__ = ["build", "build_request", "print_bundle", "show_plan"]
 
@@ -60,8 +60,8 @@ EXIT_DIFFERENT = 3
 @json_option
 def build(check: bool, target_name: str | None, force: bool, as_json: bool, **options: Any) -> int:
     """Turn a checkpoint into a pruned, validated bundle."""
-    from ep_export.build import build as build_bundle
-    from ep_export.build import prepare
+    from ep_export.building import build as build_bundle
+    from ep_export.building import prepare
 
     if target_name is None:
         request = build_request(options)
@@ -97,7 +97,7 @@ def _told(options: dict[str, Any]) -> tuple[Dialect | None, Precision | None]:
 
 def build_request(options: dict[str, Any]) -> BuildRequest:
     """A typed request from the options of `build` or `export`."""
-    from ep_export.build import BuildRequest
+    from ep_export.building import BuildRequest
 
     out = options["out"] or Path(f"{Path(options['model']).name}-ep")
     return BuildRequest(
@@ -133,7 +133,7 @@ def show_plan(prepared: Prepared) -> None:
 
 def print_bundle(prepared: Prepared, result: BuildResult, *, check: bool, as_json: bool) -> int:
     """The result: where it is, what was verified. Returns the exit code."""
-    from ep_export.build import NO_BF16, NO_BF16_HINT
+    from ep_export.building import NO_BF16, NO_BF16_HINT
 
     report = result.report
     if as_json:

@@ -22,7 +22,7 @@ __all__ = ["export"]
 @json_option
 def export(as_json: bool, **options: Any) -> int:
     """Write a bundle without validating it."""
-    from ep_export.build import build, prepare
+    from ep_export.building import build, prepare
 
     prepared = prepare(build_request(options))
     show_plan(prepared)

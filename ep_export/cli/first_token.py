@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ep_export.checkpoint import ModelConfig
     from ep_export.first_token_budget import Cost, Proposal
     from ep_export.numerics import Weights
-    from ep_export.plan import Plan
+    from ep_export.planning import Plan
     from ep_export.policy import Schedule
     from ep_export.targets import Target
     from ep_export.vision_flops import VisionWork

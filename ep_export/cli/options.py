@@ -232,8 +232,8 @@ def export_options(function: _F) -> _F:
                 type=values(Dialect),
                 default=Dialect.ONNXRUNTIME.value,
                 show_default=True,
-                help="onnxruntime: its fused operators, many requests at once. portable: opset 20, TensorRT 10.3 "
-                "up. modern: opset 23, TensorRT 10.15 up.",
+                help="onnxruntime: its fused operators, many requests at once. portable: opset 20, TensorRT "
+                "10.3 up. modern: opset 23, TensorRT 10.15 up.",
             ),
             click.option(
                 "--precision",

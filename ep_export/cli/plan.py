@@ -28,12 +28,12 @@ from ep_export.cli.units import bytes_text, flops_text, keep_text, percent_text
 from ep_export.documents import encode
 from ep_export.errors import UserError
 from ep_export.numerics import TYPES
-from ep_export.plan import span_tokens
+from ep_export.planning import span_tokens
 
 if TYPE_CHECKING:
     from ep_export.checkpoint import ModelConfig
     from ep_export.numerics import Weights
-    from ep_export.plan import Plan
+    from ep_export.planning import Plan
     from ep_export.targets import Target
 
 __all__ = ["keep_sentence", "plan", "plan_json", "plan_rows", "stored_bytes"]
@@ -94,7 +94,7 @@ def plan(
     from ep_export.checkpoint import open_config
     from ep_export.cli.fit import plan_fit_json, print_fit
     from ep_export.fit import estimate
-    from ep_export.plan import make_plan, settled_keep
+    from ep_export.planning import make_plan, settled_keep
     from ep_export.targets import find_target
     from ep_export.what_fits import suggest
 

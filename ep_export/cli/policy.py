@@ -9,8 +9,8 @@ import click
 from ep_export.bundle import Bundle, Manifest, Role
 from ep_export.cli.console import note, print_json, print_table
 from ep_export.cli.options import bundle_argument, json_option
-from ep_export.spelling import parse_chooser
 from ep_export.errors import UsageError
+from ep_export.spelling import parse_chooser
 
 __all__ = ["policy"]
 

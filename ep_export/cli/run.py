@@ -21,7 +21,7 @@ from ep_export.cli.options import (
 from ep_export.cli.runtime import backend_sentence, open_backend, runtime_options
 from ep_export.cli.units import ms_text, percent_text
 from ep_export.errors import UsageError
-from ep_export.plan import check_schedule
+from ep_export.planning import check_schedule
 
 if TYPE_CHECKING:
     from ep_export.bundle import Manifest
@@ -176,7 +176,7 @@ def _first_token(ms: Mapping[str, float]) -> str:
 def _pruned(manifest: Manifest, answer: Generation) -> str:
     """`kept 15 of 154 visual tokens: 10 % after layer 2 = 25 % on average over 12 layers: ...`."""
     from ep_export.cli.plan import keep_sentence
-    from ep_export.plan import make_plan
+    from ep_export.planning import make_plan
 
     text = answer.prompt_tokens - answer.visual_tokens
     plan = make_plan(

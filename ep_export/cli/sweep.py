@@ -19,7 +19,7 @@ from ep_export.cli.options import (
     weights_from,
 )
 from ep_export.errors import UsageError
-from ep_export.plan import average_keep
+from ep_export.planning import average_keep
 from ep_export.policy import ADAPTIVE
 from ep_export.spelling import parse_cut
 from ep_export.sweep.findings import rounding_cost

@@ -95,7 +95,7 @@ def validate(
         raise UsageError(
             "--bisect, --target and --out go with --polygraphy, which is not given", hint="add --polygraphy"
         )
-    from ep_export.build import MAX_PICTURES, validate_bundle
+    from ep_export.building import MAX_PICTURES, validate_bundle
     from ep_export.bundle import Bundle
     from ep_export.checkpoint import open_origin
     from ep_export.validate import text_lines, to_json
@@ -136,7 +136,7 @@ def _with_polygraphy(
     out: Path,
     as_json: bool,
 ) -> int:
-    from ep_export.build import pictures_and_questions
+    from ep_export.building import pictures_and_questions
     from ep_export.bundle import Bundle
     from ep_export.checkpoint import open_origin
     from ep_export.validate.polygraphy_run import compare_with_polygraphy, polygraphy_json, polygraphy_lines
@@ -170,7 +170,7 @@ def _with_polygraphy(
 
 def _backends(bundle: Bundle, target: str | None) -> dict[str, RunnerFactory]:
     """ONNX Runtime where it can compute the bundle, and TensorRT where engines are asked for."""
-    from ep_export.build import NO_BF16, NO_BF16_HINT
+    from ep_export.building import NO_BF16, NO_BF16_HINT
     from ep_export.bundle import Precision
     from ep_export.runtime import OnnxRuntimeRunner
     from ep_export.runtime.engines import EngineBackend

@@ -17,7 +17,7 @@ from ep_export.errors import UserError
 from ep_export.first_token import tokens_work
 from ep_export.fit import Estimate, estimate
 from ep_export.numerics import WeightKind, Weights
-from ep_export.plan import make_plan
+from ep_export.planning import make_plan
 from ep_export.policy import Keep, Nothing, Schedule
 from ep_export.targets import Flavour, Graphs, Target
 

@@ -31,7 +31,7 @@ from ep_export.engine_record import ENGINES, RECORD, EngineRecord, Limits, engin
 from ep_export.errors import UsageError
 from ep_export.fit import Estimate, estimate
 from ep_export.numerics import Weights
-from ep_export.plan import Plan
+from ep_export.planning import Plan
 from ep_export.progress import Progress, silent
 from ep_export.staging import refuse_existing, staged
 from ep_export.targets import Flavour, Graphs, Target

@@ -17,7 +17,7 @@ from ep_export.checkpoint import open_config
 from ep_export.engine.pictures import PictureShapes, picture_shapes
 from ep_export.engine_record import Limits, Profile, ShapeRange
 from ep_export.errors import UsageError
-from ep_export.plan import kept_tokens, span_tokens
+from ep_export.planning import kept_tokens, span_tokens
 
 __all__ = [
     "MAX_NEW_TOKENS",

@@ -6,7 +6,7 @@ from typing import Any
 
 from ep_export.checkpoint import Checkpoint
 from ep_export.errors import UserError
-from ep_export.plan import check_schedule
+from ep_export.planning import check_schedule
 from ep_export.policy import DEGREES, Schedule
 
 __all__ = ["refuse_unsupported"]
@@ -19,7 +19,7 @@ def refuse_unsupported(checkpoint: Checkpoint, schedule: Schedule, degree: int) 
 
     Raises:
         UserError: An impossible schedule, sliding-window layers, rotary tables that depend on the length at
-            run time, a degree that is not offered, or processor files that are missing or broken.
+            run time, or a degree that is not offered.
     """
     text = checkpoint.config.get_text_config()
     check_schedule(schedule, checkpoint.dims.layers)
@@ -40,8 +40,6 @@ def refuse_unsupported(checkpoint: Checkpoint, schedule: Schedule, degree: int) 
             f"degree {degree} of the entropy series is not a power of two that is offered",
             hint=f"give one of {', '.join(map(str, DEGREES))}",
         )
-    # Whoever runs the bundle needs them; opened here, what is wrong with them is said before any work.
-    checkpoint.family.prompt_builder(checkpoint.path, checkpoint.config)
 
 
 def _rope_type(text: Any) -> str:

@@ -241,7 +241,7 @@ def packed_linear(graph: GraphBuilder, x: Tensor, weight: PackedWeight, bias: Te
 OPERATORS: Mapping[str, Operator] = {
     **{
         name: _unary(name.capitalize())
-        for name in ("cos", "erf", "exp", "neg", "relu", "sigmoid", "sin", "sqrt", "tanh")
+        for name in ("cos", "erf", "exp", "log", "neg", "relu", "sigmoid", "sin", "sqrt", "tanh")
     },
     **dict.fromkeys(("alias", "clone", "detach"), _alias),
     **dict.fromkeys(("_unsafe_view", "squeeze", "unsqueeze", "view"), _view),

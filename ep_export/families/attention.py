@@ -137,8 +137,10 @@ def over_heads(form: Attention) -> RowAttention:
         heads: int,
     ) -> torch.Tensor:
         width = query.shape[-1] // heads
-        states = (x.reshape(*x.shape[:2], heads, width).transpose(1, 2) for x in (query, key, value))
-        return form(*states, mask, scale).transpose(1, 2).flatten(2)
+        query, key, value = (
+            x.reshape(*x.shape[:2], heads, width).transpose(1, 2) for x in (query, key, value)
+        )
+        return form(query, key, value, mask, scale).transpose(1, 2).flatten(2)
 
     return over_rows
 

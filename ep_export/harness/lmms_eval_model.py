@@ -21,7 +21,7 @@ from tqdm import tqdm
 from ep_export.calibrate.choose import ScheduleRequest, resolve_schedule
 from ep_export.checkpoint import open_checkpoint
 from ep_export.errors import UsageError
-from ep_export.plan import settled_keep
+from ep_export.planning import settled_keep
 from ep_export.policy import Chooser, Cut, Keep, Scorer, Select, TopK, chooser_named
 from ep_export.reference import PruneSpec, load_model, prune
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from ep_export.errors import UsageError, UserError
-from ep_export.plan import check_schedule, kept_tokens
+from ep_export.planning import check_schedule, kept_tokens
 from ep_export.policy import Chooser, Cut, Keep, MaxMin, Schedule, chooser_named
 
 __all__ = ["UNPRUNED", "Scaling", "Way", "WayCut", "on_weights", "one_cut", "scheduled_way"]

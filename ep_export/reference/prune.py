@@ -21,7 +21,7 @@ from ep_export.adaptive import check_adaptive, own_tokens
 from ep_export.choosers import CutTokens, choose
 from ep_export.errors import UserError
 from ep_export.families import family_of
-from ep_export.plan import check_keep, check_schedule, kept_tokens
+from ep_export.planning import check_keep, check_schedule, kept_tokens
 from ep_export.policy import Keep, Schedule
 from ep_export.reference.caches import note_columns, past_columns, plain_length
 from ep_export.reference.spans import SpanRecorder, cut_tokens, layer_arguments, staying

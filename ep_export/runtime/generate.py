@@ -13,7 +13,7 @@ from enum import Enum
 import numpy as np
 from numpy.typing import NDArray
 
-from ep_export.plan import Pair
+from ep_export.planning import Pair
 from ep_export.policy import Keep
 from ep_export.runtime.batch import open_decoder
 from ep_export.runtime.components import Components, cache_names

@@ -48,7 +48,9 @@ class Provider:
 # MIGraphX and OpenVINO may have memory of their own; nobody has tried, so their outputs go through the host.
 PROVIDERS: Mapping[str, Provider] = {
     "cpu": Provider(CPU, "every build of ONNX Runtime has it"),
-    "cuda": Provider("CUDAExecutionProvider", "pip uninstall onnxruntime, then pip install 'ep-export[gpu]'", "cuda"),
+    "cuda": Provider(
+        "CUDAExecutionProvider", "pip uninstall onnxruntime, then pip install 'ep-export[gpu]'", "cuda"
+    ),
     "tensorrt": Provider(
         "TensorrtExecutionProvider", "pip install onnxruntime-gpu and NVIDIA's TensorRT", "cuda"
     ),

@@ -16,7 +16,7 @@ from ep_export.families import family_named
 from ep_export.families.base import PromptBuilder, PromptInputs, Visual
 from ep_export.families.bounds import check_dims
 from ep_export.first_token import prompt_plan
-from ep_export.plan import kept_tokens
+from ep_export.planning import kept_tokens
 from ep_export.policy import Keep, Schedule
 from ep_export.runtime.base import Feed, RunnerFactory
 from ep_export.runtime.batch import SlotDecoder, open_decoder

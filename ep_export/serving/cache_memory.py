@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from ep_export.errors import UserError
 from ep_export.numerics import TYPES
-from ep_export.plan import kept_tokens, span_tokens
+from ep_export.planning import kept_tokens, span_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

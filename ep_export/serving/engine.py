@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ep_export.bundle import Manifest
 from ep_export.errors import UsageError, reason
-from ep_export.plan import check_keep, check_schedule
+from ep_export.planning import check_keep, check_schedule
 from ep_export.policy import Keep, Schedule
 from ep_export.runtime.generate import Finish
 from ep_export.runtime.session import Session

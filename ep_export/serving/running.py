@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ep_export.errors import UserError
 from ep_export.families.base import PromptInputs
-from ep_export.plan import kept_tokens
+from ep_export.planning import kept_tokens
 from ep_export.runtime.generate import AnswerCut, Finish
 from ep_export.runtime.kept import kept_pictures
 from ep_export.runtime.sampling import TokenChooser

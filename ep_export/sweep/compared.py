@@ -13,7 +13,7 @@ from ep_export.calibrate.candidates import candidate_layers
 from ep_export.errors import UsageError, UserError
 from ep_export.measure.ways import Scaling, Way, WayCut, on_weights, one_cut, scheduled_way
 from ep_export.methods import METHODS, SCALED, SCALED_FLOPS, Method, Place
-from ep_export.plan import check_schedule
+from ep_export.planning import check_schedule
 from ep_export.policy import ADAPTIVE, Cut, Keep, Random, Schedule
 from ep_export.sweep.record import RECOMMENDED, SCHEDULE
 

@@ -58,7 +58,7 @@ def rounding_cost(one: RoundedUnpruned) -> str:
 
 
 def _at_keep(record: SweepRecord, keep: float) -> Iterable[str]:
-    rows = [row for row in record.rows if row.keep == keep]
+    rows = [row for row in record.rows if row.keep == keep and row.weights is None]
     if not rows:
         return
     best = next((row for row in rows if row.below_best is None), rows[0])
@@ -66,9 +66,10 @@ def _at_keep(record: SweepRecord, keep: float) -> Iterable[str]:
     said = f"Keep {keep:g}: best in hindsight is {called(record, best)}, {best.measure}{_ties(record, tied)}"
     ours = next((row for row in rows if row.method == RECOMMENDED), None)
     if ours is not None:
-        saved = 1 - ours.flops / record.unpruned.flops
+        saved = 1 - ours.first_token_flops / record.unpruned.first_token_flops
+        decoder = 1 - ours.flops / record.unpruned.flops
         said += f"; the recommended policy ({places(record, ours)}), chosen beforehand, {ours.measure}"
-        said += f" for {saved:.0%} fewer FLOPs"
+        said += f" for {saved:.0%} fewer FLOPs to the first token (decoder alone {decoder:.0%})"
         there = (record.row(name, ours.layer, keep) for name in (PAPER, RANDOM))
         others = [f"{record.method(row.method).title} {row.measure.value:.1%}" for row in there if row]
         said += f"; there {' and '.join(others)}" if others else ""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ep_export.aliases import short_name
 from ep_export.bundle import hash_file
 from ep_export.errors import UserError
+from ep_export.measure.ways import on_weights
 from ep_export.page import render
 from ep_export.runtime.pictures import open_picture
 from ep_export.sweep.charts import entropy_panel, first_panels, layer_panels, look_of, save_png, svg
@@ -77,6 +78,7 @@ def write_report(out: Path, record: SweepRecord) -> Path:
         tables=list(_tables(record)),
         names=_NAMES,
         kinds=list(_kinds(record)),
+        rounded=list(_rounded(record)),
         costs=[
             (layer, [_saved(record, layer, keep) for keep in record.keeps]) for layer in record.swept_layers
         ],
@@ -122,6 +124,22 @@ def _kinds(record: SweepRecord) -> Iterator[tuple[float, tuple[Row, ...], tuple[
         rows = shortlist(record, keep).rows
         if kinds := by_kind(record, rows):
             yield keep, rows, kinds
+
+
+def _rounded(record: SweepRecord) -> Iterator[tuple[float, list[tuple[Row, list[Row | None]]]]]:
+    """For every keep the rows that are shown first, with the same on every rounding of the weights."""
+    for keep in record.keeps if record.rounded else ():
+        rows = shortlist(record, keep).rows
+        yield (
+            keep,
+            [
+                (
+                    row,
+                    [record.row(on_weights(row.method, one.name), row.layer, keep) for one in record.rounded],
+                )
+                for row in rows
+            ],
+        )
 
 
 def _tables(record: SweepRecord) -> Iterator[dict[str, Any]]:

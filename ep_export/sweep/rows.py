@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ep_export.entropy import find_collapse
 from ep_export.measure.ways import UNPRUNED, Scaling, on_weights, one_cut
 from ep_export.methods import find_methods, method_named
-from ep_export.plan import layer_flops, span_tokens
+from ep_export.planning import layer_flops, span_tokens
 from ep_export.policy import ADAPTIVE, Keep
 from ep_export.sweep.record import (
     RANDOM,

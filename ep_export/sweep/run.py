@@ -25,7 +25,7 @@ from ep_export.measure.journal import Workplace
 from ep_export.measure.provenance import tool_versions
 from ep_export.measure.question import Question, QuestionResult, Skipped
 from ep_export.measure.run import Announce, measure_all
-from ep_export.plan import check_keep
+from ep_export.planning import check_keep
 from ep_export.policy import ADAPTIVE, Keep
 from ep_export.progress import Progress, silent
 from ep_export.staging import refuse_existing, staged

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ep_export.page import render
-from ep_export.plan import Pair
+from ep_export.planning import Pair
 from ep_export.validate.picture import draw_kept
 from ep_export.validate.questions import make_clip
 from ep_export.validate.report import Case, Report, Stage, Verdict

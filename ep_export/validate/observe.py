@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ep_export.adaptive import bounds
 from ep_export.bundle import Component
 from ep_export.choosers import CutTokens
-from ep_export.plan import kept_tokens
+from ep_export.planning import kept_tokens
 from ep_export.reference import (
     Answer,
     PrefillStates,

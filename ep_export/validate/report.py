@@ -9,7 +9,7 @@ from typing import Any
 
 from ep_export.documents import encode
 from ep_export.numerics import RoundingCost
-from ep_export.plan import Pair
+from ep_export.planning import Pair
 from ep_export.runtime import KeptPicture
 
 __all__ = ["Case", "Report", "Stage", "Verdict", "text_lines", "to_json"]

@@ -34,7 +34,7 @@ from ep_export.bundle import Bundle, Dialect
 from ep_export.checkpoint import open_checkpoint
 from ep_export.families.base import PromptInputs
 from ep_export.numerics import WeightKind, Weights
-from ep_export.plan import kept_tokens
+from ep_export.planning import kept_tokens
 from ep_export.policy import Cut, Keep, Schedule
 from ep_export.runtime import Components, Continuation, OnnxRuntimeOptions, OnnxRuntimeRunner, Prefill
 from ep_export.runtime.prefill import Timer, run_prefill

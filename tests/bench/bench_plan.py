@@ -17,7 +17,7 @@ from ep_export.cli.units import bytes_text, flops_text, ms_text, percent_text
 from ep_export.first_token import typical_work
 from ep_export.fit import Estimate, estimate
 from ep_export.numerics import DEFAULT_GROUP, WeightKind, Weights
-from ep_export.plan import Plan, make_plan
+from ep_export.planning import Plan, make_plan
 from ep_export.policy import Cut, Keep, Schedule
 from ep_export.targets import Target, find_target
 

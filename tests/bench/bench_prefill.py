@@ -30,7 +30,7 @@ from tiny import make_tiny
 
 from ep_export.bundle import Bundle
 from ep_export.families.base import PromptInputs
-from ep_export.plan import Plan, make_plan, settled_keep
+from ep_export.planning import Plan, make_plan, settled_keep
 from ep_export.policy import Cut, Keep, Schedule, TopK
 from ep_export.runtime import Components, Continuation, OnnxRuntimeOptions, OnnxRuntimeRunner, Prefill
 from ep_export.runtime.components import past_feeds, run_span

@@ -12,7 +12,7 @@ from tiny import tiny_picture
 
 from ep_export.benchmark import Question, measure_agreement, measure_latency
 from ep_export.errors import UsageError
-from ep_export.plan import make_plan
+from ep_export.planning import make_plan
 from ep_export.policy import Keep, MaxMin, Nothing, Random
 from ep_export.runtime import Session, open_picture
 

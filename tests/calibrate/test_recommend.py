@@ -11,7 +11,7 @@ from ep_export.calibrate.race import Fidelity, is_floor
 from ep_export.calibrate.recommend import recommend, table
 from ep_export.calibrate.record import RANDOM
 from ep_export.errors import UsageError
-from ep_export.plan import average_keep, check_schedule
+from ep_export.planning import average_keep, check_schedule
 from ep_export.policy import (
     Coverage,
     Cut,

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 from bundles import export_tiny
+from command_line import ep_export
 from tiny import make_tiny
 
 from ep_export.bundle import Bundle
@@ -46,5 +47,17 @@ def test_another_checkpoint_is_refused(moved, tmp_path):
 def test_a_checkpoint_without_its_preprocessor_is_not_exported(tmp_path):
     checkpoint = make_tiny(tmp_path / "model", layers=2)
     (checkpoint / "preprocessor_config.json").unlink()
-    with pytest.raises(UserError, match=r"preprocessor_config\.json"):
-        export_tiny(checkpoint, tmp_path / "bundle", layer=1)
+    arguments = (
+        "--model",
+        str(checkpoint),
+        "--keep",
+        "0.75",
+        "--layer",
+        "1",
+        "--out",
+        str(tmp_path / "bundle"),
+    )
+    result = ep_export("export", *arguments)
+    assert result.code == 1
+    assert "preprocessor_config.json" in result.err
+    assert not (tmp_path / "bundle").exists()

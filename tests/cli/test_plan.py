@@ -8,7 +8,7 @@ from tiny import make_tiny
 
 from ep_export.checkpoint import open_config
 from ep_export.fit import FORMULAS
-from ep_export.plan import layer_flops
+from ep_export.planning import layer_flops
 
 SEVEN = ("--model", "qwen2.5-vl-7b")
 KEEP = ("--keep", "0.25")

@@ -94,8 +94,8 @@ def request(target=JETPACK6, **changes) -> CompileRequest:
 
 
 def engine_names(bundle: Bundle, *prunes: str) -> set[str]:
-    """All components but prune components, and some of those."""
-    names = {c.name for c in bundle.manifest.components if c.role is not Role.PRUNE}
+    """Encoders and spans, and some prune components; the embedding table is read on the host."""
+    names = {c.name for c in bundle.manifest.components if c.role in {Role.VISION, Role.DECODER}}
     return names | set(prunes)
 
 

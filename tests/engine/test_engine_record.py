@@ -143,6 +143,17 @@ def test_a_missing_span_is_named(record, tiny_bundle):
         check(dataclasses.replace(record, components=less), tiny_bundle)
 
 
+def test_an_embedding_table_needs_an_engine_only_where_nobody_says_where_it_lies(record, tiny_bundle):
+    less = {name: engine for name, engine in record.components.items() if name != "embed_tokens"}
+    less = dataclasses.replace(record, components=less)
+    check(less, tiny_bundle)
+    manifest = tiny_bundle.manifest
+    older = tuple(dataclasses.replace(component, table=None) for component in manifest.components)
+    older = dataclasses.replace(tiny_bundle, manifest=dataclasses.replace(manifest, components=older))
+    with pytest.raises(UserError, match="lack embed_tokens"):
+        check(less, older)
+
+
 class TestWhereAComponentRuns:
     """`engine_of`."""
 

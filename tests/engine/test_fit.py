@@ -7,7 +7,7 @@ from ep_export.checkpoint import meta_model, open_config
 from ep_export.first_token import typical_work
 from ep_export.fit import estimate
 from ep_export.numerics import WeightKind, Weights
-from ep_export.plan import make_plan
+from ep_export.planning import make_plan
 from ep_export.policy import Cut, Keep, MaxMin, Nothing, Schedule, Scorer, TopK
 from ep_export.targets import Graphs, find_target
 from ep_export.weight_sizes import weight_sizes

@@ -13,7 +13,7 @@ from ep_export.engine.placement import TOP_K_LIMIT, PruneOn, check_chooser, plac
 from ep_export.errors import UsageError, UserError
 from ep_export.first_token import typical_work
 from ep_export.numerics import WeightKind, Weights
-from ep_export.plan import average_keep, make_plan
+from ep_export.planning import average_keep, make_plan
 from ep_export.policy import Cut, Keep, MaxMin, Nothing, Random, Schedule, Scorer, TopK
 from ep_export.targets import Graphs, find_target
 

@@ -11,7 +11,7 @@ from measuring import two_cuts
 from ep_export.documents import decode, encode
 from ep_export.errors import UsageError
 from ep_export.measure.ways import Way, one_cut, scheduled_way
-from ep_export.plan import average_keep
+from ep_export.planning import average_keep
 from ep_export.policy import Cut, Keep, MaxMin, Random, Schedule, TopK
 
 

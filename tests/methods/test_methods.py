@@ -16,7 +16,7 @@ from ep_export.methods.cdpruner import conditional_kernel, cosine_similarity, gr
 from ep_export.methods.dart import least_duplicated
 from ep_export.methods.scope import cover
 from ep_export.methods.sparsevlm import raters
-from ep_export.plan import check_schedule
+from ep_export.planning import check_schedule
 from ep_export.policy import Cut, Keep, Schedule, chooser_named
 
 RIVALS = [method for method in METHODS if method.choose is not None]

@@ -10,7 +10,7 @@ import pytest
 from ep_export.adaptive import bounds, check_adaptive, fit_threshold, own_tokens
 from ep_export.documents import decode, encode
 from ep_export.errors import UsageError, UserError
-from ep_export.plan import kept_tokens
+from ep_export.planning import kept_tokens
 from ep_export.policy import (
     Budget,
     Coverage,

@@ -9,7 +9,7 @@ import pytest
 
 from ep_export.dims import DecoderDims
 from ep_export.errors import UsageError
-from ep_export.plan import (
+from ep_export.planning import (
     average_keep,
     check_schedule,
     kept_tokens,
@@ -257,6 +257,6 @@ def test_keep_one_saves_nothing() -> None:
 
 
 def test_planning_needs_no_heavy_package() -> None:
-    code = "import sys, ep_export.plan; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    code = "import sys, ep_export.planning; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -11,7 +11,7 @@ from oracle_cases import case
 from transformers import DynamicCache
 
 from ep_export.errors import UserError
-from ep_export.plan import kept_tokens, make_plan
+from ep_export.planning import kept_tokens, make_plan
 from ep_export.policy import Cut, Keep, MaxMin, Nothing, Schedule, Scorer, Select, Source, TopK
 from ep_export.reference import PruneSpec, capture, greedy, prune, visual_positions
 

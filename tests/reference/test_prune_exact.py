@@ -8,7 +8,7 @@ import torch
 from decoder_by_hand import run_by_hand
 from oracle_cases import case, whole_sequence
 
-from ep_export.plan import average_keep, kept_tokens, span_tokens
+from ep_export.planning import average_keep, kept_tokens, span_tokens
 from ep_export.policy import (
     Budget,
     Cut,

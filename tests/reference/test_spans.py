@@ -9,7 +9,7 @@ import pytest
 import torch
 from oracle_cases import case
 
-from ep_export.plan import average_keep
+from ep_export.planning import average_keep
 from ep_export.policy import Cut, Keep, MaxMin, Schedule, Source, TopK
 from ep_export.reference import (
     PruneSpec,

@@ -16,7 +16,7 @@ from ep_export.adaptive import fit_threshold
 from ep_export.bundle import Bundle, Role, write_manifest
 from ep_export.documents import encode
 from ep_export.errors import UsageError, UserError
-from ep_export.plan import kept_tokens
+from ep_export.planning import kept_tokens
 from ep_export.policy import Cut, Keep, MaxMin, Nothing, Random, Schedule, Scorer, Select, Source, TopK
 from ep_export.runtime import Finish, OnnxRuntimeRunner, Runner, Session
 

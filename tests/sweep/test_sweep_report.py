@@ -8,120 +8,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from sweep_example import QUESTION, UNSURE, example, row
 
-from ep_export.bundle import hash_file
-from ep_export.dims import DecoderDims
 from ep_export.errors import UserError
-from ep_export.measure.question import Skipped
-from ep_export.measure.ways import WayCut
-from ep_export.runtime.kept import KeptPicture
 from ep_export.sweep.findings import findings
-from ep_export.sweep.record import (
-    AnsweredQuestion,
-    Dataset,
-    Difference,
-    Entropies,
-    GalleryAnswer,
-    GalleryEntry,
-    MethodInfo,
-    Row,
-    SameBudget,
-    SweepRecord,
-    Unpruned,
-)
+from ep_export.sweep.kinds import by_kind
+from ep_export.sweep.record import Difference, MethodInfo, SameBudget, SweepRecord
 from ep_export.sweep.report import write_report
+from ep_export.sweep.shortlist import first_token_shortlist, shortlist
 from ep_export.sweep.statistics import MeanInterval
-
-QUESTION = 'Is <b>1</b> & "2" there?'
-
-
-UNSURE = MeanInterval(0, -1, 1, "bootstrap")
-
-
-def mean(value: float, spread: float = 0.1) -> MeanInterval:
-    return MeanInterval(value, value - spread, value + spread, "wilson")
-
-
-def row(
-    method: str,
-    layer: int,
-    keep: float,
-    accuracy: float,
-    over_random: float | None = None,
-    below_best: float | None = 0.5,
-) -> Row:
-    """`over_random`: paired difference to random, its interval 0.1 wide on both sides; `below_best` alike."""
-    difference = Difference(mean(over_random), UNSURE, mean(0.2)) if over_random else None
-    policy = {"recommended": "norm-lowest", "schedule": "divprune"}.get(method, method)
-    second = (WayCut(3, "random", 0.1),) if method == "schedule" else ()
-    return Row(
-        method=method,
-        layer=layer,
-        keep=keep,
-        cuts=(WayCut(layer, policy, 0.5 if second else None), *second),
-        published=None,
-        seeds=1,
-        accuracy=mean(accuracy),
-        agreement=mean(0.9),
-        kl=mean(0.5),
-        kept_tokens=(4,),
-        flops=50.0,
-        first_token_flops=250.0,
-        kv_bytes=10.0,
-        prefill=None,
-        right=("10",),
-        over_random=difference,
-        below_best=None if below_best is None else mean(below_best),
-    )
 
 
 @pytest.fixture
 def record(tmp_path: Path) -> SweepRecord:
-    Image.new("RGB", (64, 32), (200, 30, 30)).save(tmp_path / "seen.png")
-    titles = (
-        ("recommended", "Recommended"),
-        ("schedule", "Your schedule"),
-        ("paper-highest", "Paper, highest"),
-        ("random", "Random"),
-    )
-    entry = GalleryEntry(
-        picture="seen.png",
-        sha256=hash_file(tmp_path / "seen.png"),
-        question=QUESTION,
-        answer="yes",
-        full_answer="yes",
-        full_right=True,
-        answers=(GalleryAnswer("recommended", 2, 0.5, "<script>no", False, (KeptPicture((2, 4), (0, 5)),)),),
-    )
-    return SweepRecord(
-        model="some/where/tiny",
-        fingerprint="f" * 64,
-        family="qwen2_5_vl",
-        layers=4,
-        dims=DecoderDims(4, 64, 4, 2, 16, 128, 100, 512, 3),
-        tools={"torch": "2"},
-        date="2026-01-01",
-        machine="a machine",
-        seed=0,
-        dataset=Dataset("pictures", 2, 1, True, (Skipped("broken.png", "damaged"),), "0" * 64),
-        keeps=(0.5,),
-        swept_layers=(1, 2),
-        methods=tuple(MethodInfo(key, title, "a paper", "an idea", True) for key, title in titles),
-        unpruned=Unpruned(mean(0.95), "11", 8, 6, 100.0, 300.0, 20.0, None),
-        entropies=Entropies((1, 2, 3, 4), (1, 1, 1, 1), (0.1,) * 4, (0.1,) * 4, 5, None, 0.5, "none found"),
-        recommended=(),
-        rows=(
-            row("paper-highest", 1, 0.5, 0.8, over_random=0.3, below_best=None),
-            row("paper-highest", 2, 0.5, 0.2, over_random=-0.3),
-            row("recommended", 2, 0.5, 0.7, over_random=0.05, below_best=0.05),
-            row("schedule", 1, 0.5, 0.6, over_random=0.3),
-            row("random", 1, 0.5, 0.5),
-            row("random", 2, 0.5, 0.5),
-        ),
-        questions=(AnsweredQuestion("seen.png", QUESTION, "yes", "yes"),) * 2,
-        gallery=(entry,),
-        seconds=60,
-    )
+    return example(tmp_path)
 
 
 def test_a_row_stands_above_or_below_only_where_the_interval_leaves_out_zero(record):
@@ -141,7 +41,8 @@ def test_the_findings_follow_from_the_numbers(record):
     assert f"{best}, a tie with Recommended at layer 2" in said
     assert "(Query norm, lowest at layer 2), chosen beforehand, 70.0%" in said
     assert "Your schedule at keep 0.5 (DivPrune at layer 1, then Random at layer 3): 60.0%" in said
-    assert "for 50% fewer FLOPs; there Paper, highest 20.0% and Random 50.0%" in said
+    assert "for 17% fewer FLOPs to the first token (decoder alone 50%)" in said
+    assert "; there Paper, highest 20.0% and Random 50.0%" in said
     assert "better at 1 (layer 1 keep 0.5) and worse at 1 (layer 2 keep 0.5)" in said
     assert "Collapse: none found." in said
     assert "broken.png" in said
@@ -163,9 +64,8 @@ def test_a_smaller_picture_and_an_adaptive_keep_are_judged(record):
     )
     assert "same FLOPs to the first token (5 visual tokens, 83% of the unpruned first token): 90.0%" in said
     assert "better than any pruning" in said
-    assert (
-        "keeping its own number (Query norm, lowest at layer 2): 75.0% [65.0%, 85.0%], with a fixed keep 70.0%" in said
-    )
+    own = "keeping its own number (Query norm, lowest at layer 2): 75.0% [65.0%, 85.0%]"
+    assert f"{own}, with a fixed keep 70.0%" in said
 
 
 def test_too_few_pictures_are_said_first_and_no_answer_is_called_right(record, tmp_path):
@@ -230,3 +130,48 @@ def test_a_changed_gallery_picture_is_refused(record, tmp_path):
     with pytest.raises(UserError, match=r"seen\.png is missing or was changed"):
         write_report(tmp_path, record)
     assert not (tmp_path / "report.html").exists()
+
+
+def test_the_first_table_has_every_method_once_and_says_what_it_leaves_out(record):
+    titles = [MethodInfo(f"more{n}", f"More {n}", "a paper", "an idea", True) for n in range(8)]
+    more = [row(f"more{n}", 1, 0.5, 0.6 - n / 100, below_best=0.05 if n < 6 else 0.5) for n in range(8)]
+    many = replace(record, rows=(*record.rows, *more), methods=(*record.methods, *titles))
+    short = shortlist(many, 0.5)
+    methods = [one.method for one in short.rows]
+    assert len(methods) == len(set(methods)) == 9
+    assert {"recommended", "schedule", "random", "paper-highest"} <= set(methods)
+    assert [one.measure.value for one in short.rows] == sorted(
+        (o.measure.value for o in short.rows), reverse=True
+    )
+    assert (short.rows[0].method, short.rows[0].layer) == ("paper-highest", 1)
+    assert len(short.rows) + short.ties + short.others == len(many.rows)
+    assert short.ties == sum(one.tied and one not in short.rows for one in many.rows)
+
+
+def test_a_smaller_picture_stands_beside_pruning_at_equal_first_token_flops_only_where_there_is_one(record):
+    assert first_token_shortlist(record, 0.5) is None
+    small = row("scaled-flops", 0, 0.5, 0.6)
+    small = replace(small, cuts=(), kept_tokens=(5.0,), budget=SameBudget.FIRST_TOKEN)
+    short = first_token_shortlist(replace(record, rows=(*record.rows, small)), 0.5)
+    assert [one.method for one in short.rows] == ["paper-highest", "recommended", "scaled-flops", "random"]
+    assert small not in shortlist(replace(record, rows=(*record.rows, small)), 0.5).rows
+
+
+def test_kinds_are_counted_apart(record):
+    asked = (replace(record.questions[0], kind="count"), record.questions[1])
+    kinds = by_kind(replace(record, questions=asked), [record.rows[0]])  # right at the first question only
+    assert [(one.name, one.questions, one.unpruned.value) for one in kinds] == [
+        ("count", 1, 1.0),
+        ("", 1, 1.0),
+    ]
+    assert [one.rows[0].value for one in kinds] == [1.0, 0.0]
+    assert by_kind(record, record.rows) == ()
+
+
+def test_the_page_leads_with_what_is_recommended_what_ties_and_what_the_first_token_costs(record, tmp_path):
+    text = " ".join(Page(write_report(tmp_path, record).read_text(encoding="utf-8")).text.split())
+    first = text[text.index("Which ways are best") : text.index("What is given up")]
+    assert "Paper, highest best in hindsight at layer 1" in first
+    assert "Query norm, lowest at layer 2 ★ recommended = tie with the best chosen beforehand" in first
+    assert "DivPrune at layer 1, then Random at layer 3; 50.0 points below the best (40.0 to 60.0)" in first
+    assert first.count("−17%") == 4  # 250 of 300 FLOPs

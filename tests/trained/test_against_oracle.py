@@ -12,7 +12,7 @@ from bundles import export_tiny
 from digit_scenes import held_out
 
 from ep_export.checkpoint import open_checkpoint
-from ep_export.plan import average_keep
+from ep_export.planning import average_keep
 from ep_export.policy import Cut, Keep, MaxMin, Schedule, TopK
 from ep_export.reference import PruneSpec, greedy, load_model, prune
 from ep_export.runtime import Session

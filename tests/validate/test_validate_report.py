@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tiny import tiny_picture
 
-from ep_export.plan import Pair
+from ep_export.planning import Pair
 from ep_export.runtime import KeptPicture
 from ep_export.validate import Case, Report, Stage, Verdict, text_lines, to_json, write_html
 from ep_export.validate.comparison import Comparison, Finding, compare, fold

@@ -19,7 +19,7 @@ from ep_export.errors import UsageError
 from ep_export.families import FAMILIES
 from ep_export.families.processor_files import image_settings
 from ep_export.first_token import prompt_plan
-from ep_export.plan import layer_flops
+from ep_export.planning import layer_flops
 
 TOLERANCE = 0.02
 """Tables of rotary angles and positions are products too, which the estimate leaves out."""

@@ -33,7 +33,7 @@ from ep_export.measure.journal import discard
 from ep_export.measure.pictures import find_pictures
 from ep_export.measure.prompts import GENERIC_QUESTIONS, questions_for, read_questions
 from ep_export.numerics import WeightKind, Weights
-from ep_export.plan import Plan, make_plan, settled_keep
+from ep_export.planning import Plan, make_plan, settled_keep
 from ep_export.policy import Evidence, Keep
 from ep_export.progress import Progress, silent
 from ep_export.runtime.pictures import open_picture
@@ -134,6 +134,8 @@ def prepare(request: BuildRequest, progress: Progress = silent) -> Prepared:
     if request.compile:
         check_compiler(request.compile)
     checkpoint = open_checkpoint(request.model)
+    # Whoever runs the bundle needs the processor's files: opened here, what is wrong with them is said first.
+    checkpoint.family.prompt_builder(checkpoint.path, checkpoint.config)
     layers = checkpoint.dims.layers
     record = _fresh_record(request, checkpoint, progress)
     keep = resolve_keep(checkpoint, request.schedule, keep=request.keep, fresh=record)
