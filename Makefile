@@ -18,7 +18,7 @@ CPP := $(wildcard plugins/entropy_prune/*.h plugins/entropy_prune/*.c* plugins/e
 # Tiny models are slower on many threads than on one.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test lint format types unit plugin plugin-jetson test-plugin test-bridges test-ray attack engines \
+.PHONY: help setup demo test lint format types unit plugin plugin-jetson test-plugin test-bridges test-ray docs test-docs attack engines \
   sweep why \
   bench-accuracy bench-score bench-plan bench-prefill bench-decode bench-export bench-weights bench-families bench-engines bench-serve \
   bench-executors \
@@ -89,6 +89,18 @@ test-bridges: $(STAMP)  ## Test with lmms-eval itself, and with Triton's own sch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(ASIDE) \
 	  -r tests/bridges.txt
 	PYTHONPATH=$(ASIDE) $(BIN)/python -m pytest -q tests/harness tests/package/test_triton.py
+
+DOCS := $(VENV)/.docs
+$(DOCS): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs,serve]' -c constraints.txt
+	@touch $@
+
+docs: $(DOCS)  ## Build the documentation into build/docs; a warning is an error.
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs build/docs
+	@echo build/docs/index.html
+
+test-docs: $(STAMP)  ## Follow README and docs word by word, from a wheel, in environments of their own.
+	$(BIN)/python tests/docs/follow_docs.py
 
 # Ray and accelerate are extras of people who have many machines or GPUs; their tests skip without them.
 RAY := $(VENV)/.ray

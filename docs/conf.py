@@ -19,6 +19,7 @@ html_theme = "furo"
 html_title = "ep-export"
 html_copy_source = False
 html_show_sphinx = False
+html_show_copyright = False
 
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3

@@ -17,7 +17,7 @@ from ep_export.export.vision import build_vision
 from ep_export.families.attention import use_vision_forms
 from ep_export.families.base import Family
 
-__all__ = ["published_graphs", "stored_weights"]
+__all__ = ["published_graphs", "stored_rows", "stored_weights"]
 
 _OPSET = 20
 LARGEST_CONSTANT = 1024
@@ -58,7 +58,14 @@ def published_graphs(family: Family, config: Any) -> dict[str, ir.Model]:
 def stored_weights(graph: ir.Model) -> set[str]:
     """Names of the checkpoint's tensors that a graph reads."""
     values = graph.graph.initializers.items()
-    return {name for name, value in values if isinstance(value.const_value, ir.ExternalTensor)}
+    stored = [name for name, value in values if isinstance(value.const_value, ir.ExternalTensor)]
+    return {stored_rows(name)[0] for name in stored}
+
+
+def stored_rows(name: str) -> tuple[str, slice]:
+    """Of an initializer `<tensor>` or `<tensor>[<start>:<stop>]`: the checkpoint's tensor, and which rows."""
+    tensor, _, rows = name.partition("[")
+    return tensor, slice(*map(int, rows.rstrip("]").split(":"))) if rows else slice(None)
 
 
 def _weights(model: Any) -> Weights:

@@ -16,6 +16,7 @@ from ep_export.families.qwen2_vl_vision import VisionBlock, VisionStem
 
 __all__ = ["WindowBlock", "WindowStem"]
 
+
 class WindowStem(nn.Module):
     """The stem of Qwen2-VL, and the window layout handed on."""
 

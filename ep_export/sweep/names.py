@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ep_export.methods import method_named
-from ep_export.policy import Nothing
+from ep_export.policy import ADAPTIVE, Nothing
 from ep_export.sweep.record import RECOMMENDED, SCHEDULE, Row, SweepRecord
 
 __all__ = ["called", "places", "title_of"]
@@ -28,8 +28,9 @@ def places(record: SweepRecord, row: Row) -> str:
     """
     if not row.cuts:
         return f"scaled down to {row.kept_tokens[0]:.0f} visual tokens"
-    if row.method not in {RECOMMENDED, SCHEDULE} and {cut.method for cut in row.cuts} == {row.method}:
-        return _at(row.layer)
+    if row.method not in {RECOMMENDED, SCHEDULE, ADAPTIVE} and len({cut.method for cut in row.cuts}) == 1:
+        *others, last = (str(cut.layer) for cut in row.cuts)
+        return f"at layers {', '.join(others)} and {last}" if others else _at(row.layer)
     return ", then ".join(
         f"no visual token from layer {cut.layer} on"
         if cut.method == Nothing().name

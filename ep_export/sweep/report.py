@@ -184,11 +184,14 @@ def _saved(record: SweepRecord, layer: int, keep: float) -> Mapping[str, str] | 
     rows = [r for r in record.rows if (r.layer, r.keep) == (layer, keep) and len(r.cuts) == 1]
     if not rows:
         return None
-    flops = 1 - rows[0].flops / record.unpruned.flops
-    cache = 1 - rows[0].kv_bytes / record.unpruned.kv_bytes
+    names = {"first_token_flops": "first-token FLOPs", "flops": "decoder FLOPs", "kv_bytes": "cache"}
+    saved = [
+        f"{title} -{1 - getattr(rows[0], name) / getattr(record.unpruned, name):.0%}"
+        for name, title in names.items()
+    ]
     timed = sorted(row.prefill.speedup for row in rows if row.prefill is not None)
     speedup = " to ".join(dict.fromkeys(f"{s:.2f}" for s in (timed[0], timed[-1]))) if timed else ""
-    return {"text": f"FLOPs -{flops:.0%}, KV -{cache:.0%}", "speedup": speedup}
+    return {"text": ", ".join(saved), "speedup": speedup}
 
 
 def _gallery_picture(out: Path, entry: GalleryEntry) -> Image.Image:

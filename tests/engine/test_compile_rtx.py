@@ -131,7 +131,9 @@ class TestPolicies:
         names = tuple(chooser.name for chooser in POLICIES)
         request = CompileRequest(find_target(ADA), LIMITS, policies=names, out=tmp_path / "engines")
         record = compile_bundle(bundle, request).record
-        assert set(record.components) == {c.name for c in bundle.manifest.components if c.role is not Role.EMBED}
+        assert set(record.components) == {
+            c.name for c in bundle.manifest.components if c.role is not Role.EMBED
+        }
         assert record.on_cpu == ()
         # two orders of magnitude below the spans of a real model
         prunes = [engine for engine in record.components.values() if engine.role is Role.PRUNE]

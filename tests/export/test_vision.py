@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from export_helpers import hugging_face, session
@@ -32,6 +34,14 @@ def test_visual_embeddings_equal_hugging_face_at_any_picture_size(
         expected = model.model.visual(torch.from_numpy(pixels), grid_thw=grid).pooler_output
         # float32 on both sides, another order of operations
         np.testing.assert_allclose(got, expected, atol=1e-4)
+
+
+def test_onnx_runtimes_encoder_never_holds_all_scores(bundle_of: Callable[..., Bundle]) -> None:
+    """Full blocks have none in memory, window blocks those of windows; queries are not cut out of a product."""
+    bundle = bundle_of("qwen2_5_vl", dialect=Dialect.ONNXRUNTIME)
+    used = Counter(node.op_type for node in ir.load(bundle.path / "vision_encoder.onnx").graph)
+    assert (used["MultiHeadAttention"], used["Attention"], used["RotaryEmbedding"]) == (1, 2, 6)
+    assert not {"Softmax", "MatMul", "Split"} & set(used)
 
 
 def test_embeddings_are_rows_of_the_checkpoint(

@@ -87,8 +87,8 @@ def test_buffers_are_real_when_the_model_is_on_meta(model):
     assert torch.equal(rotary.inv_freq, model.model.language_model.rotary_emb.inv_freq)
 
 
-def test_a_slot_without_a_patch_is_never_attended(model):
-    """Whatever stands in patch 0, to which padding slots point, other windows do not see it."""
+def test_windows_see_only_their_own_patches(model):
+    """Slots without a patch included: whatever stands in patch 0, other windows do not see it."""
     trace = FAMILY.vision(model)
     block = trace.blocks[trace.kinds.index("window")]
     _, feeds = feeds_of(model, (300, 200))

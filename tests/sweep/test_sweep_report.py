@@ -122,7 +122,7 @@ def test_every_number_of_the_tables_is_on_the_page(record, tmp_path):
     text = Page(write_report(tmp_path, record).read_text(encoding="utf-8")).text
     for each in record.rows:
         assert f"{each.accuracy.value:.1%}" in text
-    assert "FLOPs -50%, KV -50%" in text
+    assert "first-token FLOPs -17%, decoder FLOPs -50%, cache -50%" in text
 
 
 def test_a_changed_gallery_picture_is_refused(record, tmp_path):
