@@ -166,11 +166,13 @@ def map_tensor(ref: TensorRef) -> NDArray[Any]:
 def _numpy_type(ref: TensorRef) -> np.dtype[Any]:
     import numpy as np
 
+    kind: np.dtype[Any]
     if ref.dtype == "bfloat16":
         import ml_dtypes
 
-        return np.dtype(ml_dtypes.bfloat16)
-    kind: np.dtype[Any] = np.dtype(_BITS_ALONE.get(ref.dtype, ref.dtype))
+        kind = np.dtype(ml_dtypes.bfloat16)
+    else:
+        kind = np.dtype(_BITS_ALONE.get(ref.dtype, ref.dtype))
     return kind
 
 

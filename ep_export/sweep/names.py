@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ep_export.methods import method_named
 from ep_export.policy import ADAPTIVE, Nothing
 from ep_export.sweep.record import RECOMMENDED, SCHEDULE, Row, SweepRecord
 
@@ -11,8 +10,12 @@ __all__ = ["called", "places", "title_of"]
 
 def title_of(record: SweepRecord, key: str) -> str:
     """The title of a method, whether the sweep compared it or a cut of a schedule names it."""
-    titles = {method.key: method.title for method in record.methods}
-    return titles[key] if key in titles else method_named(key).title
+    for method in record.methods:
+        if method.key == key:
+            return method.title
+    from ep_export.methods import method_named  # imports torch
+
+    return method_named(key).title
 
 
 def called(record: SweepRecord, row: Row) -> str:

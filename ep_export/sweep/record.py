@@ -175,13 +175,6 @@ class Row:
     over_full_weights: Difference | None = None
 
     @property
-    def where(self) -> str:
-        """The cuts in words, e.g. `layer 2 divprune, layer 8 random`."""
-        if not self.cuts:
-            return f"picture scaled down to {self.kept_tokens[0]:.0f} visual tokens"
-        return ", ".join(f"layer {cut.layer} {cut.method}" for cut in self.cuts)
-
-    @property
     def measure(self) -> MeanInterval:
         """What rows are ranked by: accuracy where answers are known, else agreement with the full model."""
         return self.accuracy if self.accuracy is not None else self.agreement

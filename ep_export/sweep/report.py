@@ -264,4 +264,4 @@ def _facts(record: SweepRecord) -> dict[str, str]:
 
 def _recommended(one: Recommended) -> str:
     known = {True: "", False: ", some of which are asked about here", None: ""}[one.held_out]
-    return f"keep {one.keep:g}: {one.schedule or 'none'} from {one.pictures} pictures of {one.source}{known}"
+    return f"keep {one.keep:g}: {one.schedule or 'none'} (from {one.pictures} pictures of {one.source}{known})"

@@ -105,11 +105,12 @@ def rows(
 
 
 def _best(compared: Sequence[Compared], columns: Mapping[str, _Column]) -> dict[float, _Column]:
-    """For every keep what ranks first among ways of the same average; of equal ones the closest by KL."""
+    """For every keep what ranks first on full weights at the same average; of equal ones the closest."""
     best: dict[float, _Column] = {}
-    for keep in dict.fromkeys(one.keep for one in compared):
-        here = [columns[one.key] for one in compared if one.keep == keep and _budget(one) is _AVERAGE]
-        here = here or [columns[one.key] for one in compared if one.keep == keep]
+    full = [one for one in compared if one.weights is None]
+    for keep in dict.fromkeys(one.keep for one in full):
+        here = [columns[one.key] for one in full if one.keep == keep and _budget(one) is _AVERAGE]
+        here = here or [columns[one.key] for one in full if one.keep == keep]
         best[keep] = max(here, key=lambda column: (float(column.ranked.mean()), -float(column.kl.mean())))
     return best
 

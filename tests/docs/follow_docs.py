@@ -21,12 +21,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PAGES = (
-    "README.md",
     "docs/tutorial.md",
     "docs/choosing.md",
     "docs/weights.md",
     "docs/jetson.md",
     "docs/comparing.md",
+    "README.md",
 )
 WITHOUT_TORCH = {"plan", "run", "bench", "policy list", "targets", "models", "inspect"}
 PICTURES = 12
