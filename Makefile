@@ -20,7 +20,7 @@ export OMP_NUM_THREADS ?= 1
 
 .PHONY: help setup demo test lint format types unit plugin plugin-jetson test-plugin test-bridges test-ray docs test-docs attack engines \
   sweep why \
-  bench-accuracy bench-score bench-plan bench-prefill bench-decode bench-export bench-weights bench-families bench-engines bench-serve \
+  bench-accuracy bench-score bench-plan bench-prefill bench-vision bench-decode bench-export bench-weights bench-families bench-engines bench-serve \
   bench-executors \
   fixture clean
 
@@ -144,6 +144,9 @@ bench-plan: $(STAMP)  ## Tables for people: what fits which Jetson, time to firs
 
 bench-prefill: $(STAMP)  ## Measured prefill speed-up against the FLOPs model.
 	env -u OMP_NUM_THREADS $(BIN)/python tests/bench/bench_prefill.py
+
+bench-vision: $(STAMP)  ## The vision encoder in every dialect, and where its time goes.
+	env -u OMP_NUM_THREADS $(BIN)/python tests/bench/bench_vision.py
 
 bench-serve: $(STAMP)  ## Many requests at once: tokens a second and time to first token, full and pruned.
 	env -u OMP_NUM_THREADS $(BIN)/python tests/bench/bench_serve.py

@@ -51,13 +51,13 @@ class Dialect(str, Enum):
     """Which operators the graphs use."""
 
     PORTABLE = "portable"  # opset 20: MatMul, Softmax, decomposed norms; TensorRT 10.3 up and everywhere else
-    MODERN = "modern"  # opset 23: Attention, RMSNormalization, RotaryEmbedding; TensorRT >= 10.15
+    MODERN = "modern"  # opset 24: Attention, TensorScatter, RMSNormalization, ...; TensorRT >= 10.15
     ONNXRUNTIME = "onnxruntime"  # opset 23 and ONNX Runtime's own: GroupQueryAttention, fused norms
 
     @property
     def fixed_caches(self) -> bool:
         """Whether spans write into caches of fixed capacity, of several requests in one run."""
-        return self is Dialect.ONNXRUNTIME
+        return self is not Dialect.PORTABLE
 
 
 class Precision(str, Enum):

@@ -49,6 +49,7 @@ __all__ = [
 RECORD = "engine.json"
 FORMAT = 2
 _WEIGHTS = "weights/"
+_ROWS = 16
 # An engine is good for the release that built it; the fourth number of a version is a build of that release.
 _RELEASE_NUMBERS = 3
 
@@ -95,12 +96,23 @@ class Limits:
         max_new_tokens: Longest answer in tokens.
         max_pixels: Largest picture, width times height; what it means in visual tokens is the family's.
         max_kept_tokens: Most visual tokens that go on at a cut, over all pictures of a prompt.
+        max_batch: Most answers that one decode step continues.
     """
 
     max_prompt: int
     max_new_tokens: int
     max_pixels: int
     max_kept_tokens: int
+    max_batch: int = 1
+
+    @property
+    def capacity(self) -> int:
+        """C, rows of caches of fixed capacity.
+
+        A multiple of 16, so that every slot of a batch begins at a multiple of 256 bytes: TensorRT reads no
+        other addresses.
+        """
+        return -(-(self.max_past + 1) // _ROWS) * _ROWS
 
     @property
     def max_past(self) -> int:

@@ -90,6 +90,7 @@ def make_tiny(
     vision_depth: int = 3,
     vision_heads: int = 2,
     vision_head_dim: int = 16,
+    vision_ffn_size: int | None = None,
     vision_full_blocks: Sequence[int] = (1,),
     window_size: int = 56,
     min_pixels: int = 4 * 28 * 28,
@@ -116,6 +117,8 @@ def make_tiny(
         vision_depth: Vision blocks.
         vision_heads: Vision heads.
         vision_head_dim: Width of a vision head, a multiple of 4.
+        vision_ffn_size: Width of a vision block's feed-forward network; three times the hidden size when
+            None, as always in Qwen2-VL.
         vision_full_blocks: Vision blocks with full attention; Qwen2-VL has no others.
         window_size: Side of a vision window in pixels, of Qwen2.5-VL.
         min_pixels: Smallest picture after resizing.
@@ -160,6 +163,7 @@ def make_tiny(
             model_type,
             vision_heads,
             vision_heads * vision_head_dim,
+            vision_ffn_size,
             vision_depth,
             heads * head_dim,
             window_size,
@@ -213,6 +217,7 @@ def _vision_config(
     model_type: str,
     heads: int,
     width: int,
+    ffn_size: int | None,
     depth: int,
     out: int,
     window_size: int,
@@ -225,7 +230,7 @@ def _vision_config(
     return {
         **shared,
         "hidden_size": width,
-        "intermediate_size": 3 * width,
+        "intermediate_size": ffn_size or 3 * width,
         "out_hidden_size": out,
         "window_size": window_size,
         "fullatt_block_indexes": list(full_blocks),

@@ -367,6 +367,8 @@ build_component() { # NAME
     options+=("--dynamicPlugins=$LIBRARY")
     if ((STRIPPED)); then onnx=$name.plugin.onnx; fi
   fi
+  # TensorRT needs to know how many rows caches hold, which the graphs themselves leave open
+  if [[ -f $name.settled.onnx ]]; then onnx=$name.settled.onnx; fi
   inputs=$({
     grep -e "  $onnx\$" -e '  weights/' SHA256SUMS
     printf '%s\n' "${shapes[@]}" "${options[@]}" "$VERSION $FOUND_SM"

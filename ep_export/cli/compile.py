@@ -53,6 +53,12 @@ def limit_options(function: _F) -> _F:
                 help="Most visual tokens kept [all of a prompt's]. TensorRT-RTX takes fewer than 3840.",
             ),
             click.option(
+                "--max-batch",
+                type=click.IntRange(1),
+                metavar="N",
+                help="Most answers a decode step continues at once, in the modern dialect [8; on Arm 1].",
+            ),
+            click.option(
                 "--prune-on",
                 type=click.Choice(["target", "cpu"]),
                 help="cpu: ONNX Runtime runs the prune components, beside the engines [target].",
@@ -196,5 +202,6 @@ def _limits(result: CompileResult) -> str:
         return ""
     return (
         f"prompts up to {limits.max_prompt} tokens, answers up to {limits.max_new_tokens}, "
-        f"pictures up to {limits.max_pixels} pixels, up to {limits.max_kept_tokens} visual tokens kept"
+        f"pictures up to {limits.max_pixels} pixels, up to {limits.max_kept_tokens} visual tokens kept, "
+        f"up to {limits.max_batch} at once"
     )

@@ -233,7 +233,7 @@ def export_options(function: _F) -> _F:
                 default=Dialect.ONNXRUNTIME.value,
                 show_default=True,
                 help="onnxruntime: its fused operators, many requests at once. portable: opset 20, TensorRT "
-                "10.3 up. modern: opset 23, TensorRT 10.15 up.",
+                "10.3 up. modern: opset 24, many requests at once, TensorRT 10.15 up.",
             ),
             click.option(
                 "--precision",

@@ -34,7 +34,7 @@ from ep_export.numerics import Weights
 from ep_export.planning import Plan
 from ep_export.progress import Progress, silent
 from ep_export.staging import refuse_existing, staged
-from ep_export.targets import Flavour, Graphs, Target
+from ep_export.targets import Flavour, Graphs, Platform, Target
 
 __all__ = [
     "CompileRequest",
@@ -135,7 +135,7 @@ def compile_bundle(bundle: Bundle, request: CompileRequest, progress: Progress =
     earlier = None if reason else find_earlier(out)
     if earlier is not None and not request.overwrite:
         request = _continued(bundle, request, earlier)
-    limits = resolve_limits(bundle, request.limits)
+    limits = resolve_limits(bundle, _suiting(target, request.limits))
     placement = place_components(
         bundle.manifest,
         target,
@@ -205,6 +205,12 @@ def _why_kit(target: Target) -> str:
     if target.versions is not None and not target.versions.holds(installed):
         return f"TensorRT here is {installed}, the target has {target.versions}"
     return ""
+
+
+def _suiting(target: Target, limits: LimitsRequest) -> LimitsRequest:
+    """A device at the edge answers one person at a time, unless it is told otherwise."""
+    edge = target.platform is Platform.AARCH64
+    return replace(limits, max_batch=1) if edge and limits.max_batch is None else limits
 
 
 def _continued(bundle: Bundle, request: CompileRequest, earlier: Earlier) -> CompileRequest:

@@ -198,7 +198,7 @@ def _compile_one(job: EngineJob, component: Component, aside: Path, scratch: Pat
     plugin = job.with_plugin(component)
     file = aside / f"{component.name}{_SUFFIX}"
     profiles = job.profiles[component.name]
-    source = compiler_source(job.bundle, component, job.target, scratch, plugin=plugin)
+    source = compiler_source(job.bundle, component, job.target, job.limits, scratch, plugin=plugin)
     outcome = compile_component(
         Job(
             onnx=str(source.absolute()),

@@ -28,7 +28,7 @@ from ep_export.engine.kit_files import (
 )
 from ep_export.engine.kit_readme import POLYGRAPHY_VERSION, readme
 from ep_export.engine.placement import TOP_K_LIMIT, Placement, takes_plugin
-from ep_export.engine.sources import write_stripped
+from ep_export.engine.sources import has_open_capacity, write_settled, write_stripped
 from ep_export.engine_record import (
     ENGINES,
     EngineFile,
@@ -151,6 +151,9 @@ def write_kit(
     if target.strips_body:
         for name in plan.with_plugin:
             write_stripped(bundle.file(bundle.manifest.component(name).file), out / f"{name}.plugin.onnx")
+    for component in filter(has_open_capacity, plan.components):
+        settled = out / f"{component.name}.settled.onnx"
+        write_settled(bundle.file(component.file), settled, limits.capacity)
     plugins = data_dir("plugins")
     shutil.copytree(plugins, out / "plugins", ignore=shutil.ignore_patterns("__pycache__", "build", ".*"))
     progress(_STAGE, 1, steps)

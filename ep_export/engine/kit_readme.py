@@ -95,6 +95,7 @@ def readme(
         max_new_tokens=limits.max_new_tokens,
         max_pixels=limits.max_pixels,
         max_kept_tokens=limits.max_kept_tokens,
+        max_batch=limits.max_batch,
     )
 
 

@@ -1,8 +1,9 @@
 """Optimisation profiles: which shapes engines are built for.
 
 A bundle and limits enter, one or two `Profile`s a component leave. Spans of the decoder get one profile for
-prefill (caches of length 0) and one for decoding (one token, caches of any length): TensorRT then chooses
-kernels for each, and reserves no memory for a long prompt upon a long cache, which never happens.
+prefill (one prompt, caches of length 0) and one for decoding (one token, caches of any length): TensorRT then
+chooses kernels for each, and reserves no memory for a long prompt upon a long cache, which never happens.
+Caches of fixed capacity have it in both, and decoding takes several answers at once.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from ep_export.errors import UsageError
 from ep_export.planning import kept_tokens, span_tokens
 
 __all__ = [
+    "MAX_BATCH",
     "MAX_NEW_TOKENS",
     "LimitsRequest",
     "Profiles",
@@ -34,6 +36,9 @@ Profiles = Mapping[str, tuple[Profile, ...]]
 
 MAX_NEW_TOKENS = 256
 """Longest answer when nobody says it."""
+
+MAX_BATCH = 8
+"""Answers that a decode step continues at most, when nobody says it: in caches of fixed capacity."""
 
 # 1280 visual tokens of Qwen2.5-VL: the larger of the two bounds its model card suggests.
 _MAX_PIXELS = 1280 * 28 * 28
@@ -51,6 +56,7 @@ class LimitsRequest:
     max_new_tokens: int | None = None
     max_pixels: int | None = None
     max_kept_tokens: int | None = None
+    max_batch: int | None = None
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,18 @@ def resolve_limits(bundle: Bundle, request: LimitsRequest) -> Limits:
             hint=f"give --max-prompt {most + pictures.prompt_tokens} or more, or a smaller --max-pixels",
         )
     kept = min(request.max_kept_tokens or max_prompt, max_prompt)
-    return Limits(max_prompt, max_new, max_pixels, kept)
+    return Limits(max_prompt, max_new, max_pixels, kept, _max_batch(bundle, request))
+
+
+def _max_batch(bundle: Bundle, request: LimitsRequest) -> int:
+    dialect = bundle.manifest.dialect
+    if not dialect.fixed_caches and (request.max_batch or 1) > 1:
+        raise UsageError(
+            f"--max-batch {request.max_batch} needs caches of fixed capacity, and {dialect.value} graphs, "
+            "whose caches grow, decode one answer at a time",
+            hint="build the bundle with --dialect modern, or leave out --max-batch",
+        )
+    return request.max_batch or (MAX_BATCH if dialect.fixed_caches else 1)
 
 
 def max_visual_tokens(bundle: Bundle, limits: Limits) -> int:
@@ -145,7 +162,8 @@ def component_profiles(
     """Profiles of one component.
 
     Args:
-        component: Its inputs and their symbols: T and P of a span, S, N and k of a prune component.
+        component: Its inputs and their symbols: T and P, or B, T and C, of a span; S, N and k of a prune
+            component.
         manifest: The bundle's.
         limits: From `resolve_limits`.
         pictures: What pictures become.
@@ -153,15 +171,19 @@ def component_profiles(
     if component.role is Role.VISION:
         return (Profile("all", pictures.inputs[component.name]),)
     typical = _Typical.of(manifest, limits, pictures)
+    none, one, batch = _Sizes(0, 0, 0), _Sizes(1, 1, 1), _Sizes(1, limits.max_batch, limits.max_batch)
     if component.role is Role.EMBED:
-        return (Profile("all", _shapes(component, {"S": _Sizes(1, typical.prompt, limits.max_prompt)})),)
+        sizes = {"S": _Sizes(1, typical.prompt, limits.max_prompt), "B": _Sizes(1, 1, limits.max_batch)}
+        return (Profile("all", _shapes(component, sizes)),)
     if component.role is Role.PRUNE:
         return (Profile("prefill", _shapes(component, _prune_sizes(component, limits, typical))),)
     arrives = typical.spans[component.layer_range]
     past = min(limits.max_past, arrives + limits.max_new_tokens // 2)
-    none, one = _Sizes(0, 0, 0), _Sizes(1, 1, 1)
-    prefill = {"T": _Sizes(1, arrives, limits.max_prompt), "P": none}
-    decode = {"T": one, "P": _Sizes(1, past, limits.max_past)}
+    fixed = _Sizes(limits.capacity, limits.capacity, limits.capacity)
+    # a runner takes the first profile that holds, and of one token that has to be decoding
+    least = min(2, arrives) if manifest.dialect.fixed_caches else 1
+    prefill = {"B": one, "T": _Sizes(least, arrives, limits.max_prompt), "P": none, "C": fixed}
+    decode = {"B": batch, "T": one, "P": _Sizes(1, past, limits.max_past), "C": fixed}
     return Profile("prefill", _shapes(component, prefill)), Profile("decode", _shapes(component, decode))
 
 

@@ -3,6 +3,7 @@
 Copies lie in a directory of the caller's, with all the weights they refer to: nothing is written into the
 bundle, which may be read-only or in use.
 
+- A cache that rows are written into has a fixed capacity in TensorRT, which graphs leave open.
 - TensorRT before 10.7 prefers a node's ONNX body to the plugin, so for the plugin the body is cut out.
 - Published checkpoints store bfloat16, and graphs of another precision cast it when they run. A compiler for
   Turing refuses the mere presence of the type, so its components get their tables converted beforehand.
@@ -16,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ep_export.bundle import Bundle, Component, Precision
+from ep_export.bundle import Bundle, Component, Precision, Role
+from ep_export.engine_record import Limits
 from ep_export.runtime.bfloat16 import widen
 
 if TYPE_CHECKING:
@@ -24,11 +26,14 @@ if TYPE_CHECKING:
 
     from ep_export.targets import Target
 
-__all__ = ["compiler_source", "write_stripped"]
+__all__ = ["compiler_source", "has_open_capacity", "write_settled", "write_stripped"]
+
+_CAPACITY = "C"
+_WEIGHTS = "weights"
 
 
 def compiler_source(
-    bundle: Bundle, component: Component, target: Target, directory: Path, *, plugin: bool
+    bundle: Bundle, component: Component, target: Target, limits: Limits, directory: Path, *, plugin: bool
 ) -> Path:
     """The file that the compiler is to read.
 
@@ -36,6 +41,7 @@ def compiler_source(
         bundle: Of graphs that the target takes.
         component: Of that bundle.
         target: What it is compiled for.
+        limits: What the engine must be able to do.
         directory: Where a changed copy is written.
         plugin: Whether the plugin takes the place of this component's node.
 
@@ -48,9 +54,36 @@ def compiler_source(
     source = bundle.file(component.file)
     if plugin and target.strips_body:
         return write_stripped(source, directory / source.name)
+    if has_open_capacity(component):
+        source = write_settled(source, directory / source.name, limits.capacity)
+        _link_weights(bundle, directory)
     if Precision.BF16 in target.dtypes:
         return source
     return _without_bfloat16(bundle, source, directory / source.name)
+
+
+def has_open_capacity(component: Component) -> bool:
+    """Whether it has caches whose capacity compiling settles."""
+    return component.role is Role.DECODER and any(_CAPACITY in spec.shape for spec in component.inputs)
+
+
+def write_settled(source: Path, copy: Path, capacity: int) -> Path:
+    """Copy a span with the capacity of its caches settled; it refers to weights beside the copy."""
+    import onnx_ir as ir
+
+    model = ir.load(source)
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if value.shape is not None:
+            value.shape = ir.Shape([capacity if str(axis) == _CAPACITY else axis for axis in value.shape])
+    ir.save(model, copy)
+    return copy
+
+
+def _link_weights(bundle: Bundle, directory: Path) -> None:
+    """Let copies in a directory refer to the bundle's weights as the bundle's own files do."""
+    link = directory / _WEIGHTS
+    if not link.exists():
+        link.symlink_to(bundle.file(_WEIGHTS).absolute(), target_is_directory=True)
 
 
 def write_stripped(source: Path, copy: Path) -> Path:

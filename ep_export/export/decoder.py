@@ -1,25 +1,27 @@
 """Embeddings and spans of the decoder.
 
-    embed_tokens  input_ids [1,S] -> inputs_embeds [1,S,d]
-    decoder_<i>   layers between two cuts: inputs_embeds [1,T,d] -> hidden_states [1,T,d] and the projections
-                  of its last layer, which a chooser may score; the last span: -> logits [1,1,V]
+    embed_tokens  input_ids [B,S] -> inputs_embeds [B,S,d]
+    decoder_<i>   layers between two cuts: inputs_embeds [B,T,d] -> hidden_states [B,T,d] and the projections
+                  of its last layer, which a chooser may score; the last span: -> logits [B,1,V]
 
 A span knows nothing of pruning. Causality is by order, made inside from lengths, so that kept tokens may keep
-their positions and every span a cache length of its own. Inside, hidden states are rows [T,d]: linear layers
-then need no reshapes.
+their positions and every span a cache length of its own. Caches grow by concatenation, B = 1; or they have a
+capacity C, into which new rows are written at `write_index` [B]: what lies behind them is not seen. Inside,
+hidden states are rows [B T,d]: linear layers then need no reshapes.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import onnx_ir as ir
 import torch
 
 from ep_export.dims import DecoderDims
 from ep_export.errors import UserError
 from ep_export.export.dialects import Forms
 from ep_export.export.graph_builder import GraphBuilder, Tensor
-from ep_export.export.recording import Size, Spec, Varying
+from ep_export.export.recording import Size, Spec, Varying, onnx_operator
 from ep_export.export.tracing import trace
 from ep_export.families.base import DecoderModules
 
@@ -27,7 +29,8 @@ __all__ = ["STATES", "Rotary", "build_embed_tokens", "build_span", "check_decode
 
 STATES = ("query_states", "key_states", "value_states")
 
-_LENGTH, _PAST = Varying(7, 11), Varying(5, 13)  # T and P while recording: primes, none of them special
+# B, T, P and C while recording: primes, none of them special
+_BATCH, _LENGTH, _PAST, _CAPACITY = Varying(2, 3), Varying(7, 11), Varying(5, 13), Varying(17, 23)
 # Added to the score of a key that may not be seen: exp() of it is 0, and it is finite in float32 and bfloat16
 # (float16 rounds it to -inf, where a row always has another key).
 _UNSEEN = -1e30
@@ -70,31 +73,33 @@ class _Layer(torch.nn.Module):
         sin: torch.Tensor,
         past_key: torch.Tensor,
         past_value: torch.Tensor,
+        *write_index: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         """One layer.
 
         Args:
-            rows: [T, d].
-            mask: [T, P + T], added to the scores.
+            rows: [B T, d].
+            mask: [T, P + T], added to the scores; of caches of fixed capacity [B, 1, T, C].
             cos: Rotary tables as the dialect has them.
             sin: Likewise.
-            past_key: [1, KVH, P, D].
-            past_value: [1, KVH, P, D].
+            past_key: [1, KVH, P, D], or [B, KVH, C, D].
+            past_value: Likewise.
+            write_index: Of caches of fixed capacity: [B] int64, where new rows go.
 
         Returns:
-            Rows [T, d]; key and value [1, KVH, P + T, D]; query, key and value states before rotary embedding
-            [1, T, heads, D].
+            Rows [B T, d]; key and value [1, KVH, P + T, D], or [B, KVH, C, D]; query, key and value states
+            before rotary embedding [B, T, heads, D].
         """
         layer, forms = self.layer, self.forms
         own = layer.self_attn
         normed = layer.input_layernorm(rows)
         states = [
-            projection(normed).reshape(1, -1, heads, self.head_dim)
+            projection(normed).reshape(cos.shape[0], -1, heads, self.head_dim)
             for projection, heads in zip((own.q_proj, own.k_proj, own.v_proj), self.heads, strict=True)
         ]
         query, key, value = (x.transpose(1, 2) for x in states)
         query, key = forms.rotate(query, cos, sin), forms.rotate(key, cos, sin)
-        key, value = torch.cat([past_key, key], 2), torch.cat([past_value, value], 2)
+        key, value = _extended(past_key, key, *write_index), _extended(past_value, value, *write_index)
         attended = forms.attention(query, key, value, mask, own.scaling)
         rows = rows + own.o_proj(attended.transpose(1, 2).reshape(rows.shape[0], -1))
         return rows + layer.mlp(layer.post_attention_layernorm(rows)), key, value, *states
@@ -105,9 +110,15 @@ class _Final(torch.nn.Module):
         super().__init__()
         self.norm, self.lm_head = modules.norm, modules.lm_head
 
-    def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.lm_head(self.norm(rows[-1:]))
-        return logits.float().unsqueeze(0)
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.lm_head(self.norm(hidden[:, -1:]))
+        return logits.float()
+
+
+def _extended(cache: torch.Tensor, new: torch.Tensor, *write_index: torch.Tensor) -> torch.Tensor:
+    if write_index:
+        return onnx_operator("TensorScatter", [cache, new, *write_index], {"axis": 2})
+    return torch.cat([cache, new], 2)
 
 
 def check_decoder(modules: DecoderModules) -> None:
@@ -142,43 +153,67 @@ def build_embed_tokens(
 
 
 def build_span(
-    graph: GraphBuilder, modules: DecoderModules, dims: DecoderDims, layers: range, forms: Forms
+    graph: GraphBuilder,
+    modules: DecoderModules,
+    dims: DecoderDims,
+    layers: range,
+    forms: Forms,
+    *,
+    fixed_caches: bool = False,
 ) -> None:
     """Consecutive layers; after the last of all also the final norm and lm_head on the last position."""
     width, axes = dims.hidden_size, dims.position_axes
-    embeds = graph.input("inputs_embeds", (1, "T", width), Spec((1, _LENGTH, width), graph.dtype))
-    positions = graph.input("position_ids", (axes, 1, "T"), Spec((axes, 1, _LENGTH), torch.int64))
-    pasts = [_past(graph, dims, i) for i in layers]
-    mask = _causal_mask(graph, embeds, pasts[0][0], forms)
+    batch, size, rows_after = ("B", _BATCH, "C") if fixed_caches else (1, 1, "P + T")
+    embeds = graph.input("inputs_embeds", (batch, "T", width), Spec((size, _LENGTH, width), graph.dtype))
+    positions = graph.input("position_ids", (axes, batch, "T"), Spec((axes, size, _LENGTH), torch.int64))
+    write_index = [graph.input("write_index", (batch,), Spec((size,), torch.int64))] if fixed_caches else []
+    pasts = [_past(graph, dims, i, fixed_caches=fixed_caches) for i in layers]
+    mask = _causal_mask(graph, embeds, pasts[0][0], forms, *write_index)
     tables = trace(graph, Rotary(modules.rotary, forms), [embeds, positions], "rotary")
     rows = graph.rows(embeds)
     presents, states = [], []
     for i, past in zip(layers, pasts, strict=True):
         layer = _Layer(modules.layers[i], dims, forms)
-        rows, key, value, *states = trace(graph, layer, [rows, mask, *tables, *past], f"layers.{i}")
+        given = [rows, mask, *tables, *past, *write_index]
+        rows, key, value, *states = trace(graph, layer, given, f"layers.{i}")
         presents.append((key, value))
     if layers.stop == dims.layers:
-        (logits,) = trace(graph, _Final(modules), [rows], "final")
-        graph.output(logits, "logits", (1, 1, dims.vocab_size))
+        with graph.scope("final"):
+            hidden = graph.view(rows, (size, _LENGTH, width))
+        (logits,) = trace(graph, _Final(modules), [hidden], "final")
+        graph.output(logits, "logits", (batch, 1, dims.vocab_size))
     else:
-        graph.output(graph.view(rows, (1, _LENGTH, width)), "hidden_states", (1, "T", width))
+        graph.output(graph.view(rows, (size, _LENGTH, width)), "hidden_states", (batch, "T", width))
         for tensor, name in zip(states, STATES, strict=True):
             _, _, *heads = tensor.spec.shape
-            graph.output(tensor, name, (1, "T", *heads))  # type: ignore[arg-type]
+            graph.output(tensor, name, (batch, "T", *heads))  # type: ignore[arg-type]
     for i, present in zip(layers, presents, strict=True):
         for tensor, part in zip(present, ("key", "value"), strict=True):
-            graph.output(tensor, f"present.{i}.{part}", (1, dims.kv_heads, "P + T", dims.head_dim))
+            graph.output(tensor, f"present.{i}.{part}", (batch, dims.kv_heads, rows_after, dims.head_dim))
 
 
-def _past(graph: GraphBuilder, dims: DecoderDims, layer: int) -> list[Tensor]:
-    spec = Spec((1, dims.kv_heads, _PAST, dims.head_dim), graph.dtype)
-    symbols = (1, dims.kv_heads, "P", dims.head_dim)
+def _past(graph: GraphBuilder, dims: DecoderDims, layer: int, *, fixed_caches: bool) -> list[Tensor]:
+    batch, rows = (_BATCH, _CAPACITY) if fixed_caches else (1, _PAST)
+    spec = Spec((batch, dims.kv_heads, rows, dims.head_dim), graph.dtype)
+    symbols = ("B" if fixed_caches else 1, dims.kv_heads, "C" if fixed_caches else "P", dims.head_dim)
     return [graph.input(f"past_key_values.{layer}.{part}", symbols, spec) for part in ("key", "value")]
 
 
-def _causal_mask(graph: GraphBuilder, hidden: Tensor, past: Tensor, forms: Forms) -> Tensor:
-    """[T, P + T], 0 where key j <= P + query i: by order, from lengths alone."""
+def _causal_mask(
+    graph: GraphBuilder, hidden: Tensor, past: Tensor, forms: Forms, *write_index: Tensor
+) -> Tensor:
+    """Added to scores: by order, from lengths alone.
+
+    [T, P + T], 0 where key j <= P + query i; of caches of fixed capacity [B, 1, T, C], 0 where key j <=
+    write_index + query i.
+    """
     one, zero = graph.whole(1), graph.whole(0)
+    if write_index:
+        keys = graph.indices(graph.length(past.value, 2))
+        new = graph.op("Unsqueeze", graph.indices(graph.length(hidden.value, 1)), graph.ints(1))
+        queries = graph.op("Add", new, graph.op("Unsqueeze", write_index[0].value, graph.ints(1, 2, 3)))
+        spec = Spec((_BATCH, 1, _LENGTH, _CAPACITY), torch.float32)
+        return _added(graph, graph.op("LessOrEqual", keys, queries), spec, forms)
     length = graph.op("Squeeze", graph.length(hidden.value, 1))
     before = graph.op("Squeeze", graph.length(past.value, 2))
     total = graph.op("Add", before, length)
@@ -187,5 +222,9 @@ def _causal_mask(graph: GraphBuilder, hidden: Tensor, past: Tensor, forms: Forms
     seen = graph.op("LessOrEqual", keys, queries)
     total_size = Varying(_LENGTH.small + _PAST.small, _LENGTH.large + _PAST.large)
     spec = Spec((_LENGTH, total_size), torch.float32)
+    return _added(graph, seen, spec, forms)
+
+
+def _added(graph: GraphBuilder, seen: ir.Value, spec: Spec, forms: Forms) -> Tensor:
     mask = graph.tensor("Where", [seen, graph.number(0.0), graph.number(_UNSEEN)], spec)
     return graph.cast(mask, forms.mask_dtype(graph.dtype))

@@ -1,8 +1,9 @@
 """The operator dialects: how attention, norms and rotary embedding are written.
 
 Portable (opset 20) is what Hugging Face computes, in MatMul, Softmax and elementwise operators. Modern (opset
-23) has Attention, RMSNormalization and RotaryEmbedding. For ONNX Runtime spans have a builder of their own,
-`fused_decoder`; its encoders differ from portable ones where ONNX Runtime has more than it fuses by itself.
+24) has Attention, RMSNormalization, RotaryEmbedding, and TensorScatter for caches of fixed capacity. For ONNX
+Runtime spans have a builder of their own, `fused_decoder`; its encoders differ from portable ones where ONNX
+Runtime has more than it fuses by itself.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import copy
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -202,7 +203,9 @@ def _components(
     for name, vision in _encoders(model, checkpoint).items():
         yield component(name, Role.VISION, lambda graph: build_vision(graph, vision, dims))  # noqa: B023
     batch: int | str = "B" if dialect.fixed_caches else 1
-    span = build_fused_span if dialect is Dialect.ONNXRUNTIME else build_span
+    span: Callable[..., None] = build_fused_span
+    if dialect is not Dialect.ONNXRUNTIME:
+        span = partial(build_span, fixed_caches=dialect.fixed_caches)
     yield component(
         "embed_tokens",
         Role.EMBED,

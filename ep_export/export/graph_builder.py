@@ -120,6 +120,7 @@ class GraphBuilder(Nodes):
         self._refs: dict[ir.Value, TensorRef] = {}
         self._casts: dict[tuple[ir.Value, torch.dtype], Tensor] = {}
         self._lengths: dict[Varying, tuple[ir.Value, int]] = {}
+        self._targets: dict[tuple[Size, ...], ir.Value] = {}
 
     def input(self, name: str, symbols: Sequence[int | str], spec: Spec) -> Tensor:
         """Add a graph input.
@@ -144,9 +145,9 @@ class GraphBuilder(Nodes):
         self._outputs.append(value)
 
     @contextmanager
-    def scope(self, name: str) -> Iterator[None]:
+    def scope(self, name: str = "") -> Iterator[None]:
         """Within the block, the names of new values begin with `<name>/`."""
-        outside, self._scope = self._scope, f"{name}/"
+        outside, self._scope = self._scope, name and f"{name}/"
         try:
             yield
         finally:
@@ -168,11 +169,8 @@ class GraphBuilder(Nodes):
 
     def number(self, value: Any, dtype: Any = np.float32) -> ir.Value:
         """A constant; all that are equal are one."""
-        outside, self._scope = self._scope, ""
-        try:
+        with self.scope():
             return super().number(value, dtype)
-        finally:
-            self._scope = outside
 
     def constant(self, values: torch.Tensor) -> Tensor:
         """Known values."""
@@ -196,7 +194,8 @@ class GraphBuilder(Nodes):
         """The same numbers in another shape; a view of a view is one of what that is a view of.
 
         Raises:
-            NotImplementedError: Two sizes vary that the source has not at the same place.
+            NotImplementedError: Two sizes vary that the source has not at the same place, and no tensor has
+                the second.
         """
         spec = Spec(tuple(shape), source.spec.dtype)
         bases = [source] if source.base is None else [source.base, source]
@@ -207,7 +206,8 @@ class GraphBuilder(Nodes):
             if target is not None:
                 value = self.tensor("Reshape", [base, self.ints(*target)], spec).value
                 return Tensor(value, spec, base)
-        raise NotImplementedError(f"a view of {source.spec.shape} as {spec.shape}")
+        value = self.tensor("Reshape", [source, self._inferring_first(spec.shape)], spec).value
+        return Tensor(value, spec, source)
 
     def rows(self, source: Tensor) -> Tensor:
         """As a matrix: all axes but the last become one."""
@@ -304,6 +304,14 @@ class GraphBuilder(Nodes):
         _drop_unread_outputs(graph)
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         return model
+
+    def _inferring_first(self, shape: tuple[Size, ...]) -> ir.Value:
+        """What a Reshape is told where several sizes vary: the first is inferred, the others are read."""
+        if shape not in self._targets:
+            first = next(axis for axis, size in enumerate(shape) if isinstance(size, Varying))
+            with self.scope():  # it belongs to no layer: all of them read it
+                self._targets[shape] = self.shape((*shape[:first], -1, *shape[first + 1 :]))
+        return self._targets[shape]
 
     def _known(self, tensor: Tensor) -> Tensor:
         for axis, size in enumerate(tensor.spec.shape):

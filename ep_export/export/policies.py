@@ -35,7 +35,7 @@ from ep_export.staging import scratch
 
 __all__ = ["OPSETS", "add_policies", "check_choosers", "chooser_notes", "save_policies"]
 
-OPSETS = {Dialect.PORTABLE: 20, Dialect.MODERN: 23, Dialect.ONNXRUNTIME: 23}
+OPSETS = {Dialect.PORTABLE: 20, Dialect.MODERN: 24, Dialect.ONNXRUNTIME: 23}
 
 
 def save_policies(

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from numpy.typing import NDArray
 
-__all__ = ["Bound", "Buffer", "Feed", "Runner", "RunnerFactory", "Value"]
+__all__ = ["Bound", "Buffer", "Feed", "Filled", "Runner", "RunnerFactory", "Value"]
 
 
 class Value(Protocol):
@@ -36,12 +37,34 @@ class Buffer(Value, Protocol):
         """Consecutive entries of the first axis: the same memory."""
         ...
 
-    def write(self, row: int, values: NDArray[Any]) -> None:
-        """Copy [KVH, P, D] into the first P places of one entry of the first axis."""
+    def write(self, row: int, values: Feed) -> None:
+        """Copy [1, KVH, P, D] into the first P places of one entry; what lies behind them may change."""
         ...
 
 
-Feed = NDArray[Any] | Value
+Feed: TypeAlias = NDArray[Any] | Value
+
+
+@dataclass(frozen=True)
+class Filled(Value):
+    """What is filled of caches of fixed capacity.
+
+    Attributes:
+        caches: [B, KVH, C, D].
+        length: Rows that are filled.
+    """
+
+    caches: Value
+    length: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[B, KVH, length, D]."""
+        return (*self.caches.shape[:2], self.length, *self.caches.shape[3:])
+
+    def numpy(self) -> NDArray[Any]:
+        """Its values on the host."""
+        return self.caches.numpy()[:, :, : self.length]
 
 
 class Bound(Protocol):
@@ -64,10 +87,17 @@ class Bound(Protocol):
 
 
 class Runner(ABC):
-    """One opened component. Use as a context manager, or call `close`."""
+    """One opened component. Use as a context manager, or call `close`.
+
+    Attributes:
+        input_names: In the component's order.
+        output_names: Likewise.
+        capacity: C of its caches, where compiling settled it; None where any will do.
+    """
 
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
+    capacity: int | None = None
 
     @abstractmethod
     def run(self, feeds: Mapping[str, Feed], *, on_device: Collection[str] = ()) -> dict[str, Value]:

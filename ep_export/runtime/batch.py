@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ep_export.bundle import Component
 from ep_export.errors import UserError
-from ep_export.runtime.base import Bound, Buffer, Feed
+from ep_export.runtime.base import Bound, Buffer, Feed, Filled
 from ep_export.runtime.components import (
     Components,
     bind_span,
@@ -38,6 +38,11 @@ class SlotDecoder(ABC):
     """
 
     slots: int
+
+    @property
+    @abstractmethod
+    def capacity(self) -> tuple[int, ...]:
+        """Cache rows of a slot, one number a span: as asked for, or less where compiling settled it."""
 
     @abstractmethod
     def admit(self, slot: int, prefilled: Prefill) -> None:
@@ -71,7 +76,11 @@ class SlotDecoder(ABC):
 
     @abstractmethod
     def grow(self, rows: int) -> None:
-        """Give every slot so many rows more, in every span."""
+        """Give every slot so many rows more, in every span.
+
+        Raises:
+            UserError: Compiling settled how many there are.
+        """
 
 
 def open_decoder(components: Components, *, slots: int, capacity: int | Sequence[int]) -> SlotDecoder:
@@ -98,10 +107,16 @@ class _Growing:
 class SerialDecoder(SlotDecoder):
     """Steps slots one by one, each with caches that grow by concatenation; capacity is not reserved."""
 
-    def __init__(self, components: Components, *, slots: int, capacity: int | Sequence[int]) -> None:  # noqa: ARG002
+    def __init__(self, components: Components, *, slots: int, capacity: int | Sequence[int]) -> None:
         self.slots = slots
         self._components = components
+        self._capacity = _of_every_span(components, capacity)
         self._requests: dict[int, _Growing] = {}
+
+    @property
+    def capacity(self) -> tuple[int, ...]:
+        """See `SlotDecoder.capacity`."""
+        return self._capacity
 
     def admit(self, slot: int, prefilled: Prefill) -> None:
         """See `SlotDecoder.admit`."""
@@ -135,17 +150,21 @@ class SerialDecoder(SlotDecoder):
 
 
 class _Span:
-    """The caches of one span: buffers [slots, KVH, capacity, D], and how many rows every slot has filled."""
+    """The caches of one span: buffers [slots, KVH, C, D], and how many rows every slot has filled.
+
+    C is the capacity, or where compiling settled it what it settled, of which no more than that is used.
+    """
 
     def __init__(self, components: Components, span: Component, slots: int, capacity: int) -> None:
         dims, runner = components.manifest.dims, components.runner(span)
-        shape = (slots, dims.kv_heads, capacity, dims.head_dim)
-        self.span, self.capacity = span, capacity
+        rows = runner.capacity or capacity
+        shape = (slots, dims.kv_heads, rows, dims.head_dim)
+        self.span, self.capacity = span, min(capacity, rows)
         self.buffers: dict[str, Buffer] = {
             name: runner.buffer(name, shape) for name in cache_names(span.layer_range)
         }
         self.lengths = np.zeros(slots, dtype=np.int64)
-        self._components = components
+        self._components, self._inputs = components, runner.input_names
         self._last = span.layer_range.stop == dims.layers
         self._bound: dict[tuple[int, int], Bound] = {}  # a request alone steps with the same memory each time
 
@@ -166,7 +185,8 @@ class _Span:
             self._bound[first, stop] = bind_span(self._components, self.span, caches)
         # a slot that is full is over: its last row may go
         lengths = length_feeds(np.minimum(self.lengths[first:stop], self.capacity - 1), 1)
-        feeds = {"inputs_embeds": hidden, "position_ids": position_ids, **lengths}
+        feeds: dict[str, Feed] = {"inputs_embeds": hidden, "position_ids": position_ids}
+        feeds |= {name: array for name, array in lengths.items() if name in self._inputs}
         output = "logits" if self._last else "hidden_states"
         return self._bound[first, stop](feeds, {output: not self._last})[output]
 
@@ -182,10 +202,14 @@ class BatchedDecoder(SlotDecoder):
         """Reserve the caches; see `open_decoder`."""
         self.slots = slots
         self._components = components
-        spans = components.manifest.spans
-        rows = [capacity] * len(spans) if isinstance(capacity, int) else capacity
-        self._spans = [_Span(components, span, slots, each) for span, each in zip(spans, rows, strict=True)]
+        pairs = zip(components.manifest.spans, _of_every_span(components, capacity), strict=True)
+        self._spans = [_Span(components, span, slots, rows) for span, rows in pairs]
         self._positions = np.zeros(slots, dtype=np.int64)
+
+    @property
+    def capacity(self) -> tuple[int, ...]:
+        """See `SlotDecoder.capacity`."""
+        return tuple(here.capacity for here in self._spans)
 
     def admit(self, slot: int, prefilled: Prefill) -> None:
         """See `SlotDecoder.admit`."""
@@ -197,7 +221,7 @@ class BatchedDecoder(SlotDecoder):
                     hint="keep fewer visual tokens, or reserve more capacity",
                 )
             for name, buffer in here.buffers.items():
-                buffer.write(slot, prefilled.caches[name].numpy()[0])
+                buffer.write(slot, prefilled.caches[name])
             here.lengths[slot] = length
         self._positions[slot] = prefilled.next_position
 
@@ -234,12 +258,21 @@ class BatchedDecoder(SlotDecoder):
         """See `SlotDecoder.grow`: what is filled is copied into larger caches."""
         for number, old in enumerate(self._spans):
             new = _Span(self._components, old.span, self.slots, old.capacity + rows)
+            if new.capacity == old.capacity:
+                raise UserError(
+                    f"the caches of {old.span.name} hold {old.capacity} tokens and are full",
+                    hint="ask for a shorter answer, or compile again with a larger --max-new-tokens",
+                )
             new.lengths = old.lengths
             for name, buffer in old.buffers.items():
-                values = buffer.numpy()
                 for slot, length in enumerate(old.lengths):
-                    new.buffers[name].write(slot, values[slot, :, :length])
+                    new.buffers[name].write(slot, Filled(buffer.rows(slot, slot + 1), int(length)))
             self._spans[number] = new
+
+
+def _of_every_span(components: Components, capacity: int | Sequence[int]) -> tuple[int, ...]:
+    spans = len(components.manifest.spans)
+    return (capacity,) * spans if isinstance(capacity, int) else tuple(capacity)
 
 
 def _embed(components: Components, tokens: Sequence[int]) -> Feed:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ep_export.bundle import Bundle, Component, Manifest, Role
 from ep_export.dims import DecoderDims
-from ep_export.runtime.base import Bound, Feed, Runner, RunnerFactory, Value
+from ep_export.runtime.base import Bound, Feed, Filled, Runner, RunnerFactory, Value
 from ep_export.runtime.embedding_rows import EmbeddingRows
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
 ]
 
 _LOGITS = "logits"
+_WRITE_INDEX = "write_index"
 _PAST, _PRESENT = "past_key_values.", "present."
 
 
@@ -101,11 +102,37 @@ def run_span(
         Its outputs by name.
     """
     runner = components.runner(span)
+    if _WRITE_INDEX in runner.input_names:
+        return _run_with_room(components, span, hidden, position_ids, caches)
     past = {name: caches[name] for name in runner.input_names if name.startswith(_PAST)}
     feeds: dict[str, Feed] = {"inputs_embeds": hidden, "position_ids": position_ids, **past}
     lengths = length_feeds([next(iter(past.values())).shape[2]], hidden.shape[1])
     feeds |= {name: array for name, array in lengths.items() if name in runner.input_names}
     return runner.run(feeds, on_device=set(runner.output_names) - {_LOGITS})
+
+
+def _run_with_room(
+    components: Components, span: Component, hidden: Feed, position_ids: Feed, caches: Mapping[str, Feed]
+) -> dict[str, Value]:
+    """`run_span` of a span that only writes into room its caches have: into new ones with enough of it."""
+    runner, dims = components.runner(span), components.manifest.dims
+    names = list(cache_names(span.layer_range))
+    past, new = caches[names[0]].shape[2], hidden.shape[1]
+    shape = (1, dims.kv_heads, runner.capacity or past + new, dims.head_dim)
+    buffers = {name: runner.buffer(name, shape) for name in names}
+    for name, buffer in buffers.items() if past else ():
+        buffer.write(0, caches[name])
+    rows = {name: buffer.rows(0, 1) for name, buffer in buffers.items()}
+    feeds = {"inputs_embeds": hidden, "position_ids": position_ids, _WRITE_INDEX: np.array([past])}
+    wanted = {name: name != _LOGITS for name in runner.output_names if not name.startswith(_PRESENT)}
+    outputs = bind_span(components, span, rows)(feeds, wanted)
+    presents = {_present(name): Filled(row, past + new) for name, row in rows.items()}
+    return {**outputs, **presents}
+
+
+def _present(cache: str) -> str:
+    """The output that continues a cache."""
+    return cache.replace(_PAST, _PRESENT, 1)
 
 
 def bind_span(components: Components, span: Component, caches: Mapping[str, Value]) -> Bound:
@@ -116,7 +143,7 @@ def bind_span(components: Components, span: Component, caches: Mapping[str, Valu
         span: Which.
         caches: Of its layers, by input name: rows of its runner's buffers.
     """
-    outputs = {name.replace(_PAST, _PRESENT, 1): cache for name, cache in caches.items()}
+    outputs = {_present(name): cache for name, cache in caches.items()}
     return components.runner(span).bind(caches, outputs)
 
 
@@ -128,10 +155,15 @@ def length_feeds(past: Sequence[int] | NDArray[np.int64], new: int) -> dict[str,
         new: T, positions that follow.
 
     Returns:
-        `seqlens_k` [B] and `total_sequence_length` [1] int32, as GroupQueryAttention reads them.
+        `write_index` [B] int64, as TensorScatter reads it; `seqlens_k` [B] and `total_sequence_length` [1]
+        int32, as GroupQueryAttention does.
     """
     last = np.asarray(past, dtype=np.int32) + (new - 1)
-    return {"seqlens_k": last, "total_sequence_length": np.array([last.max() + 1], dtype=np.int32)}
+    return {
+        _WRITE_INDEX: np.asarray(past, dtype=np.int64),
+        "seqlens_k": last,
+        "total_sequence_length": np.array([last.max() + 1], dtype=np.int32),
+    }
 
 
 def cache_names(layers: Iterable[int]) -> Iterator[str]:

@@ -53,6 +53,14 @@ class Device(Protocol):
         """Device to host, after everything before it on the stream."""
         ...
 
+    def copy(self, target: int, source: int, size: int) -> None:
+        """Device to device."""
+        ...
+
+    def clear(self, address: int, size: int) -> None:
+        """Make bytes on the device zero."""
+        ...
+
     def synchronize(self) -> None:
         """Wait for the stream.
 
@@ -114,6 +122,15 @@ class CudaDevice:
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self._call("cudaMemcpyAsync", values.ctypes.data, address, values.nbytes, kind, self.stream)
         self.synchronize()
+
+    def copy(self, target: int, source: int, size: int) -> None:
+        """See `Device.copy`."""
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        self._call("cudaMemcpyAsync", target, source, size, kind, self.stream)
+
+    def clear(self, address: int, size: int) -> None:
+        """See `Device.clear`."""
+        self._call("cudaMemsetAsync", address, 0, size, self.stream)
 
     def synchronize(self) -> None:
         """See `Device.synchronize`."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ep_export.runtime.base import Buffer, Value
+from ep_export.runtime.base import Buffer, Feed, Value
 from ep_export.runtime.bfloat16 import narrow, widen
 
 __all__ = ["OrtBuffer", "OrtRows"]
@@ -50,7 +50,7 @@ class OrtRows(Value):
 
     def numpy(self) -> NDArray[Any]:
         """Its values, copied."""
-        return self.buffer.numpy()[self.start : self.stop]
+        return self.buffer.read(self.start, self.stop)
 
 
 class OrtBuffer(Buffer):
@@ -94,24 +94,29 @@ class OrtBuffer(Buffer):
 
     def numpy(self) -> NDArray[Any]:
         """Its values, copied."""
+        return self.read(0, self._shape[0])
+
+    def read(self, start: int, stop: int) -> NDArray[Any]:
+        """Values of consecutive entries of the first axis, copied."""
         if self.device != _HOST:
-            array: NDArray[Any] = self.value.numpy()
-            return array
-        array = self._host().copy()
-        return widen(array).reshape(self._shape) if self._dtype is np.uint16 else array
+            whole: NDArray[Any] = self.value.numpy()
+            return whole[start:stop]
+        array = self._host()[start:stop].copy()
+        return widen(array).reshape(array.shape) if self._dtype is np.uint16 else array
 
     def rows(self, start: int, stop: int) -> OrtRows:
         """See `Buffer.rows`."""
         return OrtRows(self, start, stop)
 
-    def write(self, row: int, values: NDArray[Any]) -> None:
+    def write(self, row: int, values: Feed) -> None:
         """See `Buffer.write`; on a GPU everything goes to the host and back, once a request."""
-        bits = narrow(values).reshape(values.shape) if self._dtype is np.uint16 else values
+        (array,) = values if isinstance(values, np.ndarray) else values.numpy()
+        bits = narrow(array).reshape(array.shape) if self._dtype is np.uint16 else array
         if self.device == _HOST:
-            self._host()[row, :, : values.shape[1]] = bits
+            self._host()[row, :, : array.shape[1]] = bits
         else:
             whole = self.value.numpy()
-            whole[row, :, : values.shape[1]] = bits
+            whole[row, :, : array.shape[1]] = bits
             self.value.update_inplace(whole)
 
     def _host(self) -> NDArray[Any]:

@@ -1,15 +1,16 @@
 """TensorRT backend, both flavours: one engine a component, values kept in the GPU's memory.
 
-A cache goes from one call into the next as the block it was computed into; only what the host reads is
-copied.
+A cache goes from one call into the next as the block it was computed into, or stays where it is and is
+written in place; only what the host reads is copied.
 Engines say in their record what they are for, and are refused before they are opened.
 """
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from ep_export.engine_record import Limits, Profile
 from ep_export.errors import UserError
-from ep_export.runtime.base import Feed, Runner, Value
+from ep_export.runtime.base import Bound, Buffer, Feed, Filled, Runner, Value
 from ep_export.runtime.bfloat16 import narrow, widen
 from ep_export.runtime.device import Block, DeviceMemory
 
@@ -37,26 +38,55 @@ DTYPES: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class DeviceTensor:
-    """A tensor in the GPU's memory, behind the `Value` contract.
+    """A tensor in the GPU's memory, behind the contracts `Value` and `Buffer`.
 
     Attributes:
         shape: Its shape.
         kind: TensorRT's name of its type.
         block: Where it lies.
         memory: Whose block it is.
+        offset: Bytes of the block before it.
     """
 
     shape: tuple[int, ...]
     kind: str
     block: Block
     memory: DeviceMemory
+    offset: int = 0
+
+    @property
+    def address(self) -> int:
+        """Of its first byte."""
+        return self.block.address + self.offset
+
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+        return _bytes(self.shape, self.kind)
 
     def numpy(self) -> NDArray[Any]:
         """Its values on the host; bfloat16 as float32."""
         values: NDArray[Any] = np.empty(self.shape, dtype=DTYPES[self.kind])
         if values.size:
-            self.memory.device.copy_out(values, self.block.address)
+            self.memory.device.copy_out(values, self.address)
         return widen(values) if self.kind == "BF16" else values
+
+    def rows(self, start: int, stop: int) -> DeviceTensor:
+        """See `Buffer.rows`."""
+        offset = self.offset + start * (self.nbytes // self.shape[0])
+        return replace(self, shape=(stop - start, *self.shape[1:]), offset=offset)
+
+    def write(self, row: int, values: Feed) -> None:
+        """See `Buffer.write`; what lies on the device already does not visit the host."""
+        entry, device = self.rows(row, row + 1), self.memory.device
+        if isinstance(values, Filled):
+            caches = values.caches
+            if isinstance(caches, DeviceTensor) and (caches.shape, caches.kind) == (entry.shape, entry.kind):
+                device.copy(entry.address, caches.address, entry.nbytes)
+                return
+        whole = np.zeros(entry.shape, dtype=DTYPES[self.kind])
+        whole[:, :, : values.shape[2]] = _bits(values, self.kind)
+        device.copy_in(entry.address, whole)
 
 
 @dataclass(frozen=True)
@@ -114,9 +144,34 @@ class TensorRtRunner(Runner):
         self._on_host = {name for name in names if engine.get_tensor_location(name) == host}
         self._opened, self._memory, self._scratch, self._closed = opened, memory, scratch, closed
         self._contexts: dict[int, Any] = {}
+        self._aliases = _aliases(engine, self.output_names)
+        self.capacity = _capacity(opened.profiles, self._aliases)
 
     def run(self, feeds: Mapping[str, Feed], *, on_device: Collection[str] = ()) -> dict[str, Value]:  # noqa: ARG002
-        """See `Runner.run`; every output stays on the device until it is read."""
+        """See `Runner.run`; every output stays on the device until it is read.
+
+        Caches that an engine writes in place are written where they are, or in a copy of what is on the host.
+        """
+        return self._run(feeds, {})
+
+    def bind(self, inputs: Mapping[str, Value], outputs: Mapping[str, Value]) -> Bound:
+        """See `Runner.bind`."""
+
+        def run(feeds: Mapping[str, Feed], wanted: Mapping[str, bool]) -> dict[str, Value]:
+            results = self._run({**inputs, **feeds}, outputs)
+            return {name: results[name] for name in wanted}
+
+        return run
+
+    def buffer(self, name: str, shape: tuple[int, ...]) -> Buffer:
+        """See `Runner.buffer`."""
+        kind = self._kinds[name]
+        size = _bytes(shape, kind)
+        made = DeviceTensor(shape, kind, self._memory.take(size), self._memory)
+        self._memory.device.clear(made.address, size)
+        return made
+
+    def _run(self, feeds: Mapping[str, Feed], into: Mapping[str, Value]) -> dict[str, Value]:
         opened = self._opened
         if set(feeds) != set(self.input_names):
             missing = sorted(set(self.input_names) - set(feeds))
@@ -125,11 +180,12 @@ class TensorRtRunner(Runner):
         number = _profile(opened, {name: tuple(feed.shape) for name, feed in feeds.items()})
         _log(opened.module).last = ""
         context = self._context(number)
-        held = [self._set_input(context, name, feed) for name, feed in feeds.items()]
+        held = {name: self._set_input(context, name, feed) for name, feed in feeds.items()}
         unknown_shapes = context.infer_shapes()
         if unknown_shapes:
             raise UserError(f"{opened.name} does not know its shapes from inputs: {list(unknown_shapes)}")
-        outputs = self._set_outputs(context)
+        in_place = {output: held[name] for output, name in self._aliases.items()}
+        outputs = self._set_outputs(context, {**in_place, **into})
         self._scratch.lend(context)
         if not context.execute_async_v3(self._memory.device.stream):
             raise UserError(f"{opened.name} failed: {_log(opened.module).reason}")
@@ -169,7 +225,7 @@ class TensorRtRunner(Runner):
             address = holder.ctypes.data
         else:
             holder = self._on_device(feed, kind)
-            address = holder.block.address
+            address = holder.address
         if not context.set_input_shape(name, tuple(feed.shape)) or not context.set_tensor_address(
             name, address
         ):
@@ -185,19 +241,21 @@ class TensorRtRunner(Runner):
             self._memory.device.copy_in(block.address, values)
         return DeviceTensor(tuple(feed.shape), kind, block, self._memory)
 
-    def _set_outputs(self, context: Any) -> dict[str, Callable[[], DeviceTensor]]:
-        """Memory for every output: of its inferred shape, or asked for while running where that is open."""
+    def _set_outputs(self, context: Any, into: Mapping[str, Any]) -> dict[str, Callable[[], DeviceTensor]]:
+        """Memory for every output: what is given, else of its inferred shape, or asked for while running."""
         outputs: dict[str, Callable[[], DeviceTensor]] = {}
         for name in self.output_names:
             kind, shape = self._kinds[name], tuple(context.get_tensor_shape(name))
-            if any(size < 0 for size in shape):
+            if name in into:
+                set_memory = context.set_tensor_address(name, into[name].address)
+                outputs[name] = lambda tensor=into[name]: tensor  # type: ignore[misc]  # each its own
+            elif any(size < 0 for size in shape):
                 allocator = _allocator(self._opened.module, self._memory, kind)
                 set_memory = context.set_output_allocator(name, allocator)
                 outputs[name] = allocator.tensor
             else:
-                size = int(np.prod(shape, dtype=np.int64)) * np.dtype(DTYPES[kind]).itemsize
-                tensor = DeviceTensor(shape, kind, self._memory.take(size), self._memory)
-                set_memory = context.set_tensor_address(name, tensor.block.address)
+                tensor = DeviceTensor(shape, kind, self._memory.take(_bytes(shape, kind)), self._memory)
+                set_memory = context.set_tensor_address(name, tensor.address)
                 outputs[name] = lambda tensor=tensor: tensor  # type: ignore[misc]  # each its own
             if not set_memory:
                 raise UserError(f"{self._opened.name} refuses memory for its output {name}")
@@ -256,6 +314,19 @@ def open_engine(
     return OpenedEngine(module, engine, name, profiles, limits)
 
 
+def _aliases(engine: Any, outputs: Sequence[str]) -> dict[str, str]:
+    """Output -> the input whose memory it has to share, as caches that are written in place do."""
+    aliased = getattr(engine, "get_aliased_input_tensor", None)  # from TensorRT 10.15 on
+    pairs = {name: aliased(name) for name in outputs} if aliased else {}
+    return {output: name for output, name in pairs.items() if name}
+
+
+def _capacity(profiles: Sequence[Profile], aliases: Mapping[str, str]) -> int | None:
+    """C of the caches that are written in place."""
+    name = next(iter(aliases.values()), None)
+    return None if name is None else profiles[0].inputs[name].maximum[2]
+
+
 def _invalid(module: Any, runtime: Any, content: mmap.mmap) -> str:
     """Why TensorRT-RTX would not run an engine, by its header; empty when it would, or cannot tell."""
     if not hasattr(runtime, "get_engine_validity"):
@@ -286,9 +357,13 @@ def _profile(opened: OpenedEngine, shapes: Mapping[str, tuple[int, ...]]) -> int
     raise UserError(
         f"input {refused[0]} of {opened.name} has shape {list(shapes[refused[0]])}, its engine takes {taken}",
         hint=f"these engines hold prompts of {limits.max_prompt} tokens, answers of {limits.max_new_tokens} "
-        f"and pictures of {limits.max_pixels} pixels: ask for less, or compile for more "
-        "(--max-prompt, --max-new-tokens, --max-pixels)",
+        f"and pictures of {limits.max_pixels} pixels, {limits.max_batch} at once: ask for less, or compile "
+        "for more (--max-prompt, --max-new-tokens, --max-pixels, --max-batch)",
     )
+
+
+def _bytes(shape: tuple[int, ...], kind: str) -> int:
+    return math.prod(shape) * int(np.dtype(DTYPES[kind]).itemsize)
 
 
 def _bits(feed: Feed, kind: str) -> NDArray[Any]:

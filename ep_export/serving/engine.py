@@ -74,6 +74,7 @@ class Engine:
             )
         self._session = session
         self._decoder = session.decoder(slots=slots, capacity=self.capacity)
+        self.capacity = self._decoder.capacity
         self._counters = Counters()
         # Below: changed under this lock only. The thread alone fills and empties slots.
         self._changed = threading.Condition()

@@ -15,13 +15,23 @@ from typing import TYPE_CHECKING, Any
 
 from ep_export.calibrate.figure import draw_entropy, hue_of
 from ep_export.policy import ADAPTIVE, Select
-from ep_export.sweep.record import RANDOM, RECOMMENDED, SCHEDULE, Row, SweepRecord
+from ep_export.sweep.record import RANDOM, RECOMMENDED, SCHEDULE, MethodInfo, Row, SweepRecord
 from ep_export.sweep.shortlist import charted
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["Look", "Panel", "entropy_panel", "first_panels", "layer_panels", "look_of", "save_png", "svg"]
+__all__ = [
+    "Look",
+    "Panel",
+    "drawn_methods",
+    "entropy_panel",
+    "first_panels",
+    "layer_panels",
+    "look_of",
+    "save_png",
+    "svg",
+]
 
 _INK, _LINE = "#161d29", "#dfe3ea"  # replaced by the page's own in SVG
 _SIZE = (4.5, 3.3)  # inches: readable at the width of a phone
@@ -116,6 +126,12 @@ def look_of(method: str) -> Look:
     return Look(colour, method.endswith(f"-{Select.LOWEST.value}"), mark, 2.4 if method in _STRONG else 1.5)
 
 
+def drawn_methods(record: SweepRecord) -> list[MethodInfo]:
+    """Methods on full weights: with the rounded ones beside them nobody would see a line."""
+    rounded = {row.method for row in record.rows if row.weights is not None}
+    return [method for method in record.methods if method.key not in rounded]
+
+
 def first_panels(record: SweepRecord) -> tuple[Panel, ...]:
     """Accuracy (or agreement) with intervals against FLOPs up to the first token, of the ways shown first.
 
@@ -203,7 +219,7 @@ def save_png(record: SweepRecord, path: Path) -> None:
                 axes.set_title(panel.title, fontsize=10, loc="left")
             for axes in line[len(panels) :]:
                 axes.set_axis_off()
-        handles = [Line2D([], [], label=m.title, **look_of(m.key).line) for m in record.methods]
+        handles = [Line2D([], [], label=m.title, **look_of(m.key).line) for m in drawn_methods(record)]
         figure.legend(handles=handles, loc="outside lower center", ncols=columns + 1, frameon=False)
         aside = path.with_name(f".{path.name}.part")
         try:
@@ -257,7 +273,7 @@ def _apart(values: Sequence[float]) -> list[float]:
 
 
 def _draw_layers(axes: Any, record: SweepRecord, keep: float) -> None:
-    for method in record.methods:
+    for method in drawn_methods(record):
         rows = [row for row in record.rows if (row.method, row.keep) == (method.key, keep)]
         rows.sort(key=lambda row: row.layer)
         _curve(axes, method.key, [row.layer for row in rows], rows)

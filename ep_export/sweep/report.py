@@ -13,7 +13,15 @@ from ep_export.errors import UserError
 from ep_export.measure.ways import on_weights
 from ep_export.page import render
 from ep_export.runtime.pictures import open_picture
-from ep_export.sweep.charts import entropy_panel, first_panels, layer_panels, look_of, save_png, svg
+from ep_export.sweep.charts import (
+    drawn_methods,
+    entropy_panel,
+    first_panels,
+    layer_panels,
+    look_of,
+    save_png,
+    svg,
+)
 from ep_export.sweep.findings import findings
 from ep_export.sweep.kinds import OneKind, by_kind
 from ep_export.sweep.names import places, title_of
@@ -75,6 +83,7 @@ def write_report(out: Path, record: SweepRecord) -> Path:
         entropy_panel=entropy_panel(record),
         svg=svg,
         look_of=look_of,
+        methods=drawn_methods(record),
         tables=list(_tables(record)),
         names=_NAMES,
         kinds=list(_kinds(record)),
@@ -264,4 +273,6 @@ def _facts(record: SweepRecord) -> dict[str, str]:
 
 def _recommended(one: Recommended) -> str:
     known = {True: "", False: ", some of which are asked about here", None: ""}[one.held_out]
-    return f"keep {one.keep:g}: {one.schedule or 'none'} (from {one.pictures} pictures of {one.source}{known})"
+    return (
+        f"keep {one.keep:g}: {one.schedule or 'none'} (from {one.pictures} pictures of {one.source}{known})"
+    )

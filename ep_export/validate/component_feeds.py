@@ -50,6 +50,7 @@ def component_feeds(
     config: PreTrainedConfig,
     oracle: ComponentOracle,
     prompts: Mapping[str, PromptInputs],
+    capacity: int | None = None,
 ) -> tuple[ComponentFeeds, ...]:
     """Inputs of every component that a schedule runs, for every prompt: prefill and first decode step.
 
@@ -61,6 +62,7 @@ def component_feeds(
         config: The model's.
         oracle: In float32.
         prompts: Name -> prompt.
+        capacity: Rows of caches that new ones are written into; just enough when None.
     """
     components = (*manifest.with_role(Role.VISION), manifest.embed, *manifest.stages(schedule))
     rows: dict[str, list[tuple[str, Arrays]]] = {component.name: [] for component in components}
@@ -71,9 +73,9 @@ def component_feeds(
         rows[manifest.embed.name].append((name, {"input_ids": prompt.input_ids}))
         states = capture(oracle.model, prompt, PruneSpec(schedule, keep))
         for component, feeds in _prefill(manifest, schedule, states):
-            rows[component.name].append((f"{name}, prefill", feeds))
+            rows[component.name].append((f"{name}, prefill", _with_room(feeds, capacity)))
         for component, feeds in _decode(manifest, oracle, prompt, states):
-            rows[component.name].append((f"{name}, decode", feeds))
+            rows[component.name].append((f"{name}, decode", _with_room(feeds, capacity)))
     return tuple(
         ComponentFeeds(
             component,
@@ -161,6 +163,19 @@ def _span_feeds(
     lengths = length_feeds([caches[span.layer_range.start][0].shape[2]], hidden.shape[1])
     given = {"inputs_embeds": hidden, "position_ids": positions, **past, **lengths}
     return {spec.name: given[spec.name] for spec in span.inputs}
+
+
+def _with_room(feeds: Arrays, capacity: int | None) -> Arrays:
+    """Caches that new rows are written into, with rows of zeros behind what is filled."""
+    if "write_index" not in feeds:
+        return feeds
+    rows = capacity or int(feeds["write_index"][0]) + feeds["inputs_embeds"].shape[1]
+    return {
+        name: np.pad(array, ((0, 0), (0, 0), (0, rows - array.shape[2]), (0, 0)))
+        if name.startswith("past_key_values.")
+        else array
+        for name, array in feeds.items()
+    }
 
 
 def _as(values: NDArray[Any], dtype: str) -> NDArray[Any]:

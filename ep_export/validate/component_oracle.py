@@ -127,9 +127,11 @@ class ComponentOracle:
 
         layers, cache = span.layer_range, DynamicCache()
         hidden, positions = feeds["inputs_embeds"], feeds["position_ids"]
+        given = feeds[f"past_key_values.{layers.start}.key"].shape[2]
+        filled = int(feeds["write_index"][0]) if "write_index" in feeds else given
         for i in layers:
-            key, value = (feeds[f"past_key_values.{i}.{part}"] for part in ("key", "value"))
-            if key.shape[2]:
+            key, value = (feeds[f"past_key_values.{i}.{part}"][:, :, :filled] for part in ("key", "value"))
+            if filled:
                 if hidden.shape[1] != 1:
                     raise ValueError("after a cache one position follows")  # else a mask would be needed
                 cache.update(key, value, i)
@@ -147,9 +149,12 @@ class ComponentOracle:
             recorder.install(undo)
             hidden = run_layers(self._decoder, hidden, layers, dict.fromkeys(layers, arguments))
         outputs = self._last(hidden) if layers.stop == self._dims.layers else self._onward(hidden, recorder)
+        # of caches that new rows are written into, what lies behind them stays as it came
+        written = filled + hidden.shape[1]
         for i in layers:
-            outputs[f"present.{i}.key"] = cache.layers[i].keys
-            outputs[f"present.{i}.value"] = cache.layers[i].values
+            for part, present in (("key", cache.layers[i].keys), ("value", cache.layers[i].values)):
+                rest = feeds[f"past_key_values.{i}.{part}"][:, :, written:]
+                outputs[f"present.{i}.{part}"] = torch.cat([present, rest], 2)
         return outputs
 
     def _last(self, hidden: torch.Tensor) -> _Tensors:

@@ -26,6 +26,7 @@ __all__ = ["Moments", "round_calibrated"]
 _DAMPING = 0.01
 """Share of the mean second moment added to all, as in the paper: factors of few samples stay finite."""
 
+_PANEL = 512  # columns that are factored together: wide enough for matrix products, narrow enough to copy
 _BATCH = 128  # inputs whose errors are spread together
 _LARGEST = {WeightKind.INT4: 7, WeightKind.INT8: 127}
 
@@ -61,23 +62,42 @@ class Moments:
 
         Returns:
             [in, in] float32, its strict upper triangle the U of the module's text; and [in] bool, inputs that
-            were always 0. At its height this takes four float32 matrices of [in, in].
+            were always 0. At its height this takes three float32 matrices of [in, in].
         """
         if self._factor is None:
             assert self._total is not None  # noqa: S101 - let go of below
             unseen = self._total.diagonal() == 0
             # H = R R' with R upper is the lower factor of H read from its last row and column
-            flipped = self._total.flip(0, 1)
+            matrix = torch.empty(self.inputs, self.inputs, dtype=torch.float64)
+            for start in range(0, self.inputs, _PANEL):
+                stop = min(start + _PANEL, self.inputs)
+                matrix[start:stop] = self._total[self.inputs - stop : self.inputs - start].flip(0, 1)
             self._total = None
-            matrix = flipped.double().div_(self.rows)
-            del flipped
+            matrix.div_(self.rows)
             matrix.diagonal()[unseen.flip(0)] = 1
             matrix.diagonal().add_(_DAMPING * matrix.diagonal().mean())
-            torch.linalg.cholesky(matrix, out=matrix)
+            _factor_in_place(matrix)
             matrix.div_(matrix.diagonal().clone())  # each column by its pivot: U + I, flipped
             matrix = matrix.float()
             self._factor = matrix.flip(0, 1), unseen
         return self._factor
+
+
+def _factor_in_place(matrix: torch.Tensor) -> None:
+    """Cholesky panel by panel: the lower triangle becomes the factor, what lies above it is of no use.
+
+    LAPACK's through torch copies the matrix, `out` or not: twice the memory of what is largest here.
+    """
+    size = len(matrix)
+    for start in range(0, size, _PANEL):
+        stop = min(start + _PANEL, size)
+        pivot, below = matrix[start:stop, start:stop], matrix[stop:, start:stop]
+        pivot.copy_(torch.linalg.cholesky(pivot))
+        below.copy_(torch.linalg.solve_triangular(pivot.T, below, upper=True, left=False))
+        for column in range(stop, size, _PANEL):
+            end = min(column + _PANEL, size)
+            rows = matrix[column:, start:stop]
+            matrix[column:, column:end].addmm_(rows, rows[: end - column].T, alpha=-1)
 
 
 def round_calibrated(

@@ -32,6 +32,7 @@ from ep_export.engine.compile import CompileRequest, compile_bundle
 from ep_export.engine.compiler import compile_component
 from ep_export.engine.pictures import PictureShapes
 from ep_export.engine.profiles import LimitsRequest, component_profiles
+from ep_export.engine.sources import compiler_source
 from ep_export.engine.worker import Job
 from ep_export.engine_record import Limits
 from ep_export.export import export_bundle
@@ -60,7 +61,9 @@ _POLICIES: tuple[Chooser, ...] = (*(TopK(scorer) for scorer in Scorer), MaxMin()
 # (fewest, typical, most) visual tokens of a picture, as the published processors make them.
 _VISUAL_TOKENS = {"qwen2.5-vl-7b": (4, 391, 1280), "llava-1.5-7b": (576, 576, 576)}
 _MOST_OVER_BITS = 1.1
-_LIMITS = Limits(max_prompt=2048, max_new_tokens=256, max_pixels=1280 * 28 * 28, max_kept_tokens=2048)
+_LIMITS = Limits(
+    max_prompt=2048, max_new_tokens=256, max_pixels=1280 * 28 * 28, max_kept_tokens=2048, max_batch=8
+)
 
 
 def small(model: Path, targets: Sequence[Target]) -> None:
@@ -102,13 +105,16 @@ def _full(alias: str, target: Target, work: Path, kind: str) -> bool:
     bundle = _export(write_synthetic(checkpoint, config), work / "bundle", target, [TopK()], kind)
     pictures = PictureShapes({}, _VISUAL_TOKENS[alias], 16)
     outcomes = {}
+    scratch = work / "sources"
+    scratch.mkdir()
     for component in bundle.manifest.components:
         if component.role is Role.VISION:
             continue
         _say(component.name, 0, 1)
         engine = work / f"{component.name}.engine"
+        source = compiler_source(bundle, component, target, _LIMITS, scratch, plugin=False)
         job = Job(
-            onnx=str(bundle.file(component.file).absolute()),
+            onnx=str(source.absolute()),
             engine=str(engine.absolute()),
             flavour=target.flavour,
             sm=target.sm or "",

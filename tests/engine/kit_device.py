@@ -165,7 +165,7 @@ class Device:
 
 @cache
 def _interface(content: bytes) -> dict[str, object] | None:
-    """Inputs with None for axes that vary, and whether a node has no body; None for what is no graph."""
+    """Inputs with None for axes that vary, what TensorRT would refuse; None for what is no graph."""
     try:
         model = ir.from_proto(onnx.ModelProto.FromString(content))
     except DecodeError:
@@ -175,7 +175,12 @@ def _interface(content: bytes) -> dict[str, object] | None:
         value.name: [axis if isinstance(axis, int) else None for axis in value.shape]
         for value in model.graph.inputs
     }
-    return {"inputs": inputs, "needs_plugin": bool(nodes - set(model.functions))}
+    caches = [node.inputs[0].shape for node in model.graph if node.op_type == "TensorScatter"]
+    return {
+        "inputs": inputs,
+        "needs_plugin": bool(nodes - set(model.functions)),  # a node without a body
+        "open_caches": not all(isinstance(shape[2], int) for shape in caches),
+    }
 
 
 def limits_for(bundle: Bundle, **request: int) -> Limits:

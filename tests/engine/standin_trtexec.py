@@ -99,8 +99,10 @@ def build(options: list) -> None:
         raise RefusedError(f"Failed to parse onnx file {onnx}")
     if graph["needs_plugin"] and "--dynamicPlugins" not in once:
         raise RefusedError("Plugin not found, are the plugin name, version, and namespace correct?")
+    if graph["open_caches"]:
+        raise RefusedError("KV cache tensor must have a static sequence length dimension")
     check_profiles(graph["inputs"], read_profiles(options))
-    name = onnx.name.removesuffix(".onnx").removesuffix(".plugin")
+    name = onnx.name.removesuffix(".onnx").removesuffix(".plugin").removesuffix(".settled")
     if name == ask("STANDIN_SLOW"):
         Path(engine).write_text("half an engine")
         time.sleep(60)

@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
+from bundles import export_tiny
 from kit_device import JETPACK6, JETPACK7, limits_for, make_kit, place
 from polygraphy.comparator import RunResults
 from polygraphy.json import load_json
 
-from ep_export.bundle import Bundle
+from ep_export.bundle import Bundle, Dialect, Precision
 from ep_export.engine.compile import CompileRequest, Output, compile_bundle
 from ep_export.engine.kit import write_kit
 from ep_export.engine.kit_files import needs_of, trtexec_arguments
@@ -88,7 +89,21 @@ def test_the_readme_has_no_gaps_and_names_what_the_device_has(kit):
             assert (kit / name).exists(), name
 
 
-def test_golden_inputs_lie_within_the_profiles_of_their_case(kit):
+@pytest.fixture(scope="module")
+def settled(tiny_checkpoint, tmp_path_factory):
+    """A kit whose engines have caches of fixed capacity."""
+    folder = tmp_path_factory.mktemp("settled")
+    bundle = export_tiny(tiny_checkpoint, folder / "bundle", dialect=Dialect.MODERN, precision=Precision.FP16)
+    return make_kit(bundle, folder / "kit", target=JETPACK7, golden=True)
+
+
+@pytest.fixture(params=["kit", "settled"])
+def either(request):
+    return request.getfixturevalue(request.param)
+
+
+def test_golden_inputs_lie_within_the_profiles_of_their_case(either):
+    kit = either
     told = json.loads((kit / "kit.json").read_text())
     cases = [line.split("\t") for line in (kit / "golden" / "cases.tsv").read_text().splitlines()]
     assert [case for case, _, _ in cases] == [
@@ -108,8 +123,9 @@ def test_golden_inputs_lie_within_the_profiles_of_their_case(kit):
                 assert all(a <= b <= c for a, b, c in zip(low, feed.shape, high, strict=True))
 
 
-def test_golden_outputs_are_what_onnx_runtime_computes(kit):
+def test_golden_outputs_are_what_onnx_runtime_computes(either):
     """Read by NumPy and ONNX Runtime alone, whatever the scripts do with them."""
+    kit = either
     for case in ("decoder_0.decode", "prune_0.paper-highest.prefill", "decoder_1.prefill"):
         session = onnxruntime.InferenceSession(str(kit / f"{case.rpartition('.')[0]}.onnx"))
         (feeds,) = load_json(str(kit / "golden" / f"{case}.inputs.json"))

@@ -16,7 +16,7 @@ import pytest
 from bundles import export_tiny
 from kit_device import JETPACK6, JETPACK7, Device, limits_for, make_kit
 
-from ep_export.bundle import Bundle
+from ep_export.bundle import Bundle, Dialect, Precision
 from ep_export.engine.placement import PruneOn
 from ep_export.engine_record import check_engine, check_engine_files, engine_of, read_record
 from ep_export.policy import MaxMin, Scorer, TopK
@@ -48,7 +48,10 @@ def options(call: list[str]) -> dict[str, str]:
 
 
 def built(calls: list[list[str]]) -> list[str]:
-    return [options(call)["--onnx"].removesuffix(".onnx").removesuffix(".plugin") for call in calls]
+    return [
+        options(call)["--onnx"].removesuffix(".onnx").removesuffix(".plugin").removesuffix(".settled")
+        for call in calls
+    ]
 
 
 def profiles_of(call: list[str]) -> list[dict[str, dict[str, list[int]]]]:
@@ -103,6 +106,25 @@ def test_the_largest_shapes_are_the_limits_asked_for(tiny_bundle, tmp_path, devi
     (prune,) = (profile["max"] for profile in profiles_of(calls[PRUNE]))
     assert prune["hidden"][1] == prune["visual_index"][0] == 300
     assert prune["keep_slots"] == [40]
+
+
+def test_caches_of_fixed_capacity_are_compiled_with_it_settled(tiny_checkpoint, tmp_path):
+    settings = {"dialect": Dialect.MODERN, "precision": Precision.BF16}
+    bundle = export_tiny(tiny_checkpoint, tmp_path / "bundle", **settings)
+    limits = limits_for(bundle, max_prompt=300, max_batch=3)
+    kit = make_kit(bundle, tmp_path / "kit", target=JETPACK7, limits=limits)
+    device = Device(tmp_path / "device", tensorrt="110401")
+    assert device.run(kit, "build.sh").returncode == 0
+    calls = dict(zip(COMPONENTS, device.calls(), strict=True))
+    for name in ("decoder_0", "decoder_1"):
+        assert options(calls[name])["--onnx"] == f"{name}.settled.onnx"
+    prefill, decode = profiles_of(calls["decoder_0"])
+    rows = 336  # 300 + 32, a multiple of 16
+    assert {shapes["past_key_values.0.key"][2] for shapes in (*prefill.values(), *decode.values())} == {rows}
+    assert (prefill["max"]["inputs_embeds"][:2], decode["max"]["inputs_embeds"][:2]) == ([1, 300], [3, 1])
+    assert "up to 3 answers" in (kit / "README.md").read_text()
+    record = read_record(kit / "engines" / JETPACK7)
+    assert (record.limits.capacity, record.limits.max_batch) == (rows, 3)
 
 
 def test_on_tensorrt_10_3_the_node_has_no_body_and_the_plugin_is_loaded_for_it_alone(kit, device):

@@ -32,10 +32,20 @@ class Spy(OnnxRuntimeRunner):
         Spy.seen.append((self.component, {name: tuple(feed.shape) for name, feed in feeds.items()}))
         return super().run(feeds, on_device=on_device)
 
+    def bind(self, inputs, outputs):
+        bound = super().bind(inputs, outputs)
 
-def shapes_of_a_session(bundle: Bundle) -> list:
+        def run(feeds, wanted):
+            given = {**inputs, **feeds}
+            Spy.seen.append((self.component, {name: tuple(feed.shape) for name, feed in given.items()}))
+            return bound(feeds, wanted)
+
+        return run
+
+
+def shapes_of_a_session(bundle: Bundle, limits: Limits) -> list:
     """(component, shapes of its inputs) of every run of a few questions."""
-    Spy.seen = []
+    Spy.seen, Spy.capacity = [], limits.capacity
     with Session.open(bundle, runner=Spy) as session:
         pictures = [tiny_picture(*size) for size in SIZES]
         for shown in ([], *([picture] for picture in pictures), pictures[:2]):
@@ -44,6 +54,11 @@ def shapes_of_a_session(bundle: Bundle) -> list:
             session.generate(
                 pictures[:1], "which?", max_new_tokens=NEW_TOKENS, keep=Keep(ratio=1.0), ignore_eos=True
             )
+        if bundle.manifest.dialect.fixed_caches:
+            decoder = session.decoder(slots=limits.max_batch, capacity=limits.capacity)
+            for slot in range(limits.max_batch):
+                decoder.admit(slot, session.prefill(session.prompts.build(pictures[:1], "which digits?")))
+            decoder.step(dict.fromkeys(range(limits.max_batch), 1))
     return Spy.seen
 
 
@@ -51,7 +66,7 @@ def check_that_profiles_hold(bundle: Bundle) -> None:
     limits = resolve_limits(bundle, LimitsRequest(max_new_tokens=NEW_TOKENS))
     profiles = make_profiles(bundle, limits)
     used = set()
-    for component, shapes in shapes_of_a_session(bundle):
+    for component, shapes in shapes_of_a_session(bundle, limits):
         holding = [profile.name for profile in profiles[component] if profile.holds(shapes)]
         assert holding, (component, shapes)
         used.add((component, holding[0]))
@@ -66,6 +81,22 @@ def check_that_profiles_hold(bundle: Bundle) -> None:
 @pytest.mark.parametrize("family", MAKERS)
 def test_every_shape_of_a_session_lies_in_a_profile(family, bundle_of):
     check_that_profiles_hold(bundle_of(family, Dialect.PORTABLE))
+
+
+def test_caches_of_fixed_capacity_have_it_in_both_profiles(tiny_checkpoint, tmp_path):
+    settings = {"schedule": two_cuts(1, 3), "keep": 0.6, "dialect": Dialect.MODERN}
+    bundle = export_tiny(tiny_checkpoint, tmp_path / "bundle", **settings)
+    check_that_profiles_hold(bundle)
+    limits = resolve_limits(bundle, LimitsRequest(300, 40, 50_176, max_batch=4))
+    prefill, decode = make_profiles(bundle, limits)["decoder_1"]
+    dims, name = bundle.manifest.dims, "past_key_values.1.key"
+    assert (
+        prefill.inputs[name].minimum == prefill.inputs[name].maximum == (1, dims.kv_heads, 352, dims.head_dim)
+    )
+    assert decode.inputs[name].maximum == (4, dims.kv_heads, 352, dims.head_dim)
+    assert decode.inputs["write_index"].minimum == (1,)
+    assert decode.inputs["write_index"].optimum == decode.inputs["write_index"].maximum == (4,)
+    assert resolve_limits(bundle, LimitsRequest()).max_batch == 8
 
 
 @pytest.mark.parametrize(
@@ -125,6 +156,12 @@ class TestQwen:
         assert prune.inputs["states"].maximum == (1, 300, 8, 16)
         # 50,176 pixels are 8 x 8 visual tokens of 28 x 28 pixels: 256 patches; a thin strip has more.
         assert 256 <= profiles["vision_encoder"][0].inputs["pixel_values"].maximum[0] < 512
+
+    def test_growing_caches_decode_one_answer_at_a_time(self, bundle):
+        assert resolve_limits(bundle, LimitsRequest(max_batch=1)).max_batch == 1
+        with pytest.raises(UsageError, match="--max-batch 2 needs caches of fixed capacity") as caught:
+            resolve_limits(bundle, LimitsRequest(max_batch=2))
+        assert "--dialect modern" in caught.value.hint
 
     def test_a_keep_that_so_small_a_picture_cannot_meet_is_no_error(self, bundle):
         """8 of 63 on average, where the first of two layers sees all 63: the runtime will refuse it."""

@@ -123,6 +123,9 @@ class BundleRun:
         caches = {f"past_key_values.{name}": value for name, value in self.caches.items()}
         past = self.caches[f"{span.layer_range.start}.key"].shape[2]
         lengths = length_feeds([past], hidden.shape[1])
+        if "write_index" in {spec.name for spec in span.inputs}:  # new rows need room
+            room = ((0, 0), (0, 0), (0, hidden.shape[1]), (0, 0))
+            caches = {name: np.pad(value, room) for name, value in caches.items()}
         got = self._run(span, {"inputs_embeds": hidden, "position_ids": positions, **caches, **lengths})
         self.caches |= {
             name.removeprefix("present."): got[name] for name in got if name.startswith("present.")

@@ -37,7 +37,7 @@ def test_visual_embeddings_equal_hugging_face_at_any_picture_size(
 
 
 def test_onnx_runtimes_encoder_never_holds_all_scores(bundle_of: Callable[..., Bundle]) -> None:
-    """Full blocks have none in memory, window blocks those of windows; queries are not cut out of a product."""
+    """Window blocks have those of windows; and queries are products of their own, not cut out of one."""
     bundle = bundle_of("qwen2_5_vl", dialect=Dialect.ONNXRUNTIME)
     used = Counter(node.op_type for node in ir.load(bundle.path / "vision_encoder.onnx").graph)
     assert (used["MultiHeadAttention"], used["Attention"], used["RotaryEmbedding"]) == (1, 2, 6)

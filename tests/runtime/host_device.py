@@ -4,7 +4,8 @@
 TensorRT's interface that the runner uses, whose "engines" are ONNX files: a context reads inputs from their
 addresses, runs ONNX Runtime and writes to the outputs' addresses. Shapes of outputs are what the graph's own
 names of axes say of the inputs' shapes, or what a plugin's shape function says; where neither does they are
-open, and the runner has to wait for them. No CUDA and no TensorRT is exercised by it.
+open, and the runner has to wait for them. As TensorRT does, it refuses caches written in place whose capacity
+is open or whose output is bound elsewhere. No CUDA and no TensorRT is exercised by it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from ep_export.runtime.bfloat16 import narrow, widen
 __all__ = ["HostDevice", "fake_tensorrt", "write_fake_engine"]
 
 _KINDS = {"FLOAT": "FLOAT", "FLOAT16": "HALF", "BFLOAT16": "BF16", "INT64": "INT64"}
+_ALIGNMENT = 256  # of cudaMalloc, and of what TensorRT takes
 _NUMPY = {"FLOAT": np.float32, "HALF": np.float16, "BF16": np.uint16, "INT64": np.int64}
 
 
@@ -32,13 +34,15 @@ class HostDevice:
     def __init__(self, sm="8.9", capacity=1 << 40):
         self.sm, self.stream, self.capacity = sm, 7, capacity
         self.held, self.copies_in, self.copies_out, self.closed = {}, 0, 0, False
+        self.copies_within = 0
 
     def allocate(self, size):
-        if sum(map(len, self.held.values())) + size > self.capacity:
+        if sum(len(b) - _ALIGNMENT for b in self.held.values()) + size > self.capacity:
             raise MemoryError(size)
-        buffer = ctypes.create_string_buffer(size)
-        self.held[ctypes.addressof(buffer)] = buffer
-        return ctypes.addressof(buffer)
+        buffer = ctypes.create_string_buffer(b"\xff" * (size + _ALIGNMENT))  # not what one would like to find
+        address = -(-ctypes.addressof(buffer) // _ALIGNMENT) * _ALIGNMENT
+        self.held[address] = buffer
+        return address
 
     def free(self, address):
         del self.held[address]
@@ -50,6 +54,13 @@ class HostDevice:
     def copy_out(self, values, address):
         self.copies_out += 1
         ctypes.memmove(values.ctypes.data, address, values.nbytes)
+
+    def copy(self, target, source, size):
+        self.copies_within += 1
+        ctypes.memmove(target, source, size)
+
+    def clear(self, address, size):
+        ctypes.memset(address, 0, size)
 
     def synchronize(self):
         assert not self.closed
@@ -91,6 +102,8 @@ class _Context:
 
     def set_tensor_address(self, name, address):
         assert address
+        if address % _ALIGNMENT:
+            return False
         self.addresses[name] = address
         return True
 
@@ -128,6 +141,10 @@ class _Context:
             if self.engine.fails is not True:
                 self.engine.logger.log(_Severity.ERROR, self.engine.fails)
             return False
+        for output, name in self.engine.aliases.items():
+            if self.addresses[output] != self.addresses[name]:
+                self.engine.logger.log(_Severity.ERROR, f"{output} and {name} share no memory")
+                return False
         feeds = {name: self._read(name) for name in self.engine.inputs}
         for name, value in self.engine.runner.run(feeds).items():
             self._write(name, value.numpy())
@@ -157,10 +174,19 @@ def _size(dim, symbols):
     return sum(symbols[part] for part in parts) if set(parts) <= set(symbols) else -1
 
 
+def _aliases(graph):
+    """Output -> input of caches that are written in place."""
+    scattered = [node for node in graph if node.op_type == "TensorScatter"]
+    for node in scattered:
+        assert isinstance(node.inputs[0].shape[2], int), "a cache has a static capacity in TensorRT"
+    return {node.outputs[0].name: node.inputs[0].name for node in scattered}
+
+
 class _Engine:
     def __init__(self, file, settings, logger):
         file = Path(file)
         graph = ir.load(file).graph
+        self.aliases = _aliases(graph)
         self.inputs = {value.name: value for value in graph.inputs}
         self.outputs = {value.name: value for value in graph.outputs}
         self.runner = OnnxRuntimeRunner(file)
@@ -187,6 +213,9 @@ class _Engine:
 
     def get_tensor_dtype(self, name):
         return SimpleNamespace(name=self.kind(name))
+
+    def get_aliased_input_tensor(self, name):
+        return self.aliases.get(name)
 
     def get_device_memory_size_for_profile_v2(self, number):
         return self.scratch[number]

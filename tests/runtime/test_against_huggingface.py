@@ -7,6 +7,7 @@ import pytest
 from family_pair import QUESTION, FamilyPair, FamilyTests
 from tiny import make_tiny, tiny_picture
 
+from ep_export.bundle import Dialect
 from ep_export.policy import Budget, Scorer, Select, Source, TopK
 from ep_export.runtime import Sampling
 
@@ -31,9 +32,9 @@ SHAPES = {
             "chooser": TopK(Scorer.NORM, Select.LOWEST, budget=Budget.PER_PICTURE),
         },
     ),
-    "16/4 heads of 40, K 3 of 9": Shape(
+    "16/4 heads of 40, K 3 of 9, modern dialect": Shape(
         {"heads": 16, "kv_heads": 4, "head_dim": 40, "layers": 9, "tie_embeddings": True, "ffn_size": 600},
-        {"layer": 3, "chooser": TopK(Scorer.RELEASED, source=Source.KEY)},
+        {"layer": 3, "chooser": TopK(Scorer.RELEASED, source=Source.KEY), "dialect": Dialect.MODERN},
     ),
 }
 

@@ -12,7 +12,12 @@ from ep_export.runtime import Session
 from ep_export.runtime.batch import BatchedDecoder, SerialDecoder
 
 TOKENS = 7
-DIALECTS = {Dialect.PORTABLE: SerialDecoder, Dialect.ONNXRUNTIME: BatchedDecoder}
+DIALECTS = {
+    Dialect.PORTABLE: SerialDecoder,
+    Dialect.MODERN: BatchedDecoder,
+    Dialect.ONNXRUNTIME: BatchedDecoder,
+}
+FIXED = [Dialect.MODERN, Dialect.ONNXRUNTIME]
 REQUESTS = (
     ([tiny_picture(200, 130)], "What is in this picture?", Keep(ratio=0.6)),
     ([], "Who are you?", None),
@@ -99,7 +104,7 @@ def test_caches_that_are_full_grow_and_nothing_changes(session, prefills, alone)
     assert tokens == alone[0]
 
 
-@pytest.mark.parametrize("session", [Dialect.ONNXRUNTIME], indirect=True)
+@pytest.mark.parametrize("session", FIXED, indirect=True)
 def test_a_full_slot_is_refused(session, prefills):
     longest = prefills[2].caches["past_key_values.0.key"].shape[2]
     decoder = session.decoder(slots=1, capacity=longest - 1)
@@ -111,7 +116,7 @@ def test_a_full_slot_is_refused(session, prefills):
         decoder.step({0: 1})
 
 
-@pytest.mark.parametrize("session", [Dialect.ONNXRUNTIME], indirect=True)
+@pytest.mark.parametrize("session", FIXED, indirect=True)
 def test_a_step_writes_into_the_caches_and_nowhere_else(session, prefills):
     decoder = session.decoder(slots=2, capacity=200)
     decoder.admit(1, prefills[0])

@@ -20,10 +20,11 @@ from plugin_reference import output_shapes, plugin_build
 from test_onnxruntime_runner import joined
 from tiny import tiny_picture
 
-from ep_export.bundle import Bundle, Role, hash_file
+from ep_export.bundle import Bundle, Dialect, Role, hash_file
 from ep_export.checkpoint import open_checkpoint
 from ep_export.engine.device import find_gpu
 from ep_export.engine.profiles import LimitsRequest, make_profiles, resolve_limits
+from ep_export.engine.sources import has_open_capacity, write_settled
 from ep_export.engine_record import (
     EngineFile,
     EngineRecord,
@@ -75,10 +76,11 @@ def compiled(twice, tmp_path_factory):
     return compile_stand_ins(twice, tmp_path_factory.mktemp("compiled"), max_pixels=150 * 150)
 
 
-def compile_stand_ins(original, folder, *, max_pixels):
+def compile_stand_ins(original, folder, *, max_pixels, max_batch=None):
     bundle = Bundle(folder / "bundle", original.manifest)
     shutil.copytree(original.path, bundle.path)
-    limits = resolve_limits(bundle, LimitsRequest(max_prompt=512, max_new_tokens=64, max_pixels=max_pixels))
+    request = LimitsRequest(512, 64, max_pixels, max_batch=max_batch)
+    limits = resolve_limits(bundle, request)
     directory = engine_directory(bundle.path, "made-up")
     directory.mkdir(parents=True)
     engines = {}
@@ -87,7 +89,10 @@ def compile_stand_ins(original, folder, *, max_pixels):
         if component.name == ON_CPU:
             continue
         file = directory / f"{component.name}.engine"
-        write_fake_engine(bundle.file(component.file), file)
+        source = bundle.file(component.file)
+        if has_open_capacity(component):
+            source = write_settled(source, source.with_suffix(".settled.onnx"), limits.capacity)
+        write_fake_engine(source, file)
         engines[component.name] = EngineFile(
             role=component.role,
             file=file.name,
@@ -194,6 +199,96 @@ def test_outputs_have_the_shapes_the_plugin_itself_says(compiled):
     for name in ("prune_0.paper-highest.onnx", "prune_1.paper-highest.onnx"):
         (context,) = module.made.engines[name].contexts
         assert set(context.told) == set(context.engine.outputs)
+
+
+@pytest.fixture(scope="module")
+def in_place(tiny_checkpoint, tmp_path_factory):
+    """The same with caches of fixed capacity, which engines write in place; three answers at once."""
+    folder = tmp_path_factory.mktemp("in-place")
+    settings = {"schedule": two_cuts(1, 3), "keep": 0.6, "policies": (MaxMin(),), "dialect": Dialect.MODERN}
+    bundle = export_tiny(tiny_checkpoint, folder / "made", **settings)
+    return compile_stand_ins(bundle, folder, max_pixels=150 * 150, max_batch=3)
+
+
+PICTURES = [tiny_picture(140, 112, 1), tiny_picture(60, 100, 2), tiny_picture(100, 60, 3)]
+
+
+def test_caches_of_fixed_capacity_answer_as_with_onnx_runtime(in_place):
+    with Session.open(in_place) as session:
+        wanted = [session.generate([shown], "which digits?", max_new_tokens=8) for shown in PICTURES]
+    made, module = backend(in_place)
+    with Session.open(in_place, runner=made) as session:
+        got = [session.generate([shown], "which digits?", max_new_tokens=8) for shown in PICTURES]
+    assert [answer.token_ids for answer in got] == [answer.token_ids for answer in wanted]
+    for name in ("decoder_0", "decoder_1", "decoder_2"):
+        assert [context.profile for context in module.made.engines[f"{name}.settled.onnx"].contexts] == [0, 1]
+
+
+def test_several_answers_at_once_get_the_tokens_each_gets_alone(in_place):
+    with Session.open(in_place) as session:
+        wanted = [
+            session.generate([shown], "which digits?", max_new_tokens=6, ignore_eos=True).token_ids
+            for shown in PICTURES
+        ]
+    device = HostDevice()
+    made, _ = backend(in_place, device=lambda: device)
+    with Session.open(in_place, runner=made) as session:
+        decoder = session.decoder(slots=3, capacity=400)
+        got = []
+        for slot, shown in enumerate(PICTURES):
+            prefill = session.prefill(session.prompts.build([shown], "which digits?"))
+            before = device.copies_in, device.copies_out
+            decoder.admit(slot, prefill)
+            assert (device.copies_in, device.copies_out) == before  # caches go from there to there
+            got.append([int(prefill.logits.argmax())])
+        for _ in range(5):
+            before = device.copies_in, device.copies_out, device.copies_within
+            logits = decoder.step({slot: tokens[-1] for slot, tokens in enumerate(got)})
+            # in: ids; positions and write index for every span; out: logits
+            copied = device.copies_in, device.copies_out, device.copies_within
+            assert np.subtract(copied, before).tolist() == [1 + 3 * 2, 1, 0]
+            for slot, tokens in enumerate(got):
+                tokens.append(int(logits[slot].argmax()))
+    assert [tuple(tokens) for tokens in got] == wanted
+
+
+def test_caches_hold_what_the_engines_were_compiled_for(in_place):
+    made, _ = backend(in_place)
+    with Session.open(in_place, runner=made) as session:
+        decoder = session.decoder(slots=1, capacity=4096)
+        assert decoder.capacity == (576, 576, 576)
+        prefill = session.prefill(session.prompts.build([], "which digits?"))
+        decoder.admit(0, prefill)
+        length = prefill.caches["past_key_values.0.key"].shape[2]
+        assert decoder.room(0) == 512 + 64 - length
+        with pytest.raises(UserError, match=r"decoder_0 hold 576 tokens and are full") as caught:
+            decoder.grow(1)
+        assert "--max-new-tokens" in caught.value.hint
+        more = session.decoder(slots=4, capacity=100)
+        for slot in range(4):
+            more.admit(slot, prefill)
+        with pytest.raises(UserError, match=r"has shape \[4, .*, its engine takes") as caught:
+            more.step(dict.fromkeys(range(4), 1))
+        assert "3 at once" in caught.value.hint
+
+
+def test_caches_from_the_host_are_written_in_place_too(in_place):
+    """As Polygraphy's comparison feeds them; what comes back is what ONNX Runtime makes of them."""
+    span = in_place.manifest.spans[0]
+    shapes = {"B": 2, "T": 1, "C": 576}
+    rng = np.random.default_rng(0)
+    feeds = {
+        spec.name: rng.standard_normal([shapes.get(axis, axis) for axis in spec.shape]).astype(spec.dtype)
+        for spec in span.inputs
+    }
+    feeds |= {"write_index": np.array([3, 570]), "position_ids": abs(feeds["position_ids"])}
+    made, _ = backend(in_place)
+    file = in_place.file(span.file)
+    with made(file) as ours, OnnxRuntimeRunner(file) as theirs:
+        got, wanted = ours.run(feeds), theirs.run(feeds)
+        assert ours.capacity == 576
+        for name in theirs.output_names:
+            assert np.array_equal(got[name].numpy(), wanted[name].numpy())
 
 
 def copies(compiled, policies, pictures):
@@ -664,6 +759,7 @@ def test_real_tensorrt_rtx_has_every_call_the_runner_makes(real_engine):
         trt.Runtime: ("deserialize_cuda_engine", "get_engine_validity", "engine_header_size"),
         trt.ICudaEngine: (
             "create_execution_context",
+            "get_aliased_input_tensor",
             "get_device_memory_size_for_profile_v2",
             "get_tensor_dtype",
             "get_tensor_location",

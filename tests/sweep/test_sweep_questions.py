@@ -30,7 +30,7 @@ def prompts(tmp_path, content):
 
 def test_every_form_of_an_entry(tmp_path, folder) -> None:
     given = {
-        "a.png": {"question": "How many?", "answer": "2"},
+        "a.png": {"question": "How many?", "answer": "2", "kind": "count"},
         "b.png": [{"question": "Which?", "answer": ["one", "1"]}, {"question": "Where?", "answer": "left"}],
     }
     questions, skipped = find_questions(folder, prompts(tmp_path, given))
@@ -39,6 +39,7 @@ def test_every_form_of_an_entry(tmp_path, folder) -> None:
         ("b.png", "Which?", ("one", "1")),
         ("b.png", "Where?", ("left",)),
     ]
+    assert [i.kind for i in questions] == ["count", None, None]
     assert [(s.name, s.reason) for s in skipped] == [("c.png", "the prompts file asks nothing of it")]
     assert len({question.key for question in questions}) == 3
 

@@ -133,7 +133,7 @@ def test_the_recommendation_competes_and_is_judged_in_hindsight(done) -> None:
             continue
         (cut,) = one.schedule.cuts
         row = record.row("recommended", cut.layer, one.keep)
-        assert row.where == f"layer {cut.layer} {cut.chooser.name}"
+        assert [(one.layer, one.method) for one in row.cuts] == [(cut.layer, cut.chooser.name)]
         best = record.row(one.best_method, one.best_layer, one.keep)
         assert one.regret_kl.value == pytest.approx(row.kl.value - best.kl.value, abs=1e-6)
 

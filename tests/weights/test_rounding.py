@@ -111,6 +111,20 @@ def test_what_nothing_ever_entered_is_rounded_to_zero(weight):
     assert (linear.codes[[3, 200]] == 0).all()
 
 
+def test_moments_of_several_panels_factor_as_numpys():
+    """H = (U + I) D (U + I)', by NumPy in float64 from the plain sum."""
+    rows = np.random.default_rng(3).normal(size=(400, 1100)).astype(np.float32)
+    moments = Moments(1100)
+    moments.add(torch.from_numpy(rows))
+    spread = moments.factor()[0].numpy()
+    matrix = rows.T.astype(np.float64) @ rows / len(rows)
+    matrix += 0.01 * np.diagonal(matrix).mean() * np.eye(1100)
+    unit = np.triu(spread.astype(np.float64), 1) + np.eye(1100)
+    lower = np.linalg.cholesky(matrix[::-1, ::-1])
+    expected = (lower / np.diagonal(lower))[::-1, ::-1]
+    np.testing.assert_allclose(unit, expected, atol=1e-5)
+
+
 def test_rounding_is_the_same_every_time(weight, activations):
     moments = Moments(256)
     moments.add(torch.from_numpy(activations))
