@@ -100,6 +100,11 @@ def test_a_sweep_on_two_machines_one_of_which_is_lost_equals_one_in_two_processe
     monkeypatch.setattr(
         on_ray._Crew, "_replace", lambda crew, *worker: (lost.append(worker), replace_worker(crew, *worker))
     )
+    crews = []
+    measure = on_ray._Crew.measure
+    monkeypatch.setattr(
+        on_ray._Crew, "measure", lambda crew, *job, **how: (crews.append(crew), measure(crew, *job, **how))[1]
+    )
     options = SweepOptions(
         keeps=(0.5,), methods=find_methods(["random", "fastv"]), timed_prompts=0, gallery_pictures=0
     )
@@ -108,8 +113,12 @@ def test_a_sweep_on_two_machines_one_of_which_is_lost_equals_one_in_two_processe
     def progress(stage: str, number: int, total: int) -> None:
         if stage == "asking":
             done.append((number, total))
-            if number == 5:
+            # once both machines work: one has just answered, the other is at it
+            if cluster.worker_nodes and number < total - 1 and any(unit for _, unit in busy()):
                 lose_machine(cluster)
+
+    def busy() -> list[Any]:
+        return list(crews[-1]._busy.values()) if crews else []
 
     def ran_by(executor: Any, name: str, **told: Any) -> Any:
         record = sweep(
