@@ -267,7 +267,8 @@ class Manifest:
         """The schedule with other policies.
 
         Args:
-            policies: None: the bundle's own. One: it at every cut. Else one for every cut.
+            policies: None: the bundle's own. One: it at every cut, but for cuts of several that drop every
+                token. Else one for every cut.
 
         Raises:
             UserError: The bundle has no such policy.
@@ -280,9 +281,23 @@ class Manifest:
             raise UsageError(
                 f"{len(policies)} policies for {count} cuts", hint="give --policy once, or once for every cut"
             )
-        names = policies if len(policies) == count else [policies[0]] * count
+        names = list(policies)
+        if len(policies) < count:
+            own = [cut.chooser for cut in self.schedule.cuts]
+            names = [each.name if isinstance(each, Nothing) else policies[0] for each in own]
         choosers = [self.prune(cut, name).chooser for cut, name in enumerate(names)]
         return self.schedule.with_choosers([chooser for chooser in choosers if chooser is not None])
+
+    def pruned_to(self, keep: Keep | None, policies: Sequence[str] = ()) -> Schedule | None:
+        """What prunes a prompt; None where everything is kept although a cut could not but drop every token.
+
+        Args:
+            keep: As it was told; None: the bundle's.
+            policies: See `scheduled`.
+        """
+        schedule = self.scheduled(policies)
+        drops = any(isinstance(cut.chooser, Nothing) for cut in schedule.cuts)
+        return None if drops and keep == Keep(ratio=1.0) else schedule
 
     def keep_for(self, schedule: Schedule) -> Keep:
         """The bundle's keep, or where a schedule drops everything at its only cut, what that comes to.

@@ -135,7 +135,7 @@ class Session:
         Raises:
             UserError: The prompt is longer than the context, `keep` is impossible, or a policy is not there.
         """
-        schedule = self.bundle.manifest.scheduled(policies) if prune else None
+        schedule = self.bundle.manifest.pruned_to(keep, policies) if prune else None
         return self._prefill(prompt, schedule, self._keep(keep, schedule), Timer())
 
     def continuation(self, prefill: Prefill) -> Continuation:
@@ -182,7 +182,7 @@ class Session:
             raise UsageError(f"max-new-tokens is {max_new_tokens}, expected 1 or more")
         start, timer = time.perf_counter(), Timer()
         manifest = self.bundle.manifest
-        schedule = manifest.scheduled(policies) if prune else None
+        schedule = manifest.pruned_to(keep, policies) if prune else None
         keep = self._keep(keep, schedule)
         with timer.stage("prepare"):
             ready = self.prompts.build(visuals, prompt)

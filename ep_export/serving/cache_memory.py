@@ -97,10 +97,9 @@ def requests_that_fit(
         raise UserError(
             f"prompt has {visual_tokens} visual tokens of {prompt_tokens}, expected 0 to {prompt_tokens}"
         )
-    schedule: Schedule | None = None
+    schedule = manifest.pruned_to(keep, policies) if prune else None
     kept: tuple[int, ...] = ()
-    if prune:
-        schedule = manifest.scheduled(policies)
+    if schedule is not None:
         kept = kept_tokens(
             (keep or manifest.keep_for(schedule)).largest,
             schedule,

@@ -154,9 +154,9 @@ class Engine:
 
     def _settle(self, request: Request) -> tuple[Schedule | None, Keep]:
         manifest = self._session.bundle.manifest
-        if not request.prune:
+        schedule = manifest.pruned_to(request.keep, request.policies) if request.prune else None
+        if schedule is None:
             return None, Keep(ratio=1.0)
-        schedule = manifest.scheduled(request.policies)
         check_schedule(schedule, manifest.dims.layers)
         keep = request.keep or manifest.keep_for(schedule)
         check_keep(keep)

@@ -85,3 +85,29 @@ def test_several_cuts_answer_as_the_oracle(cut_several_times, shown):
         assert ours.kept_index.tolist() == theirs.kept_index.tolist()
         difference = difference_from_exact(theirs, ours.kept_index, cut.chooser, manifest.degree)
         assert difference is not KeptDifference.DIFFERENT
+
+
+@pytest.fixture(scope="module")
+def dropping(deeper):
+    """DivPrune, then everything dropped, with another policy beside."""
+    checkpoint, _, root = deeper
+    schedule = Schedule((Cut(1, MaxMin(), 0.5), Cut(4, Nothing())))
+    return export_tiny(checkpoint, root / "dropping", schedule=schedule, keep=0.4, policies=(NORM,))
+
+
+def test_a_policy_that_is_named_once_leaves_cuts_that_drop_everything(dropping):
+    named = dropping.manifest.scheduled([NORM.name])
+    assert [cut.chooser for cut in named.cuts] == [NORM, Nothing()]
+    with Session.open(dropping) as session:
+        answer = session.generate(SHOWN["one"], QUESTION, max_new_tokens=2, policies=[NORM.name])
+    assert answer.policies == (NORM.name, "nothing")
+    assert len(answer.kept_index) == answer.prompt_tokens - answer.visual_tokens
+
+
+def test_a_keep_of_one_is_the_unpruned_model_although_a_cut_drops_everything(dropping):
+    with Session.open(dropping) as session:
+        ask = (SHOWN["one"], QUESTION)
+        everything = session.generate(*ask, max_new_tokens=3, keep=Keep(ratio=1.0))
+        unpruned = session.generate(*ask, max_new_tokens=3, prune=False)
+    assert everything.token_ids == unpruned.token_ids
+    assert len(everything.kept_index) == everything.prompt_tokens
