@@ -95,34 +95,45 @@ def main(program: str = "ep-export") -> None:
 def _run(program: str) -> int:
     try:
         result = cli.main(prog_name=program, standalone_mode=False)
-    except UserError as error:
+    except BaseException as error:  # noqa: BLE001 - a fault of ours is raised again
+        return _ended_by(error)
+    return result if isinstance(result, int) else 0
+
+
+def _ended_by(error: BaseException) -> int:
+    """What a verb raised as a line, a hint and an exit code.
+
+    Raises:
+        BaseException: The error itself, where it is a fault of ours.
+    """
+    # click makes its Abort of an interruption, and a module of native code that is being imported an
+    # ImportError; `ep_export.measure.journal.Interrupted` has a hint.
+    causes = list(_causes(error))
+    if any(isinstance(cause, (KeyboardInterrupt, click.Abort)) for cause in causes):
+        hints = [getattr(cause, "hint", "") for cause in causes if isinstance(cause, KeyboardInterrupt)]
+        hint = next((hint for hint in hints if hint), "")
+        terminated = any(isinstance(cause, Terminated) for cause in causes)
+        code = EXIT_TERMINATED if terminated else EXIT_INTERRUPTED
+        return _fail("interrupted; no output was left half-written", hint, code)
+    if isinstance(error, UserError):
         return _fail(str(error), error.hint, error.exit_code)
-    except click.UsageError as error:
+    if isinstance(error, click.UsageError):
         message = printable(error.format_message())
         click.UsageError(message, error.ctx).show()
         _fail_as_json(message, "", error.exit_code)
         return error.exit_code
-    except click.ClickException as error:
+    if isinstance(error, click.ClickException):
         return _fail(error.format_message(), "", error.exit_code)
-    except (KeyboardInterrupt, click.Abort) as error:
-        # click makes its Abort of a KeyboardInterrupt; `ep_export.measure.journal.Interrupted` has a hint
-        causes = list(_causes(error))
-        hint = next((cause.hint for cause in causes if hasattr(cause, "hint")), "")
-        terminated = any(isinstance(cause, Terminated) for cause in causes)
-        code = EXIT_TERMINATED if terminated else EXIT_INTERRUPTED
-        return _fail("interrupted; no output was left half-written", hint, code)
-    except BrokenPipeError:
+    if isinstance(error, BrokenPipeError):
         # The reader of stdout left (`| head`); keep the interpreter from complaining when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
-    except (OSError, UnicodeError, MemoryError, RecursionError) as error:
+    if isinstance(error, (OSError, UnicodeError, MemoryError, RecursionError)):
         return _fail(*_not_ours(error), EXIT_FAILED)
-    except ModuleNotFoundError as error:
-        told = missing_package(error)
-        if told is None:
-            raise
-        return _fail(*told, EXIT_FAILED)
-    return result if isinstance(result, int) else 0
+    told = missing_package(error) if isinstance(error, ModuleNotFoundError) else None
+    if told is None:
+        raise error
+    return _fail(*told, EXIT_FAILED)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

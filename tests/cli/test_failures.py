@@ -7,6 +7,9 @@ import sys
 import pytest
 from command_line import ep_export
 
+from ep_export.cli.main import cli
+from ep_export.interrupts import Terminated
+
 PLAN = ("plan", "--model", "no-such-model", "--keep", "0.25")
 
 
@@ -79,3 +82,25 @@ def test_a_folder_called_like_a_package_breaks_nothing(tiny_checkpoint, tmp_path
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_an_interruption_that_a_native_module_took_for_its_own_fault_is_one(monkeypatch):
+    def imports(**_):
+        try:
+            raise Terminated
+        except Terminated as error:
+            raise ImportError("initialization failed") from error  # as pybind11 has it
+
+    monkeypatch.setattr(cli, "main", imports)
+    result = ep_export("plan")
+    assert result.code == 143
+    assert result.err.startswith("error: interrupted")
+
+
+def test_a_fault_of_ours_is_not_hidden(monkeypatch):
+    def fails(**_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(cli, "main", fails)
+    with pytest.raises(ZeroDivisionError):
+        ep_export("plan")
