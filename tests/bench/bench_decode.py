@@ -243,11 +243,18 @@ def report(title: str, times: Mapping[str, Sequence[float]]) -> list[float]:
     return ratios[1:]
 
 
+_PAUSE_S = 0.1
+
+
 def interleaved(programs: Mapping[str, Callable[[], Any]], repeat: int) -> dict[str, list[float]]:
-    """Milliseconds of each, in turns, so that the machine's mood hits all alike; the first turn warms."""
+    """Milliseconds of each, in turns, so that the machine's mood hits all alike; the first turn warms.
+
+    A pause stands before each: threads of the one before may spin on, on the cores of the next.
+    """
     times: dict[str, list[float]] = {name: [] for name in programs}
     for turn in range(repeat + 1):
         for name, program in programs.items():
+            time.sleep(_PAUSE_S)
             start = time.perf_counter()
             program()
             if turn:
