@@ -38,7 +38,7 @@ __all__ = ["OpenBundle", "build", "open_bundle", "plan", "prune"]
 Share: TypeAlias = "float | str"
 """How much is kept, as an average over the layers: 0.25 or "25%"."""
 
-Pictures: TypeAlias = "Shown | Sequence[Shown] | None"
+Pictures: TypeAlias = "Shown | list[Shown] | tuple[Shown, ...] | None"
 Shown: TypeAlias = "str | os.PathLike[str] | Image.Image | Video"
 """A picture's file, a picture, or the frames of a video."""
 
@@ -397,9 +397,5 @@ def _visuals(pictures: Pictures) -> list[Visual]:
 
     if pictures is None:
         return []
-    several: Sequence[Shown] = [pictures] if _is_one(pictures) else pictures  # type: ignore[list-item,assignment]
+    several = pictures if isinstance(pictures, (list, tuple)) else (pictures,)
     return [open_picture(Path(each)) if isinstance(each, (str, os.PathLike)) else each for each in several]
-
-
-def _is_one(pictures: Pictures) -> bool:
-    return not isinstance(pictures, (list, tuple))

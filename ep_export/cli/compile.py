@@ -11,7 +11,7 @@ import click
 
 from ep_export.bundle import Bundle, Precision
 from ep_export.cli.console import note, print_json, print_table, progress_bar
-from ep_export.cli.options import bundle_argument, json_option
+from ep_export.cli.options import add_options, bundle_argument, json_option
 from ep_export.spelling import parse_chooser
 from ep_export.targets import Target, find_target
 
@@ -26,47 +26,44 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 def limit_options(function: _F) -> _F:
     """What engines must be able to do, and what is no engine."""
-    for option in reversed(
-        (
-            click.option(
-                "--max-prompt",
-                type=click.IntRange(1),
-                metavar="T",
-                help="Longest prompt in tokens, visual ones included [a large picture and a long question].",
-            ),
-            click.option(
-                "--max-new-tokens",
-                type=click.IntRange(1),
-                metavar="T",
-                help="Longest answer in tokens [256].",
-            ),
-            click.option(
-                "--max-pixels",
-                type=click.IntRange(1),
-                metavar="P",
-                help="Largest picture, width times height [1003520: 1280 visual tokens of Qwen2.5-VL].",
-            ),
-            click.option(
-                "--max-kept-tokens",
-                type=click.IntRange(1),
-                metavar="T",
-                help="Most visual tokens kept [all of a prompt's]. TensorRT-RTX takes fewer than 3840.",
-            ),
-            click.option(
-                "--max-batch",
-                type=click.IntRange(1),
-                metavar="N",
-                help="Most answers a decode step continues at once, in the modern dialect [8; on Arm 1].",
-            ),
-            click.option(
-                "--prune-on",
-                type=click.Choice(["target", "cpu"]),
-                help="cpu: ONNX Runtime runs the prune components, beside the engines [target].",
-            ),
-        )
-    ):
-        function = option(function)
-    return function
+    return add_options(
+        function,
+        click.option(
+            "--max-prompt",
+            type=click.IntRange(1),
+            metavar="T",
+            help="Longest prompt in tokens, visual ones included [a large picture and a long question].",
+        ),
+        click.option(
+            "--max-new-tokens",
+            type=click.IntRange(1),
+            metavar="T",
+            help="Longest answer in tokens [256].",
+        ),
+        click.option(
+            "--max-pixels",
+            type=click.IntRange(1),
+            metavar="P",
+            help="Largest picture, width times height [1003520: 1280 visual tokens of Qwen2.5-VL].",
+        ),
+        click.option(
+            "--max-kept-tokens",
+            type=click.IntRange(1),
+            metavar="T",
+            help="Most visual tokens kept [all of a prompt's]. TensorRT-RTX takes fewer than 3840.",
+        ),
+        click.option(
+            "--max-batch",
+            type=click.IntRange(1),
+            metavar="N",
+            help="Most answers a decode step continues at once, in the modern dialect [8; on Arm 1].",
+        ),
+        click.option(
+            "--prune-on",
+            type=click.Choice(["target", "cpu"]),
+            help="cpu: ONNX Runtime runs the prune components, beside the engines [target].",
+        ),
+    )
 
 
 @click.command("compile")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from ep_export.cli.console import note, print_table
+from ep_export.cli.options import add_options
 from ep_export.cli.units import flops_text, ms_text, percent_text
 from ep_export.errors import UsageError, UserError
 
@@ -53,59 +54,53 @@ class _Size(click.ParamType):  # type: ignore[type-arg]  # generic only in newer
 
 def picture_options(function: _F) -> _F:
     """What the prompt shows."""
-    for option in reversed(
-        (
-            click.option(
-                "--picture",
-                type=_Size(),
-                metavar="WxH",
-                help="Size of the picture in pixels [640x480; Video-LLaVA: a video].",
-            ),
-            click.option(
-                "--max-pixels",
-                type=click.IntRange(1),
-                metavar="P",
-                help="Scale the picture down to P pixels, width times height, before the model sees it.",
-            ),
-            click.option(
-                "--frames",
-                type=click.IntRange(1, 4096),
-                metavar="F",
-                help="A video of so many frames of that size in place of the picture.",
-            ),
-            click.option(
-                "--visual-tokens",
-                type=click.IntRange(1),
-                metavar="N",
-                help="Visual tokens of the prompt, where no more is known of its pictures.",
-            ),
-        )
-    ):
-        function = option(function)
-    return function
+    return add_options(
+        function,
+        click.option(
+            "--picture",
+            type=_Size(),
+            metavar="WxH",
+            help="Size of the picture in pixels [640x480; Video-LLaVA: a video].",
+        ),
+        click.option(
+            "--max-pixels",
+            type=click.IntRange(1),
+            metavar="P",
+            help="Scale the picture down to P pixels, width times height, before the model sees it.",
+        ),
+        click.option(
+            "--frames",
+            type=click.IntRange(1, 4096),
+            metavar="F",
+            help="A video of so many frames of that size in place of the picture.",
+        ),
+        click.option(
+            "--visual-tokens",
+            type=click.IntRange(1),
+            metavar="N",
+            help="Visual tokens of the prompt, where no more is known of its pictures.",
+        ),
+    )
 
 
 def budget_options(function: _F) -> _F:
     """A bound up to the first token."""
-    for option in reversed(
-        (
-            click.option(
-                "--first-token-ms",
-                type=click.FloatRange(0, min_open=True),
-                metavar="MS",
-                help="With --target: propose pairs of --max-pixels and --keep that take at most so long, at "
-                "best; without --keep the plan is the best of them.",
-            ),
-            click.option(
-                "--first-token-flops",
-                type=click.FloatRange(0, min_open=True),
-                metavar="F",
-                help="The same within so many FLOPs, e.g. 2e12; needs no --target.",
-            ),
-        )
-    ):
-        function = option(function)
-    return function
+    return add_options(
+        function,
+        click.option(
+            "--first-token-ms",
+            type=click.FloatRange(0, min_open=True),
+            metavar="MS",
+            help="With --target: propose pairs of --max-pixels and --keep that take at most so long, at "
+            "best; without --keep the plan is the best of them.",
+        ),
+        click.option(
+            "--first-token-flops",
+            type=click.FloatRange(0, min_open=True),
+            metavar="F",
+            help="The same within so many FLOPs, e.g. 2e12; needs no --target.",
+        ),
+    )
 
 
 def picture_work(model: ModelConfig, name: str, options: Mapping[str, Any]) -> tuple[VisionWork, str]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "WEIGHTS",
+    "add_options",
     "bundle_argument",
     "executor_from",
     "executor_options",
@@ -38,6 +39,13 @@ __all__ = [
 ]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def add_options(function: _F, *options: Callable[[_F], _F]) -> _F:
+    """Put options on a verb; its help lists them in this order."""
+    for option in reversed(options):
+        function = option(function)
+    return function
 
 
 def values(kind: type[Any]) -> click.Choice[str]:
@@ -76,23 +84,20 @@ policies_option = click.option(
 
 def executor_options(function: _F) -> _F:
     """`--jobs` and `--ray`."""
-    for option in reversed(
-        (
-            click.option(
-                "--jobs",
-                type=click.IntRange(1),
-                metavar="N",
-                help="Processes; each holds the model [1; with --ray: what the cluster has room for].",
-            ),
-            click.option(
-                "--ray",
-                metavar="ADDRESS",
-                help="Measure on this Ray cluster: auto, HOST:PORT, ray://HOST:PORT; local starts one here.",
-            ),
-        )
-    ):
-        function = option(function)
-    return function
+    return add_options(
+        function,
+        click.option(
+            "--jobs",
+            type=click.IntRange(1),
+            metavar="N",
+            help="Processes; each holds the model [1; with --ray: what the cluster has room for].",
+        ),
+        click.option(
+            "--ray",
+            metavar="ADDRESS",
+            help="Measure on this Ray cluster: auto, HOST:PORT, ray://HOST:PORT; local starts one here.",
+        ),
+    )
 
 
 def executor_from(jobs: int | None, ray: str | None) -> Executor:
@@ -198,20 +203,17 @@ group_option = click.option(
 
 def weights_options(function: _F) -> _F:
     """`--weights` and `--group`."""
-    for option in reversed(
-        (
-            click.option(
-                "--weights",
-                type=click.Choice(WEIGHTS),
-                default="none",
-                show_default=True,
-                help="Store the decoder's linear layers in fewer bits; calibrated on --images where given.",
-            ),
-            group_option,
-        )
-    ):
-        function = option(function)
-    return function
+    return add_options(
+        function,
+        click.option(
+            "--weights",
+            type=click.Choice(WEIGHTS),
+            default="none",
+            show_default=True,
+            help="Store the decoder's linear layers in fewer bits; calibrated on --images where given.",
+        ),
+        group_option,
+    )
 
 
 def weights_from(kind: str, group: int) -> Weights | None:
@@ -225,41 +227,38 @@ def weights_from(kind: str, group: int) -> Weights | None:
 def export_options(function: _F) -> _F:
     """How the graphs are written."""
     function = weights_options(function)
-    for option in reversed(
-        (
-            click.option(
-                "--dialect",
-                type=values(Dialect),
-                default=Dialect.ONNXRUNTIME.value,
-                show_default=True,
-                help="onnxruntime: its fused operators, many requests at once. portable: opset 20, TensorRT "
-                "10.3 up. modern: opset 24, many requests at once, TensorRT 10.15 up.",
-            ),
-            click.option(
-                "--precision",
-                type=values(Precision),
-                default=Precision.FP32.value,
-                show_default=True,
-                help="Arithmetic of the graphs; fp32 for a CPU, bf16 or fp16 for a GPU.",
-            ),
-            click.option(
-                "--shards",
-                type=values(WeightsMode),
-                default=WeightsMode.LINK.value,
-                show_default=True,
-                help="Hard-link the checkpoint's shards into the bundle, or copy them.",
-            ),
-            click.option(
-                "--degree",
-                type=click.Choice([str(degree) for degree in DEGREES]),
-                callback=lambda _context, _option, value: int(value),
-                default=str(DEFAULT_DEGREE),
-                show_default=True,
-                help="Degree of the entropy series; twice the degree, half the error.",
-            ),
-            click.option("--out", type=click.Path(path_type=Path), help="Bundle to write [./<model>-ep]."),
-            click.option("--overwrite", is_flag=True, help="Replace an existing output."),
-        )
-    ):
-        function = option(function)
-    return function
+    return add_options(
+        function,
+        click.option(
+            "--dialect",
+            type=values(Dialect),
+            default=Dialect.ONNXRUNTIME.value,
+            show_default=True,
+            help="onnxruntime: its fused operators, many requests at once. portable: opset 20, TensorRT "
+            "10.3 up. modern: opset 24, many requests at once, TensorRT 10.15 up.",
+        ),
+        click.option(
+            "--precision",
+            type=values(Precision),
+            default=Precision.FP32.value,
+            show_default=True,
+            help="Arithmetic of the graphs; fp32 for a CPU, bf16 or fp16 for a GPU.",
+        ),
+        click.option(
+            "--shards",
+            type=values(WeightsMode),
+            default=WeightsMode.LINK.value,
+            show_default=True,
+            help="Hard-link the checkpoint's shards into the bundle, or copy them.",
+        ),
+        click.option(
+            "--degree",
+            type=click.Choice([str(degree) for degree in DEGREES]),
+            callback=lambda _context, _option, value: int(value),
+            default=str(DEFAULT_DEGREE),
+            show_default=True,
+            help="Degree of the entropy series; twice the degree, half the error.",
+        ),
+        click.option("--out", type=click.Path(path_type=Path), help="Bundle to write [./<model>-ep]."),
+        click.option("--overwrite", is_flag=True, help="Replace an existing output."),
+    )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ep_export.cli.options import values
+from ep_export.cli.options import add_options, values
 from ep_export.errors import UsageError
 from ep_export.policy import Budget, Chooser, Scorer, Select, Source, TopK
 from ep_export.spelling import parse_chooser, parse_cut
@@ -28,50 +28,45 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 def schedule_options(function: _F) -> _F:
     """Where and how to prune, and the evidence for it."""
-    for option in reversed(
-        (
-            click.option(
-                "--layer", type=int, metavar="K", help="Prune after layer K-1 instead of asking the evidence."
-            ),
-            click.option(
-                "--policy",
-                "policy_name",
-                default=AUTO,
-                show_default=True,
-                metavar="NAME",
-                help="Which tokens stay: paper, released, order2 or norm, with -highest or -lowest; "
-                "coverage- and these; divprune; random; nothing; horizon (DivPrune first, random tokens deep "
-                "in the model). auto: what the record or the calibration recommends.",
-            ),
-            click.option(
-                "--cut",
-                "cuts",
-                multiple=True,
-                metavar="LAYER:SHARE[:NAME]",
-                help="Prune at LAYER to SHARE of the prompt's visual tokens, by policy NAME; may repeat, in "
-                "place of --layer and --policy.",
-            ),
-            click.option("--select", type=values(Select), help="Which end of the scores is kept [highest]."),
-            click.option(
-                "--source", type=values(Source), help="States of layer K-1 that are scored [query]."
-            ),
-            click.option(
-                "--budget",
-                type=values(Budget),
-                default=Budget.JOINT.value,
-                show_default=True,
-                help="Several pictures share one budget, or each keeps its share.",
-            ),
-            click.option(
-                "--calibration",
-                type=click.Path(path_type=Path),
-                metavar="FILE",
-                help="A record made by `ep-export calibrate`.",
-            ),
-        )
-    ):
-        function = option(function)
-    return function
+    return add_options(
+        function,
+        click.option(
+            "--layer", type=int, metavar="K", help="Prune after layer K-1 instead of asking the evidence."
+        ),
+        click.option(
+            "--policy",
+            "policy_name",
+            default=AUTO,
+            show_default=True,
+            metavar="NAME",
+            help="Which tokens stay: paper, released, order2 or norm, with -highest or -lowest; "
+            "coverage- and these; divprune; random; nothing; horizon (DivPrune first, random tokens deep "
+            "in the model). auto: what the record or the calibration recommends.",
+        ),
+        click.option(
+            "--cut",
+            "cuts",
+            multiple=True,
+            metavar="LAYER:SHARE[:NAME]",
+            help="Prune at LAYER to SHARE of the prompt's visual tokens, by policy NAME; may repeat, in "
+            "place of --layer and --policy.",
+        ),
+        click.option("--select", type=values(Select), help="Which end of the scores is kept [highest]."),
+        click.option("--source", type=values(Source), help="States of layer K-1 that are scored [query]."),
+        click.option(
+            "--budget",
+            type=values(Budget),
+            default=Budget.JOINT.value,
+            show_default=True,
+            help="Several pictures share one budget, or each keeps its share.",
+        ),
+        click.option(
+            "--calibration",
+            type=click.Path(path_type=Path),
+            metavar="FILE",
+            help="A record made by `ep-export calibrate`.",
+        ),
+    )
 
 
 def schedule_request(options: Mapping[str, Any]) -> ScheduleRequest:

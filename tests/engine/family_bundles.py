@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from pathlib import Path
 from typing import Any
 
-from tiny import make_tiny
-from tiny_llava import make_tiny_llava, make_tiny_llava_next
-from tiny_llava_onevision import make_tiny_llava_onevision
-from tiny_smolvlm import make_tiny_smolvlm
-from tiny_video_llava import make_tiny_video_llava
+from tiny_families import makers
 
 from ep_export.bundle import Dialect, Precision
 
@@ -27,15 +20,7 @@ _TEXT: dict[str, Any] = {
 }
 _QWEN: dict[str, Any] = {"layers": 2, "heads": 8, "kv_heads": 4, "vision_depth": 2}
 
-MAKERS: dict[str, Callable[[Path], Path]] = {
-    "qwen2_5_vl": partial(make_tiny, **_QWEN),
-    "qwen2_vl": partial(make_tiny, model_type="qwen2_vl", **_QWEN),
-    "llava": partial(make_tiny_llava, text=_TEXT),
-    "llava_next": partial(make_tiny_llava_next, text=_TEXT),
-    "llava_onevision": partial(make_tiny_llava_onevision, text=_TEXT),
-    "video_llava": partial(make_tiny_video_llava, text=_TEXT),
-    "smolvlm": partial(make_tiny_smolvlm, text=_TEXT),
-}
+MAKERS = {name: maker for name, maker in makers(_QWEN, _TEXT).items() if name != "idefics3"}
 """Family -> what writes a tiny checkpoint of it."""
 
 # TensorRT-RTX has no float32 Attention, and needs none: dialect and precision go together.
