@@ -1,7 +1,7 @@
 """The TensorRT backend without a GPU: everything but CUDA's and TensorRT's own calls.
 
-`fake_tensorrt` stands in for TensorRT and `HostDevice` for the GPU (see `host_device.py`); the last tests use
-the real TensorRT-RTX and cuda-python as far as they go on a machine without a GPU.
+`fake_tensorrt` stands in for TensorRT and `HostDevice` for the GPU (see `host_device.py`); what the real
+TensorRT-RTX says without a GPU is in `test_real_tensorrt_rtx.py`.
 """
 
 import dataclasses
@@ -9,7 +9,6 @@ import gc
 import importlib
 import shutil
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -40,14 +39,12 @@ from ep_export.engine_record import (
 from ep_export.errors import UserError
 from ep_export.policy import MaxMin
 from ep_export.runtime import OnnxRuntimeRunner, Session
-from ep_export.runtime.device import CudaDevice, DeviceMemory
+from ep_export.runtime.device import DeviceMemory
 from ep_export.runtime.engines import EngineBackend
 from ep_export.runtime.tensorrt_runner import (
-    DTYPES,
     DeviceTensor,
     Scratch,
     TensorRtRunner,
-    _allocator,
     _log,
     open_engine,
 )
@@ -601,202 +598,3 @@ def test_without_tensorrt_one_line_says_what_runs_instead(changed, monkeypatch, 
         EngineBackend(changed(flavour=flavour))
     assert "\n" not in str(caught.value)
     assert "--runtime onnxruntime" in caught.value.hint
-
-
-def test_blocks_are_used_again_and_idle_ones_stay_few():
-    device = HostDevice()
-    memory = DeviceMemory(device)
-    kept = memory.take(100_000)
-    first = memory.take(5_000).address  # comes back at once
-    assert memory.take(4_900).address == first
-    for size in range(10_000, 200_000, 7_000):
-        memory.take(size)
-    assert memory.idle_bytes <= memory.used_bytes // 2 + 200_000
-    del kept
-    memory.close()
-    assert not device.held
-    assert device.closed
-
-
-def test_a_growing_cache_keeps_its_block_for_long():
-    device = HostDevice()
-    memory = DeviceMemory(device)
-    sizes = {memory.take(1_300_000 + step * 1_024).size for step in range(128)}
-    assert len(sizes) <= 3
-    assert max(sizes) <= 1.15 * (1_300_000 + 128 * 1_024)
-
-
-def test_full_memory_is_one_line():
-    device = HostDevice(capacity=1 << 20)
-    memory = DeviceMemory(device)
-    held = memory.take(500_000)
-    memory.take(200_000)  # comes back, and is freed to make room for the next
-    memory.take(450_000)
-    with pytest.raises(UserError, match=r"the GPU has no 0\.7 MB left") as caught:
-        memory.take(700_000)
-    assert "smaller picture" in caught.value.hint
-    del held
-
-
-class FakeCudart:
-    """cuda-python's runtime as far as `CudaDevice` calls it: every call is written down. No GPU behind it."""
-
-    cudaError_t = SimpleNamespace(cudaSuccess=0, cudaErrorMemoryAllocation=2)
-    cudaDeviceAttr = SimpleNamespace(
-        cudaDevAttrComputeCapabilityMajor="major", cudaDevAttrComputeCapabilityMinor="minor"
-    )
-    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice="in", cudaMemcpyDeviceToHost="out")
-
-    def __init__(self, count=(0, 1), malloc=(0, 4096)):
-        self.calls = []
-        self.results = {
-            "cudaGetDeviceCount": count,
-            "cudaMalloc": malloc,
-            "cudaStreamCreate": (0, 7),
-            "cudaGetErrorString": (0, b"no CUDA-capable device is detected"),
-        }
-
-    def __getattr__(self, name):
-        def call(*arguments):
-            self.calls.append((name, *arguments))
-            if name == "cudaDeviceGetAttribute":
-                return 0, {"major": 8, "minor": 7}[arguments[0]]
-            return self.results.get(name, (0,))
-
-        return call
-
-
-@pytest.fixture
-def cudart(monkeypatch):
-    def install(**results):
-        fake = FakeCudart(**results)
-        monkeypatch.setitem(sys.modules, "cuda", SimpleNamespace(bindings=SimpleNamespace(runtime=fake)))
-        monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(runtime=fake))
-        return fake
-
-    return install
-
-
-def test_the_cuda_device_makes_these_calls(cudart):
-    fake = cudart()
-    device = CudaDevice()
-    assert (device.sm, device.stream) == ("8.7", 7)
-    values = np.arange(4, dtype=np.float32)
-    address = device.allocate(16)
-    device.copy_in(address, values)
-    device.copy_out(values, address)
-    device.free(address)
-    device.close()
-    host = values.ctypes.data
-    assert fake.calls[-6:] == [
-        ("cudaMalloc", 16),
-        ("cudaMemcpyAsync", 4096, host, 16, "in", 7),
-        ("cudaMemcpyAsync", host, 4096, 16, "out", 7),
-        ("cudaStreamSynchronize", 7),
-        ("cudaFree", 4096),
-        ("cudaStreamDestroy", 7),
-    ]
-
-
-@pytest.mark.parametrize("count", [(100, None), (0, 0)], ids=["error", "none visible"])
-def test_without_a_gpu_one_line_says_what_runs_instead(cudart, count):
-    cudart(count=count)
-    with pytest.raises(UserError, match="TensorRT needs a CUDA GPU: n") as caught:
-        CudaDevice()
-    assert "\n" not in str(caught.value)
-    assert "--runtime onnxruntime" in caught.value.hint
-
-
-def test_cuda_errors_are_told(cudart):
-    fake = cudart(malloc=(2, None))
-    device = CudaDevice()
-    with pytest.raises(MemoryError):
-        device.allocate(16)
-    fake.results["cudaStreamSynchronize"] = (700,)
-    with pytest.raises(UserError, match=r"cudaStreamSynchronize failed: no CUDA-capable"):
-        device.synchronize()
-
-
-def test_without_cuda_python_one_line_says_so(monkeypatch):
-    monkeypatch.setitem(sys.modules, "cuda", None)
-    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-    with pytest.raises(UserError, match="needs cuda-python") as caught:
-        CudaDevice()
-    assert "ep-export[tensorrt]" in caught.value.hint
-
-
-def test_real_cuda_python_says_that_there_is_no_gpu():
-    runtime = pytest.importorskip("cuda.bindings.runtime", reason="cuda-python is not installed")
-    if runtime.cudaGetDeviceCount()[1]:
-        pytest.skip("there is a GPU")
-    with pytest.raises(UserError, match="TensorRT needs a CUDA GPU: "):
-        CudaDevice()
-
-
-@pytest.fixture(scope="module")
-def real_engine(tmp_path_factory):
-    """past, new -> present, compiled by the real TensorRT-RTX for SM 8.9 without a GPU."""
-    trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
-    directory = tmp_path_factory.mktemp("rtx")
-    onnx_file = joined(directory / "joined.onnx", onnx.TensorProto.FLOAT)
-    builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
-    network = builder.create_network(0)
-    assert trt.OnnxParser(network, trt.Logger(trt.Logger.ERROR)).parse(onnx_file.read_bytes())
-    config, profile = builder.create_builder_config(), builder.create_optimization_profile()
-    config.num_compute_capabilities = 1
-    config.set_compute_capability(trt.ComputeCapability.SM89, 0)
-    profile.set_shape("past", (1, 0), (1, 4), (1, 8))
-    profile.set_shape("new", (1, 1), (1, 2), (1, 4))
-    config.add_optimization_profile(profile)
-    (directory / "joined.engine").write_bytes(bytes(builder.build_serialized_network(network, config)))
-    return trt, directory / "joined.engine"
-
-
-def test_real_tensorrt_rtx_has_every_call_the_runner_makes(real_engine):
-    """The stand-in above was written from this interface: here it is asked of the library itself."""
-    trt, _ = real_engine
-    calls = {
-        trt.Runtime: ("deserialize_cuda_engine", "get_engine_validity", "engine_header_size"),
-        trt.ICudaEngine: (
-            "create_execution_context",
-            "get_aliased_input_tensor",
-            "get_device_memory_size_for_profile_v2",
-            "get_tensor_dtype",
-            "get_tensor_location",
-            "get_tensor_mode",
-            "get_tensor_name",
-            "num_io_tensors",
-            "num_optimization_profiles",
-        ),
-        trt.IExecutionContext: (
-            "execute_async_v3",
-            "get_tensor_shape",
-            "infer_shapes",
-            "set_device_memory",
-            "set_input_shape",
-            "set_optimization_profile_async",
-            "set_output_allocator",
-            "set_tensor_address",
-        ),
-    }
-    assert [(k, name) for k, names in calls.items() for name in names if not hasattr(k, name)] == []
-    assert set(DTYPES) <= set(trt.DataType.__members__)
-    assert "USER_MANAGED" in trt.ExecutionContextAllocationStrategy.__members__
-    assert isinstance(_log(trt).logger, trt.ILogger)
-    assert isinstance(_allocator(trt, DeviceMemory(HostDevice()), "FLOAT"), trt.IOutputAllocator)
-
-
-def test_real_tensorrt_rtx_recognises_what_is_no_engine(real_engine, tmp_path):
-    trt, _ = real_engine
-    (tmp_path / "text.engine").write_bytes(b"x" * 4096)
-    with pytest.raises(UserError, match=r"text\.engine cannot be opened: .*malformed engine"):
-        open_engine(trt, tmp_path / "text.engine", name="text", profiles=(), limits=LIMITS)
-
-
-def test_real_tensorrt_rtx_without_a_gpu_gives_its_reason_in_one_line(real_engine):
-    trt, file = real_engine
-    if find_gpu() is not None:
-        pytest.skip("there is a GPU")
-    with pytest.raises(UserError, match=r"^engine .*joined\.engine cannot be opened: .*CUDA") as caught:
-        open_engine(trt, file, name="joined", profiles=(), limits=LIMITS)
-    assert "\n" not in str(caught.value)
