@@ -18,7 +18,7 @@ CPP := $(wildcard plugins/entropy_prune/*.h plugins/entropy_prune/*.c* plugins/e
 # Tiny models are slower on many threads than on one.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test lint format types unit plugin plugin-jetson test-plugin test-bridges test-ray docs test-docs attack engines \
+.PHONY: help setup demo test lint format types unit plugin plugin-jetson test-plugin test-bridges test-ray docs test-docs test-pythons attack engines \
   sweep why \
   bench-accuracy bench-score bench-plan bench-prefill bench-vision bench-decode bench-export bench-weights bench-families bench-engines bench-serve \
   bench-executors \
@@ -99,14 +99,20 @@ docs: $(DOCS)  ## Build the documentation into build/docs; a warning is an error
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs build/docs
 	@echo build/docs/index.html
 
-test-docs: $(STAMP)  ## Follow README and docs word by word, from a wheel, in environments of their own.
-	$(BIN)/python tests/docs/follow_docs.py
-
 # Ray and accelerate are extras of people who have many machines or GPUs; their tests skip without them.
 RAY := $(VENV)/.ray
 $(RAY): $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[ray,accelerate]' -c constraints.txt
 	@touch $@
+
+test-docs: $(RAY)  ## Follow README and docs word by word, from a wheel, in environments of their own.
+	$(BIN)/python tests/docs/follow_docs.py
+
+$(DEMO)/bundle/manifest.json:
+	@$(MAKE) --no-print-directory demo
+
+test-pythons: $(STAMP) $(DEMO)/bundle/manifest.json  ## What a Jetson does, under every other Python that can be had.
+	$(BIN)/python tests/docs/other_pythons.py $(DEMO)/bundle $(DEMO)/unseen/test-0-0000.png "List the digits."
 
 test-ray: $(RAY)  ## Measure on a Ray cluster of two nodes here, one of which is killed; spread a model.
 	$(BIN)/python -m pytest -q tests/measure/test_on_ray.py tests/reference/test_spread_model.py
@@ -148,8 +154,12 @@ bench-prefill: $(STAMP)  ## Measured prefill speed-up against the FLOPs model.
 bench-vision: $(STAMP)  ## The vision encoder in every dialect, and where its time goes.
 	env -u OMP_NUM_THREADS $(BIN)/python tests/bench/bench_vision.py
 
-bench-serve: $(STAMP)  ## Many requests at once: tokens a second and time to first token, full and pruned.
+SERVING := build/transformers-serving
+bench-serve: $(STAMP)  ## Many requests at once, here and over HTTP: tokens a second, time to first token, hostile clients.
 	env -u OMP_NUM_THREADS $(BIN)/python tests/bench/bench_serve.py
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(SERVING) \
+	  fastapi==0.165.0 opentelemetry-api==1.45.2 torchvision==0.28.0
+	env -u OMP_NUM_THREADS $(BIN)/python tests/bench/bench_serve_http.py --aside $(SERVING)
 
 GENAI := build/genai
 bench-decode: $(STAMP)  ## Decode and prefill against onnxruntime-genai's graphs, installed aside.

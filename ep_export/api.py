@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ep_export.calibrate.choose import ScheduleRequest, resolve_keep, resolve_schedule
 from ep_export.errors import UsageError
-from ep_export.numerics import DEFAULT_GROUP, WeightKind, Weights
+from ep_export.numerics import DEFAULT_GROUP, rounded_to
 from ep_export.planning import Plan, make_plan, settled_keep
 from ep_export.policy import DEFAULT_DEGREE, Chooser, Cut, Keep, Schedule
 from ep_export.progress import Progress, silent
@@ -111,6 +111,7 @@ def build(
     prompts: str | os.PathLike[str] | None = None,
     weights: str = "none",
     group: int = DEFAULT_GROUP,
+    vision_weights: str = "none",
     dialect: str = "onnxruntime",
     precision: str = "fp32",
     overwrite: bool = False,
@@ -137,6 +138,7 @@ def build(
         prompts: JSON file, picture -> questions.
         weights: "none", "int8", "int4" or "fp8".
         group: Inputs that share a scale in int4.
+        vision_weights: Of the vision encoder: "none" or "int8", beside `weights`.
         dialect: "onnxruntime", "portable" or "modern"; the last two are for compilers.
         precision: "fp32", "fp16" or "bf16".
         overwrite: Replace an earlier bundle.
@@ -150,8 +152,6 @@ def build(
     from ep_export.building import build as build_bundle
     from ep_export.bundle import Dialect, Precision, WeightsMode
 
-    kind = None if weights == "none" else _one_of(WeightKind, weights, "weights")
-    stored = None if kind is None else Weights(kind, group if kind is WeightKind.INT4 else None, "nearest")
     request = BuildRequest(
         model=os.fspath(model),
         keep=_keep(keep, keep_tokens),
@@ -162,7 +162,7 @@ def build(
         precision=_one_of(Precision, precision, "precision"),
         shards=WeightsMode.LINK,
         degree=DEFAULT_DEGREE,
-        weights=stored,
+        weights=rounded_to(weights, group, vision_weights),
         images=None if images is None else Path(images),
         prompts=None if prompts is None else Path(prompts),
     )

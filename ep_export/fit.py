@@ -28,8 +28,10 @@ FORMULAS: Mapping[str, str] = {
     "take their bits and a scale a group, lm_head 8 bits beside integers",
     "embedding table": "vocabulary x d x bytes; rows are read on the host from the mapped file, whose pages "
     "can be dropped: not counted",
-    "KV cache": "2 (a step's caches go in and come out) x 2 x KV heads x head_dim x bytes, for every layer "
-    "and token of prompt and answer",
+    "KV cache": "2 x 2 x KV heads x head_dim x bytes, for every layer and token of prompt and answer; twice, "
+    "because in the portable dialect a step's caches go in and come out, and in the modern one prefill fills "
+    "its own before they move into those of the answer. There every layer has rows for the whole prompt: "
+    "engines are compiled for one capacity, which a prompt without a picture needs behind a cut, too",
     "activations": "tokens x (3 d + 2 (H + KV heads) head_dim + 3 m) x bytes, for the encoder and every span "
     "of layers, plus masks, what policies compute and, in the portable dialect, attention weights; fused "
     "kernels need less",
@@ -43,7 +45,7 @@ FORMULAS: Mapping[str, str] = {
 
 _BYTES = {Precision.FP32: 4, Precision.FP16: 2, Precision.BF16: 2}
 _FLOAT32 = 4
-_CACHES_LIVE = 2
+_CACHES_LIVE = 2  # why: `FORMULAS`
 # Matrices of [H, H] a token for the entropy series of degree 512 if nothing were freed: 8 squares and what
 # stands around them. A bound: runtimes free most of them on the way.
 _SERIES_MATRICES = 12
@@ -54,7 +56,7 @@ class Figures:
     """Of the full or of the pruned model.
 
     Attributes:
-        kv_bytes: Caches at the end of the answer.
+        kv_bytes: Caches held at most, of one answer at a time.
         activation_bytes: Working memory of the engines in prefill.
         total_bytes: Both and the weights.
         vision_seconds: Of the vision encoder; pruning leaves it as it is.
@@ -149,8 +151,8 @@ def estimate(
         available_bytes=target.memory_bytes - target.reserved_bytes,
         weight_bytes=sizes.computing,
         embedding_bytes=sizes.embedding,
-        full=_figures(case, full),
-        pruned=_figures(case, pruned),
+        full=_figures(case, full, held=full),
+        pruned=_figures(case, pruned, held=full if graphs.dialect.fixed_caches else pruned),
         vision_counted=plan.vision is not None,
     )
 
@@ -182,8 +184,9 @@ class _Case:
             yield len(layers), visual + self.plan.text_tokens
 
 
-def _figures(case: _Case, spans: _Spans) -> Figures:
-    kv = _CACHES_LIVE * _kv_bytes(case, spans, case.new_tokens)
+def _figures(case: _Case, spans: _Spans, *, held: _Spans) -> Figures:
+    """What `spans` compute, with caches reserved for `held`."""
+    kv = _CACHES_LIVE * _kv_bytes(case, held, case.new_tokens)
     activations = _activations(case, spans)
     read = case.weights.layers * case.weights.layer + case.weights.lm_head
     read += _kv_bytes(case, spans, case.new_tokens // 2)

@@ -8,7 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from ep_export.errors import UsageError
+
 __all__ = [
+    "AS_THEY_ARE",
     "DEFAULT_GROUP",
     "GROUPS",
     "TYPES",
@@ -17,6 +20,7 @@ __all__ = [
     "RoundingCost",
     "WeightKind",
     "Weights",
+    "rounded_to",
 ]
 
 
@@ -70,7 +74,7 @@ DEFAULT_GROUP = 128
 
 
 class WeightKind(str, Enum):
-    """What linear layers of the decoder are stored in."""
+    """What linear layers are stored in."""
 
     INT8 = "int8"
     INT4 = "int4"
@@ -79,17 +83,55 @@ class WeightKind(str, Enum):
 
 @dataclass(frozen=True)
 class Weights:
-    """How linear layers of the decoder are stored.
+    """How linear layers are stored.
 
     Attributes:
-        kind: The type.
+        kind: The type of the decoder's.
         group: Inputs that share a scale; None where a scale serves a whole output (int8, fp8).
         rounding: "nearest", "gptq", or the layout of the published checkpoint they were read from.
+        vision: The type of those in the vision encoder's blocks, rounded to the nearest; None: as the
+            checkpoint has them.
     """
 
     kind: WeightKind
     group: int | None
     rounding: str
+    vision: WeightKind | None = None
+
+
+AS_THEY_ARE = "none"
+"""Of `rounded_to`: weights stay as the checkpoint has them."""
+
+
+def rounded_to(kind: str, group: int = DEFAULT_GROUP, vision: str = AS_THEY_ARE) -> Weights | None:
+    """What weights become, as people say it.
+
+    Args:
+        kind: Of the decoder: "none" or a `WeightKind`.
+        group: For int4.
+        vision: Of the vision encoder: "none" or "int8".
+
+    Raises:
+        UsageError: There is no such kind, or the vision encoder alone is to be rounded.
+    """
+    for given, known in ((kind, [each.value for each in WeightKind]), (vision, [WeightKind.INT8.value])):
+        if given not in {AS_THEY_ARE, *known}:
+            hint = f"one of {AS_THEY_ARE}, {', '.join(known)}"
+            raise UsageError(f"there are no {given} weights", hint=hint)
+    if kind == AS_THEY_ARE:
+        if vision != AS_THEY_ARE:
+            raise UsageError(
+                f"{vision} weights of the vision encoder go with those of the decoder",
+                hint="add --weights int8: the decoder has most of the weights",
+            )
+        return None
+    stored = WeightKind(kind)
+    return Weights(
+        stored,
+        group if stored is WeightKind.INT4 else None,
+        "nearest",
+        None if vision == AS_THEY_ARE else WeightKind(vision),
+    )
 
 
 @dataclass(frozen=True)

@@ -67,12 +67,13 @@ class Select(str, Enum):
 
 
 class Source(str, Enum):
-    """Which states are scored; those of layer K-1, K the cut's layer, all before rotary embedding."""
+    """Which states are scored; those of layer K-1, K the cut's layer, projections before rotary embedding."""
 
     QUERY = "query"  # q_proj output, [heads, head_dim]
     KEY = "key"  # k_proj output, [kv_heads, head_dim]
     VALUE = "value"  # v_proj output, [kv_heads, head_dim]
     HIDDEN = "hidden"  # what enters layer K, viewed as [heads, hidden_size / heads]
+    ATTENTION = "attention"  # what the last position attends to, after rotary embedding; one number, [1, 1]
 
 
 class Budget(str, Enum):
@@ -105,6 +106,19 @@ def _check_kind(kind: Kind, expected: Kind) -> None:
         raise ValueError(f"kind is {kind.value}, expected {expected.value}")
 
 
+def _check_source(scorer: Scorer, source: Source) -> None:
+    if source is Source.ATTENTION and scorer is not Scorer.NORM:
+        raise UsageError(
+            f"attention is one number a token, which has no {scorer.value} score",
+            hint=f"{Scorer.NORM.value} takes it as it is: "
+            f"--policy {Scorer.NORM.value} --source {Source.ATTENTION.value}",
+        )
+
+
+def _said(source: Source) -> str:
+    return "the last token's attention" if source is Source.ATTENTION else f"{source.value} states"
+
+
 @dataclass(frozen=True)
 class TopK:
     """Score every visual token by itself and keep the best.
@@ -125,6 +139,7 @@ class TopK:
 
     def __post_init__(self) -> None:
         _check_kind(self.kind, Kind.TOP_K)
+        _check_source(self.scorer, self.source)
 
     @property
     def name(self) -> str:
@@ -136,7 +151,7 @@ class TopK:
 
     def __str__(self) -> str:
         extra = ", per picture" if self.budget is Budget.PER_PICTURE else ""
-        return f"{self.scorer.value}, {self.select.value}, {self.source.value} states{extra}"
+        return f"{self.scorer.value}, {self.select.value}, {_said(self.source)}{extra}"
 
 
 @dataclass(frozen=True)
@@ -182,6 +197,7 @@ class Coverage:
 
     def __post_init__(self) -> None:
         _check_kind(self.kind, Kind.COVERAGE)
+        _check_source(self.scorer, self.source)
 
     @property
     def name(self) -> str:
@@ -189,7 +205,7 @@ class Coverage:
         return f"{_COVERAGE}-{TopK(self.scorer, self.select, self.source).name}"
 
     def __str__(self) -> str:
-        return f"{self.select.value} {self.scorer.value} of {self.source.value} states, far from what is kept"
+        return f"{self.select.value} {self.scorer.value} of {_said(self.source)}, far from what is kept"
 
 
 @dataclass(frozen=True)
@@ -246,7 +262,7 @@ def scored_source(chooser: Chooser) -> Source | None:
 
 
 def reads_projections(chooser: Chooser) -> bool:
-    """Whether a chooser scores what the layer before its cut projects, so that it cannot stand at layer 0."""
+    """Whether a chooser scores what the layer before its cut computes, so that it cannot stand at layer 0."""
     return scored_source(chooser) not in (None, Source.HIDDEN)
 
 
@@ -266,8 +282,8 @@ def chooser_named(name: str) -> Chooser:
     raise UsageError(
         f"policy {name!r} is unknown",
         hint=f"{', '.join(s.value for s in Scorer)}, each with -highest or -lowest and, if wanted, -key, "
-        "-value, -hidden and -per-picture; coverage- and such a score, e.g. coverage-norm-lowest; divprune; "
-        "random, random-SEED; nothing",
+        "-value, -hidden and -per-picture; norm-highest-attention (FastV); coverage- and such a score, e.g. "
+        "coverage-norm-lowest; divprune; random, random-SEED; nothing",
     )
 
 

@@ -18,7 +18,7 @@ from ep_export.bundle import Dialect, Precision
 from ep_export.data import data_dir
 from ep_export.documents import decode
 from ep_export.errors import UsageError, UserError, near_matches
-from ep_export.numerics import WeightKind, Weights
+from ep_export.numerics import AS_THEY_ARE, WeightKind, Weights
 from ep_export.policy import Chooser, Select, TopK, chooser_named
 
 if sys.version_info >= (3, 11):
@@ -27,7 +27,6 @@ else:
     import tomli as tomllib
 
 __all__ = [
-    "AS_THEY_ARE",
     "CHOOSERS",
     "Flavour",
     "Graphs",
@@ -242,8 +241,6 @@ def version_numbers(version: str) -> tuple[int, ...]:
 CHOOSERS = ("paper", "released", "order2", "norm", "divprune", "coverage", "random", "nothing")
 """What `choosers` of a target is where its file says nothing: the beginnings of all policies' names."""
 
-AS_THEY_ARE = "none"
-"""In `weights` of a target: not quantised."""
 _WEIGHTS = (AS_THEY_ARE, *(kind.value for kind in WeightKind))
 
 _KEYS = frozenset(Target.__dataclass_fields__) - {"name"} | {_EXTENDS}

@@ -61,8 +61,7 @@ def weight_sizes(
         dims: The decoder.
         tower: The vision encoder; None leaves it out.
         number_bytes: Of a number that is not quantised.
-        weights: What linear layers of the decoder are stored in; lm_head has 8 bits beside integers. None:
-            as the rest.
+        weights: What linear layers are stored in; lm_head has 8 bits beside integers. None: as the rest.
         tied: Whether lm_head is the embedding table.
     """
     layer = layer_parameters(dims)
@@ -71,8 +70,9 @@ def weight_sizes(
     if weights is not None:
         scales = layer * number_bytes // weights.group if weights.group else 0
         layer_bytes = layer * _BITS[weights.kind] // 8 + scales
+    rounded_vision = weights is not None and weights.vision is not None
     return WeightSizes(
-        vision=number_bytes * tower.parameters if tower else 0,
+        vision=(1 if rounded_vision else number_bytes) * tower.parameters if tower else 0,
         layer=layer_bytes,
         layers=dims.layers,
         lm_head=table_parameters(dims) * (1 if integers else number_bytes),

@@ -14,10 +14,9 @@ from ep_export.aliases import ALIASES
 from ep_export.checkpoint import ModelConfig, open_config
 from ep_export.errors import UsageError
 from ep_export.fit import Estimate, estimate
-from ep_export.numerics import DEFAULT_GROUP, WeightKind, Weights
+from ep_export.numerics import AS_THEY_ARE, Weights, rounded_to
 from ep_export.planning import Plan, make_plan
 from ep_export.policy import Keep
-from ep_export.targets import AS_THEY_ARE
 from ep_export.weight_sizes import weight_sizes
 
 if TYPE_CHECKING:
@@ -88,7 +87,7 @@ def _ways(
     if model.published is not None:
         kinds: list[Weights | None] = [model.published.weights]
     else:
-        kinds = [_weights(kind) for kind in target.weights]
+        kinds = [rounded_to(kind) for kind in target.weights]
     for kind in kinds:
         if not own or kind != weights:
             yield plan, kind
@@ -97,13 +96,6 @@ def _ways(
         for ratio in _KEEPS:
             if ratio < average and (smaller := _with_keep(plan, Keep(ratio=ratio))):
                 yield smaller, weights
-
-
-def _weights(kind: str) -> Weights | None:
-    if kind == AS_THEY_ARE:
-        return None
-    stored = WeightKind(kind)
-    return Weights(stored, DEFAULT_GROUP if stored is WeightKind.INT4 else None, "nearest")
 
 
 def _with_keep(plan: Plan, keep: Keep) -> Plan | None:

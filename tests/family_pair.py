@@ -24,7 +24,17 @@ from ep_export.choosers import KeptDifference
 from ep_export.errors import UsageError
 from ep_export.families.base import Picture, PromptInputs, Visual
 from ep_export.planning import average_keep, kept_tokens
-from ep_export.policy import Budget, Coverage, Cut, Keep, MaxMin, Schedule, Scorer, TopK
+from ep_export.policy import (
+    Budget,
+    Coverage,
+    Cut,
+    Keep,
+    Schedule,
+    Scorer,
+    Source,
+    TopK,
+    chooser_named,
+)
 from ep_export.reference import PruneSpec, kept_as, load_model, prune
 from ep_export.runtime import Prefill, Session, open_picture, open_video
 from ep_export.weights.store import bundle_layers
@@ -61,9 +71,9 @@ class FamilyPair:
         dialect = self._settings.get("dialect", Dialect.ONNXRUNTIME)
         out = self.bundle.path.with_name("two-cuts")
         cut, layers = self.bundle.manifest.schedule.cuts[0], self.bundle.manifest.dims.layers
-        cuts = [(cut.layer, cut.chooser), (cut.layer + 1, Coverage(Scorer.NORM))]
+        cuts = [(cut.layer, cut.chooser), (cut.layer + 1, Coverage(Scorer.NORM, source=Source.ATTENTION))]
         if cut.layer == layers - 1:
-            cuts = [(cut.layer - 1, MaxMin()), (cut.layer, cut.chooser)]
+            cuts = [(cut.layer - 1, chooser_named("norm-highest-attention")), (cut.layer, cut.chooser)]
         schedule = Schedule(
             tuple(Cut(layer, each, share) for (layer, each), share in zip(cuts, TWO_CUTS, strict=True))
         )

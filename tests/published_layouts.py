@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from ep_export.checkpoint import open_checkpoint
-from ep_export.export.packing import decoder_weights
+from ep_export.export.packing import linear_weights
 
 __all__ = ["AWQ_ORDER", "LAYOUTS", "along_columns", "along_rows", "publish"]
 
@@ -57,7 +57,7 @@ def publish(source: Path, out: Path, layout: str, *, skip: tuple[str, ...] = ())
     """
     checkpoint = open_checkpoint(str(source))
     shutil.copytree(source, out, ignore=shutil.ignore_patterns("*.safetensors*"))
-    names = [n for n in decoder_weights(checkpoint).linears if not any(part in n for part in skip)]
+    names = [n for n in linear_weights(checkpoint).decoder if not any(part in n for part in skip)]
     tensors, worth = {}, {}
     for name, ref in checkpoint.tensors.items():
         weight = _read(ref)

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+from PIL import Image
 
-__all__ = ["ServerProcess", "data_url", "picture_message", "serving"]
+__all__ = ["ServerProcess", "bomb", "data_url", "picture_message", "serving"]
 
 _START_SECONDS = 120  # a loaded machine imports transformers for a while
 _BOUNDED = Path(__file__).parent / "serve" / "bounded_server.py"
@@ -52,6 +54,18 @@ class ServerProcess:
         """A request as JSON."""
         fields.setdefault("messages", [{"role": "user", "content": text}])
         return {"model": self.model, "max_tokens": 4, **fields}
+
+    def connect(self) -> socket.socket:
+        host, port = self.url.removeprefix("http://").split(":")
+        return socket.create_connection((host, int(port)), timeout=20)
+
+    def raw(self, body: dict[str, Any], **headers: str) -> bytes:
+        """A chat completion as bytes on the wire."""
+        content = json.dumps(body).encode()
+        lines = {"Host": self.url.removeprefix("http://"), "Content-Type": "application/json"}
+        lines |= {"Content-Length": str(len(content))} | headers
+        head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
+        return f"POST /v1/chat/completions HTTP/1.1\r\n{head}\r\n".encode() + content
 
     def waits_for(self, condition: Any, *, seconds: float = 20.0) -> None:
         """Poll until something holds."""
@@ -113,6 +127,11 @@ def data_url(picture: Any, kind: str = "PNG") -> str:
     stream = io.BytesIO()
     picture.save(stream, kind)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(stream.getvalue()).decode()}"
+
+
+def bomb() -> Image.Image:
+    """81 million pixels in some ten kilobytes."""
+    return Image.new("1", (9000, 9000))
 
 
 def picture_message(text: str, *pictures: Any) -> list[dict[str, Any]]:

@@ -126,7 +126,8 @@ def draw_candidates(axes: Any, record: Record) -> None:
         axes.set_yscale("log")
     axes.set_xlabel("first pruned before layer")
     axes.set_ylabel("KL per answer token, nats (bars: 95% interval)")
-    entitle(axes, "fidelity to the unpruned model, lower is better", record.recommendation)
+    first, _, _ = record.recommendation.partition("; ")  # how sure that is, the command and the record say
+    entitle(axes, "fidelity to the unpruned model, lower is better", first)
     _draw_legend(axes, names, record, recommended=best is not None)
 
 

@@ -18,7 +18,7 @@ import torch
 
 from ep_export.bundle import hash_file
 from ep_export.errors import UserError
-from ep_export.export.packing import decoder_weights, pack
+from ep_export.export.packing import linear_weights, pack
 from ep_export.numerics import WeightKind
 from ep_export.progress import Progress, silent
 from ep_export.reference.spans import SpanRecorder, run_layers
@@ -116,7 +116,7 @@ def rounded_shard(
         packing = nearest(checkpoint.tensors, weights, compute=_COMPUTE)
     with tempfile.TemporaryDirectory(prefix="ep-export-weights-") as directory:
         file = Path(directory) / "layers"
-        pack(checkpoint, decoder_weights(checkpoint), packing, file, compute=_COMPUTE, progress=progress)
+        pack(checkpoint, linear_weights(checkpoint), packing, file, compute=_COMPUTE, progress=progress)
         yield file.rename(file.with_name(f"{weights.kind.value}-{hash_file(file)[:16]}.safetensors"))
 
 

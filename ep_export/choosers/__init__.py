@@ -10,7 +10,15 @@ from typing import Any
 
 import torch
 
-from ep_export.choosers.base import Choice, ChooserForm, CutTokens, KeptDifference, PruneInputs
+from ep_export.choosers.base import (
+    Choice,
+    ChooserForm,
+    CutTokens,
+    KeptDifference,
+    LayerStates,
+    PruneInputs,
+    state_heads,
+)
 from ep_export.choosers.coverage import CoverageForm
 from ep_export.choosers.max_min import MaxMinForm
 from ep_export.choosers.nothing import NothingForm
@@ -24,10 +32,12 @@ __all__ = [
     "ChooserForm",
     "CutTokens",
     "KeptDifference",
+    "LayerStates",
     "PruneInputs",
     "choose",
     "difference",
     "form_of",
+    "state_heads",
 ]
 
 _FORMS: dict[Kind, ChooserForm[Any]] = {

@@ -7,17 +7,29 @@ the rival methods'), the judgement of another runtime's choice (near-ties replay
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Generic, TypeVar
+
+from ep_export.policy import Source
 
 if TYPE_CHECKING:
     import onnx_ir as ir
     import torch
 
+    from ep_export.dims import DecoderDims
     from ep_export.graph import Nodes
 
-__all__ = ["Choice", "ChooserForm", "CutTokens", "KeptDifference", "PruneInputs"]
+__all__ = [
+    "Choice",
+    "ChooserForm",
+    "CutTokens",
+    "KeptDifference",
+    "LayerStates",
+    "PruneInputs",
+    "state_heads",
+]
 
 _C = TypeVar("_C")
 
@@ -28,8 +40,8 @@ class CutTokens:
 
     Attributes:
         hidden: [N, d] what enters the cut's layer; at layer 0 the visual embeddings.
-        states: [N, heads, head_dim] what a chooser scores: projections of the layer before, or `hidden` seen
-            as heads; None where the chooser reads none.
+        states: [N, heads, head_dim] what a chooser scores: projections or attention of the layer before, or
+            `hidden` seen as heads; None where the chooser reads none.
         visual_index: [N] int64, ascending positions in the sequence that arrives. Consecutive positions
             belong to one picture.
     """
@@ -37,6 +49,58 @@ class CutTokens:
     hidden: torch.Tensor
     states: torch.Tensor | None
     visual_index: torch.Tensor
+
+
+@dataclass(frozen=True)
+class LayerStates:
+    """States of layer K-1 for every position that arrives at layer K, in the model's number type.
+
+    Attributes:
+        queries: [S, heads, head_dim], q_proj output before rotary embedding.
+        keys: [S, kv_heads, head_dim], before rotary embedding.
+        rotate: (queries [S, heads, D], keys [S, kv_heads, D]) -> the same after the model's own rotary
+            embedding.
+        scale: Factor on the attention scores.
+    """
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    rotate: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+    scale: float
+
+    def attention_from(self, position: int) -> torch.Tensor:
+        """What one position attends to: softmax over itself and all before it, mean over heads.
+
+        Args:
+            position: Of the sequence, 0 to S - 1.
+
+        Returns:
+            [position + 1] float32, sums to 1.
+        """
+        queries, keys = self.rotate(self.queries, self.keys)
+        groups = queries.shape[1] // keys.shape[1]
+        seen = keys[: position + 1].float().repeat_interleave(groups, dim=1)
+        scores = (seen * queries[position].float()).sum(dim=-1).T * self.scale
+        return scores.softmax(dim=-1).mean(dim=0)
+
+    @property
+    def attention(self) -> torch.Tensor:
+        """What `Source.ATTENTION` is: `attention_from` the last position as multiples of an even share, 1/S.
+
+        So its scores are of the size of entropies however long the prompt is, and float16 holds them.
+
+        Returns:
+            [S, 1] float32, its mean is 1.
+        """
+        length = len(self.queries)
+        return length * self.attention_from(length - 1)[:, None]
+
+
+def state_heads(source: Source, dims: DecoderDims) -> int:
+    """Heads of the states that a source is."""
+    if source is Source.ATTENTION:
+        return 1
+    return dims.kv_heads if source in {Source.KEY, Source.VALUE} else dims.heads
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from ep_export.choosers import PruneInputs, form_of
+from ep_export.choosers import PruneInputs, form_of, state_heads
 from ep_export.choosers.gathering import gather_kept
 from ep_export.choosers.top_k import DOMAIN, OP_TYPE, prune_function
 from ep_export.dims import DecoderDims
@@ -38,7 +38,7 @@ def build_prune(
         chooser: Which tokens stay.
         dims: The decoder's dimensions.
         cut_layer: K; at 0 the component follows the embeddings.
-        precision_dtype: Type of states and hidden.
+        precision_dtype: Type of states and hidden; attention is float32 in every graph.
         degree: Of the entropy series, one of `policy.DEGREES`.
         opset: Of the default domain.
 
@@ -69,7 +69,9 @@ def _inputs(chooser: Chooser, dims: DecoderDims, dtype: ir.DataType) -> dict[str
     def add(name: str, kind: ir.DataType, *shape: int | str) -> None:
         values[name] = ir.Value(name=name, type=ir.TensorType(kind), shape=ir.Shape(shape))
 
-    if reads_projections(chooser):
+    if scored_source(chooser) is Source.ATTENTION:
+        add("states", _FLOAT, 1, "S", 1, 1)
+    elif reads_projections(chooser):
         add("states", dtype, 1, "S", _heads(chooser, dims), dims.head_dim)
     add("hidden", dtype, 1, "S", dims.hidden_size)
     add("position_ids", _INT64, dims.position_axes, 1, "S")
@@ -114,7 +116,8 @@ def _states(nodes: Nodes, chooser: Chooser, values: dict[str, ir.Value], dims: D
 
 def _heads(chooser: Chooser, dims: DecoderDims) -> int:
     """Heads of the states that a chooser scores."""
-    return dims.kv_heads if scored_source(chooser) in {Source.KEY, Source.VALUE} else dims.heads
+    source = scored_source(chooser)
+    return dims.heads if source is None else state_heads(source, dims)
 
 
 def _outputs(

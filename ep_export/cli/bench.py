@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ep_export.cli.console import note, print_json, print_table, progress_bar
-from ep_export.cli.options import bundle_argument, image_option, json_option, keep_options, optional_keep
+from ep_export.cli.options import (
+    bundle_argument,
+    image_option,
+    json_option,
+    keep_options,
+    optional_keep,
+    video_options,
+    visuals_from,
+)
 from ep_export.cli.runtime import backend_sentence, open_backend, runtime_options
 from ep_export.cli.units import bytes_text
 from ep_export.documents import encode
@@ -27,6 +35,7 @@ _PROMPT = "What is in the picture?"
 @click.command()
 @bundle_argument
 @image_option
+@video_options
 @click.option(
     "--images",
     "folder",
@@ -65,6 +74,9 @@ _PROMPT = "What is in the picture?"
 def bench(
     bundle: Path,
     images: Sequence[Path],
+    videos: Sequence[Path],
+    frames: int | None,
+    fps: float | None,
     folder: Path | None,
     prompts: Path | None,
     prompt: str | None,
@@ -78,26 +90,26 @@ def bench(
 ) -> None:
     """Measure a bundle here: unpruned against one or several policies, in one run.
 
-    Times are about the given pictures together, or the first of the folder, or a test card.
+    Times are about the given pictures and videos together, or the first of the folder, or a test card.
     """
     from ep_export.benchmark import measure_agreement, measure_latency
     from ep_export.bundle import Bundle
-    from ep_export.runtime import Session, open_picture
+    from ep_export.runtime import Session
     from ep_export.testcards import make_cards
 
     wanted = optional_keep(keep, keep_tokens)
-    questions = _questions(folder, prompts, prompt, images)
+    questions = _questions(folder, prompts, prompt, alone=bool(images or videos))
+    visuals = visuals_from([questions[0].picture] if questions else images, videos, frames, fps)
     names = tuple(dict.fromkeys(policies))
     sides: Sequence[tuple[str, ...]] = [(name,) for name in names] or [()]
     opened = Bundle.open(bundle, verify=backend_options["verify"])
     for side in sides:  # refused before components are opened
         check_schedule(opened.manifest.scheduled(side), opened.manifest.dims.layers)
     backend = open_backend(opened, **backend_options)
-    shown = [questions[0].picture] if questions else images
     with Session.open(opened, runner=backend) as session, progress_bar() as progress:
         latency = measure_latency(
             session,
-            [open_picture(path) for path in shown] or make_cards()[:1],
+            visuals or make_cards()[:1],
             questions[0].text if questions else prompt or _PROMPT,
             keep=wanted,
             policies=sides,
@@ -124,9 +136,9 @@ def bench(
 
 
 def _questions(
-    folder: Path | None, prompts: Path | None, prompt: str | None, images: Sequence[Path]
+    folder: Path | None, prompts: Path | None, prompt: str | None, *, alone: bool
 ) -> list[Question]:
-    """Every question about every picture of the folder.
+    """Every question about every picture of the folder; `alone` where pictures are given one by one.
 
     Raises:
         UsageError: Options that exclude or need each other.
@@ -140,8 +152,8 @@ def _questions(
         if prompts is not None:
             raise UsageError("--prompts asks about the pictures of --images", hint="add --images DIR")
         return []
-    if images:
-        raise UsageError("--image and --images exclude each other", hint="give one of them")
+    if alone:
+        raise UsageError("--image or --video and --images exclude each other", hint="give one of them")
     if prompts is not None and prompt is not None:
         raise UsageError("--prompt and --prompts exclude each other", hint="give one of them")
     texts = read_questions(prompts) if prompts else [prompt or _PROMPT]

@@ -18,10 +18,10 @@ from ep_export.cli.options import (
     keep_options,
     model_option,
     optional_keep,
-    weights_from,
 )
 from ep_export.cli.plan import keep_sentence, plan_json, plan_rows
 from ep_export.cli.schedule import schedule_options, schedule_request
+from ep_export.numerics import rounded_to
 from ep_export.targets import find_target
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def build_request(options: dict[str, Any]) -> BuildRequest:
         dialect=Dialect(options["dialect"]),
         precision=Precision(options["precision"]),
         shards=WeightsMode(options["shards"]),
-        weights=weights_from(options["weights"], options["group"]),
+        weights=rounded_to(options["weights"], options["group"], options["vision_weights"]),
         degree=options["degree"],
         images=options.get("images"),
         prompts=options.get("prompts"),

@@ -15,10 +15,10 @@ from ep_export.cli.options import (
     keep_options,
     model_option,
     optional_keep,
-    weights_from,
     weights_options,
 )
 from ep_export.errors import UsageError
+from ep_export.numerics import rounded_to
 
 if TYPE_CHECKING:
     from ep_export.calibrate import Record
@@ -71,6 +71,7 @@ def calibrate(
     device: str,
     weights: str,
     group: int,
+    vision_weights: str,
     jobs: int | None,
     ray: str | None,
     out: Path | None,
@@ -89,7 +90,7 @@ def calibrate(
     if wanted is None:
         raise UsageError("how much to keep is not given", hint="add --keep 0.25, or --keep-tokens N")
     plain = Path(f"{Path(model).name}.json")
-    stored = weights_from(weights, group)
+    stored = rounded_to(weights, group, vision_weights)
     file = out or (plain.with_stem(f"{plain.stem}-{weights}") if stored else plain)
     if file.exists() and not overwrite:
         raise UsageError(f"{file} exists already", hint="give another --out, or --overwrite to replace it")

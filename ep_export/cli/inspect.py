@@ -112,4 +112,6 @@ def _weights(manifest: Manifest) -> str:
     if stored is None:
         return manifest.weights.value
     group = f", groups of {stored.group}" if stored.group else ""
-    return f"{manifest.weights.value}; decoder in {stored.kind.value}{group}, rounded by {stored.rounding}"
+    decoder = f"decoder in {stored.kind.value}{group}, rounded by {stored.rounding}"
+    vision = [f"vision encoder in {stored.vision.value}"] if stored.vision else []
+    return "; ".join([manifest.weights.value, decoder, *vision])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -11,11 +11,12 @@ import click
 
 from ep_export.bundle import Dialect, Precision, WeightsMode
 from ep_export.errors import UsageError
-from ep_export.numerics import DEFAULT_GROUP, GROUPS, WeightKind, Weights
+from ep_export.numerics import AS_THEY_ARE, DEFAULT_GROUP, GROUPS, WeightKind
 from ep_export.policy import ADAPTIVE, DEFAULT_DEGREE, DEGREES, Keep
 from ep_export.spelling import parse_share
 
 if TYPE_CHECKING:
+    from ep_export.families.base import Visual
     from ep_export.measure.executors import Executor
 
 __all__ = [
@@ -34,7 +35,8 @@ __all__ = [
     "optional_keep",
     "policies_option",
     "values",
-    "weights_from",
+    "video_options",
+    "visuals_from",
     "weights_options",
 ]
 
@@ -71,6 +73,48 @@ image_option = click.option(
     multiple=True,
     help="A picture; may repeat, in prompt order.",
 )
+
+
+def video_options(function: _F) -> _F:
+    """`--video`, `--frames` and `--fps`."""
+    return add_options(
+        function,
+        click.option(
+            "--video",
+            "videos",
+            type=click.Path(path_type=Path),
+            multiple=True,
+            help="A video file, an animated GIF or WebP, or a folder of frames; may repeat. Pictures come "
+            "first.",
+        ),
+        click.option(
+            "--frames",
+            type=click.IntRange(1),
+            help="Frames of each video to show at most, evenly sampled [8, or as many as --fps gives].",
+        ),
+        click.option(
+            "--fps",
+            type=click.FloatRange(0, min_open=True),
+            help="Frames a second to show; of a folder: that its frames were taken at [1].",
+        ),
+    )
+
+
+def visuals_from(
+    images: Sequence[Path], videos: Sequence[Path], frames: int | None, fps: float | None
+) -> list[Visual]:
+    """What `--image` and `video_options` collected, opened: pictures first.
+
+    Raises:
+        UsageError: Options of videos without one.
+        UserError: See `open_picture` and `open_video`.
+    """
+    from ep_export.runtime import open_picture, open_video
+
+    if (frames is not None or fps is not None) and not videos:
+        raise UsageError("--frames and --fps are about videos, and there is none", hint="add --video PATH")
+    visuals: list[Visual] = [open_picture(path) for path in images]
+    return visuals + [open_video(path, frames=frames, fps=fps) for path in videos]
 
 
 policies_option = click.option(
@@ -188,7 +232,7 @@ def optional_keep(ratio: float | None, tokens: int | None) -> Keep | None:
     return Keep(ratio=float(ratio), adaptive=isinstance(ratio, _AdaptiveShare))
 
 
-WEIGHTS = ("none", *(kind.value for kind in WeightKind))
+WEIGHTS = (AS_THEY_ARE, *(kind.value for kind in WeightKind))
 """Values of `--weights`."""
 
 group_option = click.option(
@@ -202,7 +246,7 @@ group_option = click.option(
 
 
 def weights_options(function: _F) -> _F:
-    """`--weights` and `--group`."""
+    """`--weights`, `--group` and `--vision-weights`."""
     return add_options(
         function,
         click.option(
@@ -213,15 +257,14 @@ def weights_options(function: _F) -> _F:
             help="Store the decoder's linear layers in fewer bits; calibrated on --images where given.",
         ),
         group_option,
+        click.option(
+            "--vision-weights",
+            type=click.Choice((AS_THEY_ARE, WeightKind.INT8.value)),
+            default=AS_THEY_ARE,
+            show_default=True,
+            help="Store the vision encoder's linear layers in 8 bits, beside --weights.",
+        ),
     )
-
-
-def weights_from(kind: str, group: int) -> Weights | None:
-    """What `weights_options` collected."""
-    if kind == "none":
-        return None
-    stored = WeightKind(kind)
-    return Weights(stored, group if stored is WeightKind.INT4 else None, "nearest")
 
 
 def export_options(function: _F) -> _F:

@@ -20,14 +20,13 @@ from ep_export.cli.options import (
     keep_options,
     model_option,
     optional_keep,
-    weights_from,
     weights_options,
 )
 from ep_export.cli.schedule import schedule_options, schedule_request
 from ep_export.cli.units import bytes_text, flops_text, keep_text, percent_text
 from ep_export.documents import encode
 from ep_export.errors import UserError
-from ep_export.numerics import TYPES
+from ep_export.numerics import TYPES, rounded_to
 from ep_export.planning import span_tokens
 
 if TYPE_CHECKING:
@@ -86,6 +85,7 @@ def plan(
     new_tokens: int,
     weights: str,
     group: int,
+    vision_weights: str,
     as_json: bool,
     **more: Any,
 ) -> None:
@@ -104,7 +104,7 @@ def plan(
     request = schedule_request(more)
     told = resolve_keep(config, request, keep=told)
     schedule, evidence = resolve_schedule(config, request, keep=told)
-    stored = config.published.weights if config.published else weights_from(weights, group)
+    stored = config.published.weights if config.published else rounded_to(weights, group, vision_weights)
     _check_weights(stored, target)
     kv_dtype = kv_dtype or (target.graphs[0].precision.value if target else "fp16")
     kv_bytes = _BYTES_PER_ELEMENT[kv_dtype]

@@ -17,6 +17,8 @@ from ep_export.cli.options import (
     keep_options,
     optional_keep,
     policies_option,
+    video_options,
+    visuals_from,
 )
 from ep_export.cli.runtime import backend_sentence, open_backend, runtime_options
 from ep_export.cli.units import ms_text, percent_text
@@ -25,7 +27,6 @@ from ep_export.planning import check_schedule
 
 if TYPE_CHECKING:
     from ep_export.bundle import Manifest
-    from ep_export.families.base import Visual
     from ep_export.runtime import Generation
 
 __all__ = ["run"]
@@ -34,23 +35,7 @@ __all__ = ["run"]
 @click.command()
 @bundle_argument
 @image_option
-@click.option(
-    "--video",
-    "videos",
-    type=click.Path(path_type=Path),
-    multiple=True,
-    help="A video file, an animated GIF or WebP, or a folder of frames; may repeat. Pictures come first.",
-)
-@click.option(
-    "--frames",
-    type=click.IntRange(1),
-    help="Frames of each video to show at most, evenly sampled [8, or as many as --fps gives].",
-)
-@click.option(
-    "--fps",
-    type=click.FloatRange(0, min_open=True),
-    help="Frames a second to show; of a folder: that its frames were taken at [1].",
-)
+@video_options
 @click.option("--prompt", required=True, help="The question.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=128, show_default=True)
 @keep_options(required=False)
@@ -94,19 +79,16 @@ def run(
 ) -> None:
     """Answer a question about pictures and videos from a bundle."""
     from ep_export.cli.drawing import draw_answer
-    from ep_export.runtime import Sampling, Session, open_picture, open_video
+    from ep_export.runtime import Sampling, Session
 
     if show and not (images or videos):
         raise UsageError(
             "--show draws the kept patches of a picture, and there is none", hint="add --image FILE"
         )
-    if (frames is not None or fps is not None) and not videos:
-        raise UsageError("--frames and --fps are about videos, and there is none", hint="add --video PATH")
     if show:
         _check_drawing(show)
     wanted = optional_keep(keep, keep_tokens)
-    visuals: list[Visual] = [open_picture(path) for path in images]
-    visuals += [open_video(path, frames=frames, fps=fps) for path in videos]
+    visuals = visuals_from(images, videos, frames, fps)
     sampling = None
     if temperature is not None or top_p is not None or top_k is not None:
         sampling = Sampling(temperature=temperature or 1.0, top_p=top_p or 1.0, top_k=top_k or 0, seed=seed)

@@ -52,7 +52,11 @@ def schedule_options(function: _F) -> _F:
             "place of --layer and --policy.",
         ),
         click.option("--select", type=values(Select), help="Which end of the scores is kept [highest]."),
-        click.option("--source", type=values(Source), help="States of layer K-1 that are scored [query]."),
+        click.option(
+            "--source",
+            type=values(Source),
+            help="States of layer K-1 that are scored [query]; attention goes with --policy norm (FastV).",
+        ),
         click.option(
             "--budget",
             type=values(Budget),

@@ -30,7 +30,12 @@ _MIB = 1 << 20
     "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any free one."
 )
 @click.option("--name", metavar="M", help="What requests call the model [the bundle's model].")
-@click.option("--slots", type=click.IntRange(1), default=8, show_default=True, help="Answers at once.")
+@click.option(
+    "--slots",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Answers at once [8, or as many as engines were compiled for].",
+)
 @click.option(
     "--capacity",
     type=click.IntRange(1),
@@ -88,7 +93,7 @@ def serve(
     host: str,
     port: int,
     name: str | None,
-    slots: int,
+    slots: int | None,
     capacity: int | None,
     waiting: int,
     max_new_tokens: int,
@@ -109,16 +114,6 @@ def serve(
     from ep_export.serve import Limits, bind, run_server, warm_up
     from ep_export.serving import Engine
 
-    limits = Limits(
-        body_bytes=max_body * _MIB,
-        pictures=max_pictures,
-        pixels=max_pixels,
-        new_tokens=max_new_tokens,
-        seconds=timeout,
-        requests=slots + waiting,
-        fetch=fetch_images,
-        stop_seconds=grace,
-    )
     with _ending_well(), bind(host, port) as listening:
         opened = Bundle.open(bundle, verify=backend_options["verify"])
         backend = open_backend(opened, **backend_options)
@@ -131,6 +126,16 @@ def serve(
             if sentence := backend_sentence(backend):
                 note(sentence)
             warm_up(engine, opened.manifest)
+            limits = Limits(
+                body_bytes=max_body * _MIB,
+                pictures=max_pictures,
+                pixels=max_pixels,
+                new_tokens=max_new_tokens,
+                seconds=timeout,
+                requests=engine.slots + waiting,
+                fetch=fetch_images,
+                stop_seconds=grace,
+            )
             run_server(
                 engine,
                 opened.manifest,

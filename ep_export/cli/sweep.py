@@ -15,9 +15,9 @@ from ep_export.cli.options import (
     executor_options,
     group_option,
     model_option,
-    weights_from,
 )
 from ep_export.errors import UsageError
+from ep_export.numerics import rounded_to
 from ep_export.planning import average_keep
 from ep_export.spelling import parse_cut
 
@@ -175,7 +175,7 @@ def sweep(**options: Any) -> None:
         keeps=_keeps(options["keeps"], schedule, checkpoint.dims.layers),
         layers=tuple(sorted(set(options["layers"]))) or None,
         schedule=schedule,
-        weights=tuple(w for kind in options["weights"] if (w := weights_from(kind, options["group"]))),
+        weights=tuple(w for kind in options["weights"] if (w := rounded_to(kind, options["group"]))),
         seeds=options["seeds"],
         calibration=calibration,
         max_questions=options["max_questions"],

@@ -9,8 +9,9 @@ import click
 
 from ep_export.cli.console import print_json
 from ep_export.cli.options import json_option
+from ep_export.numerics import AS_THEY_ARE
 from ep_export.policy import Scorer, TopK
-from ep_export.targets import AS_THEY_ARE, CHOOSERS, Flavour, Target, load_targets
+from ep_export.targets import CHOOSERS, Flavour, Target, load_targets
 
 __all__ = ["targets"]
 

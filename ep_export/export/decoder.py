@@ -2,7 +2,8 @@
 
     embed_tokens  input_ids [B,S] -> inputs_embeds [B,S,d]
     decoder_<i>   layers between two cuts: inputs_embeds [B,T,d] -> hidden_states [B,T,d] and the projections
-                  of its last layer, which a chooser may score; the last span: -> logits [B,1,V]
+                  of its last layer, which a chooser may score, and what its last position attends to where
+                  a chooser does; the last span: -> logits [B,1,V]
 
 A span knows nothing of pruning. Causality is by order, made inside from lengths, so that kept tokens may keep
 their positions and every span a cache length of its own. Caches grow by concatenation, B = 1; or they have a
@@ -25,9 +26,17 @@ from ep_export.export.recording import Size, Spec, Varying, onnx_operator
 from ep_export.export.tracing import trace
 from ep_export.families.base import DecoderModules
 
-__all__ = ["STATES", "Rotary", "build_embed_tokens", "build_span", "check_decoder"]
+__all__ = [
+    "STATES",
+    "Rotary",
+    "build_embed_tokens",
+    "build_span",
+    "check_decoder",
+    "last_attention",
+]
 
-STATES = ("query_states", "key_states", "value_states")
+STATES = ("query_states", "key_states", "value_states", "attention_states")
+"""What a span gives out of its last layer, so that a chooser may score it; the last only where one does."""
 
 # B, T, P and C while recording: primes, none of them special
 _BATCH, _LENGTH, _PAST, _CAPACITY = Varying(2, 3), Varying(7, 11), Varying(5, 13), Varying(17, 23)
@@ -57,11 +66,18 @@ class Rotary(torch.nn.Module):
 
 
 class _Layer(torch.nn.Module):
-    """A decoder layer of the Llama kind over rows, with the projections it computes on the way."""
+    """A decoder layer of the Llama kind over rows, with the projections it computes on the way.
 
-    def __init__(self, layer: Any, dims: DecoderDims, forms: Forms) -> None:
+    Args:
+        layer: Hugging Face's.
+        dims: The decoder's dimensions.
+        forms: Of the dialect.
+        attention: Whether it gives out what the last position attends to.
+    """
+
+    def __init__(self, layer: Any, dims: DecoderDims, forms: Forms, *, attention: bool) -> None:
         super().__init__()
-        self.layer, self.forms = layer, forms
+        self.layer, self.forms, self.attention = layer, forms, attention
         self.heads = (dims.heads, dims.kv_heads, dims.kv_heads)
         self.head_dim = dims.head_dim
 
@@ -88,7 +104,7 @@ class _Layer(torch.nn.Module):
 
         Returns:
             Rows [B T, d]; key and value [1, KVH, P + T, D], or [B, KVH, C, D]; query, key and value states
-            before rotary embedding [B, T, heads, D].
+            before rotary embedding [B, T, heads, D]; `last_attention` if it gives that out.
         """
         layer, forms = self.layer, self.forms
         own = layer.self_attn
@@ -99,6 +115,8 @@ class _Layer(torch.nn.Module):
         ]
         query, key, value = (x.transpose(1, 2) for x in states)
         query, key = forms.rotate(query, cos, sin), forms.rotate(key, cos, sin)
+        if self.attention:
+            states.append(last_attention(query[:, :, -1:], key, own.scaling))
         key, value = _extended(past_key, key, *write_index), _extended(past_value, value, *write_index)
         attended = forms.attention(query, key, value, mask, own.scaling)
         rows = rows + own.o_proj(attended.transpose(1, 2).reshape(rows.shape[0], -1))
@@ -113,6 +131,25 @@ class _Final(torch.nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self.lm_head(self.norm(hidden[:, -1:]))
         return logits.float()
+
+
+def last_attention(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
+    """What the last position attends to, as multiples of an even share: `LayerStates.attention` of a batch.
+
+    Args:
+        query: [B, H, 1, D], the last position's, after rotary embedding.
+        key: [B, KVH, T, D], likewise; of the new positions alone, which in a prefill are all there are.
+        scale: Factor on the scores.
+
+    Returns:
+        [B, T, 1, 1] float32 in every graph: shares of long prompts are below what float16 holds.
+    """
+    batch, heads, _, width = query.shape
+    kv_heads = key.shape[1]
+    grouped = (query.float() * scale).reshape(batch, kv_heads, heads // kv_heads, width)
+    scores = torch.matmul(grouped, key.float().transpose(2, 3))
+    received = torch.softmax(scores, dim=-1).mean((1, 2))
+    return (received / received.mean(-1, keepdim=True))[..., None, None]
 
 
 def _extended(cache: torch.Tensor, new: torch.Tensor, *write_index: torch.Tensor) -> torch.Tensor:
@@ -159,9 +196,13 @@ def build_span(
     layers: range,
     forms: Forms,
     *,
+    attention: bool = False,
     fixed_caches: bool = False,
 ) -> None:
-    """Consecutive layers; after the last of all also the final norm and lm_head on the last position."""
+    """Consecutive layers; after the last of all also the final norm and lm_head on the last position.
+
+    `attention` adds the output of that name, which a chooser scores at the cut behind these layers.
+    """
     width, axes = dims.hidden_size, dims.position_axes
     batch, size, rows_after = ("B", _BATCH, "C") if fixed_caches else (1, 1, "P + T")
     embeds = graph.input("inputs_embeds", (batch, "T", width), Spec((size, _LENGTH, width), graph.dtype))
@@ -173,7 +214,7 @@ def build_span(
     rows = graph.rows(embeds)
     presents, states = [], []
     for i, past in zip(layers, pasts, strict=True):
-        layer = _Layer(modules.layers[i], dims, forms)
+        layer = _Layer(modules.layers[i], dims, forms, attention=attention and i == layers[-1])
         given = [rows, mask, *tables, *past, *write_index]
         rows, key, value, *states = trace(graph, layer, given, f"layers.{i}")
         presents.append((key, value))
@@ -184,7 +225,7 @@ def build_span(
         graph.output(logits, "logits", (batch, 1, dims.vocab_size))
     else:
         graph.output(graph.view(rows, (size, _LENGTH, width)), "hidden_states", (batch, "T", width))
-        for tensor, name in zip(states, STATES, strict=True):
+        for tensor, name in zip(states, STATES, strict=False):
             _, _, *heads = tensor.spec.shape
             graph.output(tensor, name, (batch, "T", *heads))  # type: ignore[arg-type]
     for i, present in zip(layers, presents, strict=True):

@@ -32,21 +32,19 @@ from ep_export.bundle import (
 from ep_export.errors import UserError
 from ep_export.export.checks import refuse_unsupported
 from ep_export.export.components import save_component
-from ep_export.export.packing import BLOCKS_OPSET, decoder_weights, pack, published_packing
+from ep_export.export.packing import BLOCKS_OPSET, linear_weights, pack, published_packing
 from ep_export.export.policies import OPSETS, check_choosers, chooser_notes, save_policies
 from ep_export.export.shards import Shards
 from ep_export.numerics import Numerics, WeightKind
-from ep_export.policy import DEFAULT_DEGREE, Chooser, Evidence, Keep, Schedule
+from ep_export.policy import DEFAULT_DEGREE, Chooser, Evidence, Keep, Schedule, Source, scored_source
 from ep_export.progress import Progress, silent
 from ep_export.weights.store import FILE
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
 
     from ep_export.checkpoint import Checkpoint
     from ep_export.export.graph_builder import GraphBuilder
-    from ep_export.families.base import VisionTrace
     from ep_export.safetensors_index import TensorRef
     from ep_export.weights.packing import Packing
     from ep_export.weights.store import StoredLinear
@@ -102,11 +100,11 @@ def export_bundle(
             hint="leave out --weights: its layers are taken as they are",
         )
     rounded: tuple[str, ...] = ()
-    decoder = decoder_weights(checkpoint) if packing or checkpoint.published else None
-    if checkpoint.published is not None and decoder is not None:
-        packing = published_packing(checkpoint, decoder)
-    elif decoder is not None:
-        rounded = decoder.linears
+    linears = linear_weights(checkpoint)
+    if checkpoint.published is not None:
+        packing = published_packing(checkpoint, linears)
+    elif packing is not None:
+        rounded = linears.rounded(packing.weights)
     if dialect is Dialect.ONNXRUNTIME and packing and packing.weights.kind is WeightKind.FP8:
         raise UserError(
             "ONNX Runtime has no kernel for fp8 weights",
@@ -116,12 +114,19 @@ def export_bundle(
     shards = Shards([ref for name, ref in checkpoint.tensors.items() if name not in rounded], out, weights)
     try:
         packed = {}
-        if packing and decoder:
+        if packing:
             file = shards.own(FILE)
-            packed = pack(checkpoint, decoder, packing, file, compute=precision.value, progress=progress)
+            packed = pack(checkpoint, linears, packing, file, compute=precision.value, progress=progress)
             shards.add(file)
         progress(_STAGE, 0, steps)
-        components = tuple(_components(checkpoint, shards, packed, out, schedule, dialect, precision, opset))
+        attended = frozenset(
+            schedule.cuts[cut].layer
+            for cut, here in choosers.items()
+            if Source.ATTENTION in map(scored_source, here)
+        )
+        components = tuple(
+            _components(checkpoint, shards, packed, out, schedule, attended, dialect, precision, opset)
+        )
         progress(_STAGE, 1, steps)
         components += save_policies(
             out,
@@ -173,11 +178,12 @@ def _components(
     packed: Mapping[str, StoredLinear],
     out: Path,
     schedule: Schedule,
+    attended: frozenset[int],
     dialect: Dialect,
     precision: Precision,
     opset: int,
 ) -> Iterator[Component]:
-    """Write encoders, embeddings and spans."""
+    """Write encoders, embeddings and spans; those that end at a layer of `attended` give attention out."""
     from ep_export.checkpoint import meta_model
     from ep_export.export.decoder import build_embed_tokens, build_span, check_decoder
     from ep_export.export.dialects import FORMS, write_norms
@@ -200,7 +206,7 @@ def _components(
             build(graph)
         return save_component(graph.model(), out, name, role, **place)
 
-    for name, vision in _encoders(model, checkpoint).items():
+    for name, vision in checkpoint.family.encoders(model).items():
         yield component(name, Role.VISION, lambda graph: build_vision(graph, vision, dims))  # noqa: B023
     batch: int | str = "B" if dialect.fixed_caches else 1
     span: Callable[..., None] = build_fused_span
@@ -216,7 +222,7 @@ def _components(
         yield component(
             f"decoder_{number}",
             Role.DECODER,
-            lambda graph: span(graph, modules, dims, layers, forms),  # noqa: B023
+            lambda graph: span(graph, modules, dims, layers, forms, attention=layers.stop in attended),  # noqa: B023
             layers=(layers.start, layers.stop),
         )
 
@@ -236,13 +242,6 @@ def _refusing(checkpoint: Checkpoint) -> Iterator[None]:
             f"{checkpoint.source} computes what is not exported: {error}",
             hint="`ep-export models` lists what is; check config.json",
         ) from error
-
-
-def _encoders(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, VisionTrace]:
-    """By component name: what encodes pictures, and what encodes videos where that is another tower."""
-    video = checkpoint.family.video(model)
-    encoders = {"vision_encoder": checkpoint.family.vision(model)}
-    return encoders if video is None else {**encoders, "video_encoder": video}
 
 
 def _parameter_names(model: torch.nn.Module, checkpoint: Checkpoint) -> dict[int, str]:

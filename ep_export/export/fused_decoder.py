@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ep_export.dims import DecoderDims
-from ep_export.export.decoder import STATES, Rotary
+from ep_export.export.decoder import STATES, Rotary, last_attention
 from ep_export.export.dialects import Forms
 from ep_export.export.graph_builder import GraphBuilder, PackedWeight, Tensor
 from ep_export.export.operators import OPERATORS, Operator, packed_linear
@@ -49,11 +49,12 @@ class _Layer(torch.nn.Module):
     Args:
         layer: Hugging Face's.
         dims: The decoder's dimensions.
+        attention: Whether it gives out what the last position attends to.
     """
 
-    def __init__(self, layer: Any, dims: DecoderDims) -> None:
+    def __init__(self, layer: Any, dims: DecoderDims, *, attention: bool) -> None:
         super().__init__()
-        self.layer, self.dims = layer, dims
+        self.layer, self.dims, self.attention = layer, dims, attention
 
     def forward(
         self,
@@ -80,11 +81,11 @@ class _Layer(torch.nn.Module):
 
         Returns:
             Hidden states and what is to be added to them; key and value caches; query, key and value states
-            before rotary embedding [B, T, heads * D].
+            before rotary embedding [B, T, heads * D]; `last_attention` if it gives that out.
         """
         own, dims = self.layer.self_attn, self.dims
         normed, hidden = _norm(self.layer.input_layernorm, hidden, added)
-        states = own.q_proj(normed), own.k_proj(normed), own.v_proj(normed)
+        states = [own.q_proj(normed), own.k_proj(normed), own.v_proj(normed)]
         query, key = (
             onnx_operator("RotaryEmbedding", [x, cos, sin], {"interleaved": 0, "num_heads": heads})
             for x, heads in zip(states, (dims.heads, dims.kv_heads), strict=False)
@@ -96,6 +97,10 @@ class _Layer(torch.nn.Module):
             like=[query, past_key, past_value],
             domain=_DOMAIN,
         )
+        if self.attention:
+            rotated = query[:, -1:], key
+            last, keys = (x.reshape(*x.shape[:2], -1, dims.head_dim).transpose(1, 2) for x in rotated)
+            states.append(last_attention(last, keys, own.scaling))
         normed, hidden = _norm(self.layer.post_attention_layernorm, hidden, own.o_proj(attended))
         return hidden, self.layer.mlp(normed), present_key, present_value, *states
 
@@ -129,9 +134,15 @@ def _norm(norm: Any, hidden: torch.Tensor, added: torch.Tensor | None) -> tuple[
 
 
 def build_fused_span(
-    graph: GraphBuilder, modules: DecoderModules, dims: DecoderDims, layers: range, forms: Forms
+    graph: GraphBuilder,
+    modules: DecoderModules,
+    dims: DecoderDims,
+    layers: range,
+    forms: Forms,
+    *,
+    attention: bool = False,
 ) -> None:
-    """Consecutive layers; after the last of all also the final norm and lm_head on the last position."""
+    """Consecutive layers; see `build_span`."""
     width, axes = dims.hidden_size, dims.position_axes
     hidden = graph.input("inputs_embeds", ("B", "T", width), Spec((_BATCH, _LENGTH, width), graph.dtype))
     positions = graph.input("position_ids", (axes, "B", "T"), Spec((axes, _BATCH, _LENGTH), torch.int64))
@@ -145,7 +156,7 @@ def build_fused_span(
     presents: list[tuple[Tensor, Tensor]] = []
     states: list[Tensor] = []
     for i, past in zip(layers, pasts, strict=True):
-        layer = _Layer(modules.layers[i], dims)
+        layer = _Layer(modules.layers[i], dims, attention=attention and i == layers[-1])
         hidden, last, key, value, *states = trace(
             graph,
             layer if added else lambda x, *rest, layer=layer: layer(x, None, *rest),
@@ -162,9 +173,9 @@ def build_fused_span(
         with graph.scope(f"layers.{layers.stop - 1}"):
             total = graph.tensor("Add", [hidden, *added], hidden.spec)
         graph.output(total, "hidden_states", ("B", "T", width))
-        for tensor, name, heads in zip(states, STATES, (dims.heads, *2 * (dims.kv_heads,)), strict=True):
-            split = graph.view(tensor, (_BATCH, _LENGTH, heads, dims.head_dim))
-            graph.output(split, name, ("B", "T", heads, dims.head_dim))
+        projected = ((heads, dims.head_dim) for heads in (dims.heads, dims.kv_heads, dims.kv_heads))
+        for tensor, name, shape in zip(states, STATES, (*projected, (1, 1)), strict=False):
+            graph.output(graph.view(tensor, (_BATCH, _LENGTH, *shape)), name, ("B", "T", *shape))
     for i, present in zip(layers, presents, strict=True):
         for tensor, part in zip(present, ("key", "value"), strict=True):
             graph.output(tensor, f"present.{i}.{part}", ("B", dims.kv_heads, "C'", dims.head_dim))

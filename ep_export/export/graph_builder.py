@@ -69,6 +69,7 @@ class PackedWeight:
         scales: [blocks, out], or [out] where one serves a whole column; in the graph's type.
         zeros: [blocks, out] int8; None where all are 0.
         order: [in] int64; None where inputs are in order.
+        rows: Which outputs are meant, where `spec` has fewer than the layer: [first, stop).
     """
 
     spec: Spec
@@ -77,6 +78,7 @@ class PackedWeight:
     scales: ir.Value
     zeros: ir.Value | None
     order: ir.Value | None
+    rows: tuple[int, int] | None = None
 
 
 Input: TypeAlias = Tensor | ir.Value | None
@@ -121,6 +123,7 @@ class GraphBuilder(Nodes):
         self._casts: dict[tuple[ir.Value, torch.dtype], Tensor] = {}
         self._lengths: dict[Varying, tuple[ir.Value, int]] = {}
         self._targets: dict[tuple[Size, ...], ir.Value] = {}
+        self._products: dict[tuple[ir.Value, tuple[Size, ...], ir.Value], Tensor] = {}
 
     def input(self, name: str, symbols: Sequence[int | str], spec: Spec) -> Tensor:
         """Add a graph input.
@@ -242,6 +245,13 @@ class GraphBuilder(Nodes):
         zeros = None if layer.zeros is None else self._lying(layer.zeros, ir.DataType.INT8)
         order = None if layer.order is None else self._lying(layer.order, ir.DataType.INT64)
         return PackedWeight(Spec(tuple(parameter.shape), parameter.dtype), layer, codes, scales, zeros, order)
+
+    def product(self, x: Tensor, weight: PackedWeight, compute: Callable[[], Tensor]) -> Tensor:
+        """[.., out] of a whole layer, appended by `compute` once, however many parts of it are read."""
+        key = ((x.base or x).value, x.spec.shape, weight.codes)
+        if key not in self._products:
+            self._products[key] = compute()
+        return self._products[key]
 
     def stored(self, parameter: torch.nn.Parameter) -> Tensor:
         """A parameter in the checkpoint's type: the initializer says where in the shard it lies."""

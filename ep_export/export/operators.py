@@ -7,6 +7,8 @@ An operator that is not here is refused by name: add its function.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import accumulate
 from typing import Any, TypeAlias
 
 import torch
@@ -136,11 +138,22 @@ def _unbind(graph: GraphBuilder, given: Arguments, *results: Spec) -> Sequence[T
     return [_pick(graph, given["self"], given["dim"], index) for index in range(len(results))]
 
 
-def _split(graph: GraphBuilder, given: Arguments, *results: Spec) -> Sequence[Tensor]:
+def _split(graph: GraphBuilder, given: Arguments, *results: Spec) -> Sequence[Tensor | PackedWeight]:
+    if isinstance(given["self"], PackedWeight):
+        return _packed_rows(given["self"], results)
     if given["dim"] == 0 and (parts := graph.stored_rows(given["self"], results)) is not None:
         return parts
     sizes = graph.shape([result.shape[given["dim"]] for result in results])
     return graph.tensors("Split", [given["self"], sizes], results, axis=given["dim"])
+
+
+def _packed_rows(weight: PackedWeight, parts: Sequence[Spec]) -> list[PackedWeight]:
+    """Parts of a quantised weight; its codes stay together."""
+    stops = list(accumulate(int(part.shape[0]) for part in parts))  # type: ignore[arg-type]  # stored: known
+    return [
+        replace(weight, spec=part, rows=(first, stop))
+        for part, first, stop in zip(parts, [0, *stops], stops, strict=False)
+    ]
 
 
 def _gather(graph: GraphBuilder, given: Arguments, result: Spec) -> Tensor:
@@ -214,8 +227,17 @@ def packed_linear(graph: GraphBuilder, x: Tensor, weight: PackedWeight, bias: Te
 
     DequantizeLinear over blocks along the inputs, then MatMul, nothing between. Where codes have zeros z, w =
     (code - z) scale, the second part is the sums of x over blocks times -z scale: exact, and the first part
-    still fuses.
+    still fuses. Parts of a layer are slices of its one product.
     """
+    out = graph.product(x, weight, lambda: _packed_product(graph, x, weight))
+    result = Spec((*x.spec.shape[:-1], weight.spec.shape[0]), x.spec.dtype)
+    if weight.rows is not None:
+        bounds = [graph.ints(bound) for bound in weight.rows]
+        out = graph.tensor("Slice", [out, *bounds, graph.ints(-1)], result)
+    return out if bias is None else graph.tensor("Add", [out, bias], result)
+
+
+def _packed_product(graph: GraphBuilder, x: Tensor, weight: PackedWeight) -> Tensor:
     outputs, inputs = weight.layer.shape[1], weight.layer.shape[0]
     if weight.order is not None:
         x = graph.tensor("Gather", [x, weight.order], x.spec, axis=-1)
@@ -235,7 +257,7 @@ def packed_linear(graph: GraphBuilder, x: Tensor, weight: PackedWeight, bias: Te
         )
         shift = graph.tensor("MatMul", [sums, graph.op("Mul", zeros, weight.scales)], result)
         out = graph.tensor("Sub", [out, shift], result)
-    return out if bias is None else graph.tensor("Add", [out, bias], result)
+    return out
 
 
 OPERATORS: Mapping[str, Operator] = {

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from ep_export.errors import UserError
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from ep_export.weights.packing import Packing
     from ep_export.weights.store import StoredLinear
 
-__all__ = ["BLOCKS_OPSET", "DecoderWeights", "decoder_weights", "pack", "published_packing"]
+__all__ = ["BLOCKS_OPSET", "LinearWeights", "linear_weights", "pack", "published_packing"]
 
 BLOCKS_OPSET = 21
 """The first with INT4 and DequantizeLinear over blocks."""
@@ -28,19 +29,25 @@ _STAGE = "quantise"
 
 
 @dataclass(frozen=True)
-class DecoderWeights:
+class LinearWeights:
     """Names, in the Hugging Face model, of the weights that may be quantised.
 
     Attributes:
-        linears: Of the decoder's linear layers, in order; not those of the vision tower, nor lm_head.
+        decoder: Of the decoder's linear layers, in order, but lm_head.
         lm_head: The embedding's where they are one tensor.
+        vision: Of the linear layers in the blocks of the vision encoders.
     """
 
-    linears: tuple[str, ...]
+    decoder: tuple[str, ...]
     lm_head: str
+    vision: tuple[str, ...]
+
+    def rounded(self, weights: Weights) -> tuple[str, ...]:
+        """Those that nothing reads as the checkpoint has them; lm_head's may be the embedding's too."""
+        return self.decoder if weights.vision is None else (*self.decoder, *self.vision)
 
 
-def decoder_weights(checkpoint: Checkpoint) -> DecoderWeights:
+def linear_weights(checkpoint: Checkpoint) -> LinearWeights:
     """What of a checkpoint may be quantised."""
     import torch
 
@@ -50,21 +57,21 @@ def decoder_weights(checkpoint: Checkpoint) -> DecoderWeights:
     decoder = checkpoint.family.decoder(model)
     parameters = list(model.named_parameters(remove_duplicate=False))
     names = {id(parameter): name for name, parameter in parameters}
-    linears = tuple(
-        names[id(module.weight)]
-        for layer in decoder.layers
-        for module in layer.modules()
-        if isinstance(module, torch.nn.Linear)
-    )
+
+    def linears(parts: Iterable[torch.nn.Module]) -> tuple[str, ...]:
+        modules = (module for part in parts for module in part.modules())
+        return tuple(names[id(each.weight)] for each in modules if isinstance(each, torch.nn.Linear))
+
+    blocks = [block for tower in checkpoint.family.encoders(model).values() for block in tower.blocks]
     stored = [
         name
         for name, parameter in parameters
         if parameter is decoder.lm_head.weight and (name in checkpoint.tensors or name in checkpoint.packed)
     ]
-    return DecoderWeights(linears, stored[-1])
+    return LinearWeights(linears(decoder.layers), stored[-1], linears(blocks))
 
 
-def published_packing(checkpoint: Checkpoint, decoder: DecoderWeights) -> Packing:
+def published_packing(checkpoint: Checkpoint, linears: LinearWeights) -> Packing:
     """The layers of a quantised checkpoint as they were published.
 
     Raises:
@@ -74,7 +81,7 @@ def published_packing(checkpoint: Checkpoint, decoder: DecoderWeights) -> Packin
     from ep_export.weights.packing import Packing
 
     assert checkpoint.published is not None  # noqa: S101 - the caller looked
-    other = set(checkpoint.packed) - {*decoder.linears, decoder.lm_head}
+    other = set(checkpoint.packed) - {*linears.decoder, linears.lm_head}
     if other:
         raise UserError(
             f"{checkpoint.source} has {min(other)} quantized, expected layers of the decoder alone",
@@ -90,7 +97,7 @@ def published_packing(checkpoint: Checkpoint, decoder: DecoderWeights) -> Packin
 
 def pack(
     checkpoint: Checkpoint,
-    decoder: DecoderWeights,
+    linears: LinearWeights,
     packing: Packing,
     file: Path,
     *,
@@ -103,7 +110,7 @@ def pack(
 
     Args:
         checkpoint: Whose layers they are.
-        decoder: Its weights; of a quantised checkpoint those are taken that it has quantised.
+        linears: Its weights; of a quantised checkpoint those are taken that it has quantised.
         packing: Where quantised layers come from.
         file: The shard; must not exist.
         compute: What graphs compute in: "fp32", "fp16" or "bf16".
@@ -119,18 +126,17 @@ def pack(
     from ep_export.weights.store import LayerWriter
 
     stored: dict[str, StoredLinear] = {}
-    names = tuple(checkpoint.packed) or decoder.linears
-    progress(_STAGE, 0, len(names))
-    with LayerWriter(file, layers=len(names) + 1, scale_type=_COMPUTE[compute]) as writer:
-        for name, linear in packing.layers(names):
+    names = tuple(checkpoint.packed) or linears.decoder
+    eight = [] if packing.weights.kind is WeightKind.FP8 or linears.lm_head in names else [linears.lm_head]
+    eight += linears.vision if packing.weights.vision else ()
+    plain = nearest(checkpoint.tensors, Weights(WeightKind.INT8, None, "nearest"), compute=compute)
+    total = len(names) + len(eight)
+    progress(_STAGE, 0, total)
+    with LayerWriter(file, layers=total, scale_type=_COMPUTE[compute]) as writer:
+        for name, linear in chain(packing.layers(names), plain.layers(eight)):
             stored[name] = writer.add(name, linear)
-            progress(_STAGE, len(stored), len(names))
+            progress(_STAGE, len(stored), total)
         missing = set(names) - set(stored)
         if missing:
             raise UserError(f"layer {min(missing)} was not quantised", hint="fetch the checkpoint again")
-        last = decoder.lm_head
-        if packing.weights.kind is not WeightKind.FP8 and last not in stored:
-            eight = Weights(WeightKind.INT8, None, "nearest")
-            for name, linear in nearest(checkpoint.tensors, eight, compute=compute).layers([last]):
-                stored[name] = writer.add(name, linear)
     return stored

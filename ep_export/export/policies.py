@@ -94,7 +94,8 @@ def add_policies(bundle: Bundle, choosers: Sequence[Chooser], *, cuts: Sequence[
         The bundle with its new manifest. On an error nothing of it has changed.
 
     Raises:
-        UserError: A cut has one of that name, or see `check_choosers`.
+        UserError: A cut has one of that name, or scores attention that the span before it does not give out,
+            or see `check_choosers`.
         UsageError: The bundle has no such cut.
     """
     manifest = bundle.manifest
@@ -103,6 +104,7 @@ def add_policies(bundle: Bundle, choosers: Sequence[Chooser], *, cuts: Sequence[
     _refuse_present(manifest, choosers, numbers)
     added = dict.fromkeys(numbers, choosers)
     check_choosers(manifest.schedule, added, manifest.dims)
+    _refuse_without_states(manifest, choosers, numbers)
     with scratch(bundle.path, "policies") as aside:
         components = save_policies(
             aside,
@@ -176,6 +178,19 @@ def _refuse_present(manifest: Manifest, choosers: Sequence[Chooser], cuts: Seque
                     f"bundle has policy {chooser.name} at cut {cut} already",
                     hint="run it as it is, or name another policy",
                 )
+
+
+def _refuse_without_states(manifest: Manifest, choosers: Sequence[Chooser], cuts: Sequence[int]) -> None:
+    """Spans give attention out only where a policy scored it when the bundle was built."""
+    output = f"{Source.ATTENTION.value}_states"
+    scoring = [chooser.name for chooser in choosers if scored_source(chooser) is Source.ATTENTION]
+    ends = {manifest.schedule.cuts[cut].layer for cut in cuts}
+    for span in manifest.spans if scoring else ():
+        if span.layer_range.stop in ends and output not in {spec.name for spec in span.outputs}:
+            raise UserError(
+                f"policy {scoring[0]} scores attention, which {span.name} of this bundle does not give out",
+                hint=f"build it again with --policy {scoring[0]}; other policies can be added to that",
+            )
 
 
 def _listed(files: tuple[FileEntry, ...], aside: Path) -> tuple[FileEntry, ...]:

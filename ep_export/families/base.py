@@ -300,3 +300,17 @@ class Family(ABC):
     def video(self, model: PreTrainedModel) -> VisionTrace | None:  # noqa: ARG002 - few families have one
         """The encoder of a tower for videos alone (`Picture.encoder` is then "video_encoder"), or None."""
         return None
+
+    def patches_per_token(self, config: PreTrainedConfig) -> int | None:  # noqa: ARG002 - a default
+        """Patches that follow each other in the vision encoder and become one visual token of a picture.
+
+        None where tokens are made in another way (newlines between them, scaled features), or where patches
+        alone do not say it (a class token that is one).
+        """
+        return None
+
+    def encoders(self, model: PreTrainedModel) -> dict[str, VisionTrace]:
+        """By component name: what encodes pictures, and what encodes videos where that is another tower."""
+        video = self.video(model)
+        encoders = {"vision_encoder": self.vision(model)}
+        return encoders if video is None else {**encoders, "video_encoder": video}

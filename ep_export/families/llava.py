@@ -90,6 +90,10 @@ class Llava(Family):
         """What the image processor makes of all pictures together."""
         return {"pixel_values": np.concatenate([picture.pixel_values for picture in pictures])}
 
+    def patches_per_token(self, config: PreTrainedConfig) -> int | None:
+        """A patch is a token; see `Family.patches_per_token`."""
+        return None if clip_features(config).with_class else 1
+
     def decoder(self, model: PreTrainedModel) -> DecoderModules:
         """The decoder's modules; see `Family.decoder`."""
         return decoder_modules(model)

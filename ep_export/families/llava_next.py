@@ -86,6 +86,10 @@ class LlavaNext(Llava):
         sizes = np.array([(height, width) for width, height in (p.size for p in pictures)], dtype=np.int64)
         return {"pixel_values": pixels, "image_sizes": sizes}
 
+    def patches_per_token(self, config: PreTrainedConfig) -> None:  # noqa: ARG002
+        """Tokens of tiles have newlines between them; see `Family.patches_per_token`."""
+        return
+
     def vision(self, model: PreTrainedModel) -> VisionTrace:
         """The vision encoder, cut for tracing, sharing the model's own parameters."""
         from ep_export.families.llava_next_vision import TilePacker, TileStem

@@ -147,6 +147,10 @@ class Qwen2VL(Family):
                 inputs["second_per_grid_ts"] = torch.tensor(seconds, dtype=torch.float32)
         return inputs
 
+    def patches_per_token(self, config: PreTrainedConfig) -> int:
+        """Of a square; see `Family.patches_per_token`."""
+        return int(config.vision_config.spatial_merge_size) ** 2
+
     def decoder(self, model: PreTrainedModel) -> DecoderModules:
         """The decoder's modules; `rotary` has real buffers even when the model is on `meta`."""
         return decoder_modules(model)

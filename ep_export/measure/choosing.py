@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,8 +13,8 @@ import torch
 from ep_export.adaptive import own_tokens
 from ep_export.choosers import CutTokens, choose
 from ep_export.measure.pruned import Arrival, KeptSets, arrivals
-from ep_export.measure.view import instruction_positions, token_view
-from ep_export.policy import Chooser, Cut, Random
+from ep_export.measure.view import arrived_states, instruction_positions, token_view, tower_attention
+from ep_export.policy import Chooser, Cut, Random, Source, scored_source
 from ep_export.reference.spans import cut_tokens
 
 if TYPE_CHECKING:
@@ -38,11 +38,13 @@ class Prompted:
         question: What is asked.
         prompt: Its prompt.
         full: The unpruned pass over it, with the layers of all ways.
+        memo: What its vision tower showed, once a method has asked.
     """
 
     question: Question
     prompt: PromptInputs
     full: FullPass
+    memo: dict[str, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
 
 
 def kept_by(bench: Bench, prompted: Prompted, ways: Sequence[Way]) -> dict[str, list[KeptSets]]:
@@ -101,16 +103,29 @@ class AtCut:
             self._prompted.full,
             self._arrival,
             instruction=instruction_positions(self._prompted.prompt, words),
+            tower=self._tower_attention,
         )
+
+    def _tower_attention(self) -> torch.Tensor:
+        """Of the whole prompt; no cut changes it."""
+        memo = self._prompted.memo
+        if "tower" not in memo:
+            family, prompt = self._bench.checkpoint.family, self._prompted.prompt
+            memo["tower"] = tower_attention(family, self._bench.model, prompt)
+        return memo["tower"]
 
     def tokens(self, chooser: Chooser) -> CutTokens:
         """What a chooser of ours looks at."""
-        arrival = self._arrival
+        arrival, dims = self._arrival, self._bench.checkpoint.dims
+        projections = dict(arrival.projections)
+        if scored_source(chooser) is Source.ATTENTION:
+            states = arrived_states(self._bench.decoder, dims, self._prompted.full, arrival)
+            projections[Source.ATTENTION] = states.attention
         return cut_tokens(
             Cut(arrival.layer, chooser),
-            self._bench.checkpoint.dims,
+            dims,
             hidden=arrival.hidden,
-            projections=arrival.projections,
+            projections=projections,
             visual_index=arrival.visual_index,
         )
 

@@ -1,7 +1,6 @@
 """Ways of keeping fewer visual tokens: the choosers a bundle can prune by, and rivals, one file each.
 
-Merging is left out: SparseVLM (arXiv 2410.04417) is here without it, and VisionZip (arXiv 2412.04467), whose
-contextual tokens are sums of others, is not here.
+Merging is left out: SparseVLM (arXiv 2410.04417) and VisionZip (arXiv 2412.04467) are here without it.
 """
 
 from __future__ import annotations
@@ -10,12 +9,12 @@ from ep_export.errors import UsageError, near_matches
 from ep_export.methods.cdpruner import CDPRUNER
 from ep_export.methods.contract import Choose, LayerStates, Method, Place, StageCut, TokenView
 from ep_export.methods.dart import DART
-from ep_export.methods.fastv import FASTV
-from ep_export.methods.ours import CHOOSER_METHODS, chooser_method
+from ep_export.methods.ours import ATTENTION_METHODS, CHOOSER_METHODS, FASTV, chooser_method
 from ep_export.methods.scaled import SCALED, SCALED_FLOPS
 from ep_export.methods.scope import SCOPE
 from ep_export.methods.sparsevlm import SPARSEVLM, SPARSEVLM_STAGES
 from ep_export.methods.stages import HORIZON, PYRAMID_DROP
+from ep_export.methods.visionzip import VISIONZIP
 from ep_export.policy import chooser_named
 
 __all__ = [
@@ -35,10 +34,11 @@ __all__ = [
 
 METHODS: tuple[Method, ...] = (
     *CHOOSER_METHODS[:-1],
-    FASTV,
+    *ATTENTION_METHODS,
     DART,
     CDPRUNER,
     SCOPE,
+    VISIONZIP,
     PYRAMID_DROP,
     SPARSEVLM_STAGES,
     HORIZON,
@@ -48,7 +48,7 @@ METHODS: tuple[Method, ...] = (
 )
 """In the order of the tables: ours, the rivals, the floor."""
 
-_KNOWN = {method.key: method for method in (*METHODS, SPARSEVLM)}
+_KNOWN = {**{method.key: method for method in (*METHODS, SPARSEVLM)}, "fastv": FASTV}
 
 
 def method_named(key: str) -> Method:
@@ -71,6 +71,6 @@ def find_methods(keys: tuple[str, ...]) -> tuple[Method, ...]:
     Raises:
         UsageError: A name is unknown.
     """
-    wanted = {key: method_named(key) for key in keys}
-    listed = tuple(method for method in METHODS if method.key in wanted)
-    return (*listed, *(method for key, method in wanted.items() if key not in _KNOWN))
+    wanted = dict.fromkeys(map(method_named, keys))
+    listed = tuple(method for method in METHODS if method in wanted)
+    return (*listed, *(method for method in wanted if method not in METHODS))

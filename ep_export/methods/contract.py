@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import torch
 
+from ep_export.choosers import LayerStates
 from ep_export.policy import Chooser, Random
 
 __all__ = [
@@ -31,39 +32,6 @@ _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
-class LayerStates:
-    """States of layer K-1 for every position that arrives at layer K, in the model's number type.
-
-    Attributes:
-        queries: [S, heads, head_dim], q_proj output before rotary embedding.
-        keys: [S, kv_heads, head_dim], before rotary embedding.
-        rotate: (queries [S, heads, D], keys [S, kv_heads, D]) -> the same after the model's own rotary
-            embedding.
-        scale: Factor on the attention scores.
-    """
-
-    queries: torch.Tensor
-    keys: torch.Tensor
-    rotate: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-    scale: float
-
-    def attention_from(self, position: int) -> torch.Tensor:
-        """What one position attends to: softmax over itself and all before it, mean over heads.
-
-        Args:
-            position: Of the sequence, 0 to S - 1.
-
-        Returns:
-            [position + 1] float32, sums to 1.
-        """
-        queries, keys = self.rotate(self.queries, self.keys)
-        groups = queries.shape[1] // keys.shape[1]
-        seen = keys[: position + 1].float().repeat_interleave(groups, dim=1)
-        scores = torch.einsum("hd,shd->hs", queries[position].float(), seen) * self.scale
-        return scores.softmax(dim=-1).mean(dim=0)
-
-
-@dataclass(frozen=True)
 class TokenView:
     """One prompt as it arrives at a cut, before anything is dropped there. Positions are of that sequence.
 
@@ -74,6 +42,8 @@ class TokenView:
         hidden: [S, d] what enters the cut's layer K; `embeds` when K is 0.
         final_norm: The decoder's last norm, for methods that compare normed states.
         states: Of layer K-1; None when K is 0.
+        tower_attention: Says how much attention every visual token received in the vision tower, [N]; see
+            `ep_export.measure.view.tower_attention`.
         memo: What methods have computed here already, shared between budgets; see `once`.
     """
 
@@ -83,6 +53,7 @@ class TokenView:
     hidden: torch.Tensor
     final_norm: Callable[[torch.Tensor], torch.Tensor]
     states: LayerStates | None
+    tower_attention: Callable[[], torch.Tensor]
     memo: dict[Hashable, object] = field(default_factory=dict)
 
     @property
@@ -156,6 +127,7 @@ class Method:
         published_layer: The K its authors use by default; None where that depends on the model.
         stages: Where a method of several stages drops tokens.
         chooser_stages: Whether what chooses at them is all ours, so that a bundle can prune this way.
+        reads_tower: Whether it reads `TokenView.tower_attention`, which not every family has.
     """
 
     key: str
@@ -168,6 +140,7 @@ class Method:
     published_layer: int | None = None
     stages: Stages | None = None
     chooser_stages: bool = False
+    reads_tower: bool = False
 
     @property
     def ours(self) -> bool:

@@ -13,11 +13,12 @@ from ep_export.policy import (
     Random,
     Scorer,
     Select,
+    Source,
     TopK,
     reads_projections,
 )
 
-__all__ = ["CHOOSER_METHODS", "chooser_method"]
+__all__ = ["ATTENTION_METHODS", "CHOOSER_METHODS", "FASTV", "chooser_method"]
 
 _PAPER = "arXiv 2602.17196"
 _SCORERS = {
@@ -34,7 +35,7 @@ _SCORERS = {
 
 def chooser_method(chooser: Chooser) -> Method:
     """The method that a chooser is; one that is not listed goes by its policy name."""
-    for method in CHOOSER_METHODS:
+    for method in (*CHOOSER_METHODS, *ATTENTION_METHODS):
         if method.chooser == chooser:
             return method
     return Method(
@@ -84,6 +85,33 @@ def _coverage(chooser: Coverage) -> Method:
     )
 
 
+_ATTENTION = TopK(Scorer.NORM, source=Source.ATTENTION)
+_COVERED_ATTENTION = Coverage(Scorer.NORM, source=Source.ATTENTION)
+
+FASTV = Method(
+    key=_ATTENTION.name,
+    title="FastV",
+    source="arXiv 2403.06764",
+    idea="keeps what the prompt's last token attends to most in layer K-1",
+    chooser=_ATTENTION,
+    published_layer=2,
+)
+"""Chen et al., ECCV 2024. The paper speaks of the attention received from all other tokens; the authors'
+released code, on which their numbers rest, takes the attention of the prompt's last token alone, averaged
+over heads, and so does `Source.ATTENTION`. Their default is K = 2."""
+
+ATTENTION_METHODS = (
+    FASTV,
+    Method(
+        key=_COVERED_ATTENTION.name,
+        title="Coverage × FastV",
+        source=_SCOPE,
+        idea="keeps tokens that the last token attends to and far from what is kept already",
+        chooser=_COVERED_ATTENTION,
+    ),
+)
+"""Compared by a sweep, and not considered by a calibration."""
+
 _RANDOM = Method(
     key=Random().name,
     title="Random",
@@ -99,4 +127,4 @@ CHOOSER_METHODS: tuple[Method, ...] = (
     *(_coverage(Coverage(scorer, select)) for scorer in (Scorer.PAPER, Scorer.NORM) for select in Select),
     _RANDOM,
 )
-"""The paper's first, the floor last."""
+"""What a calibration considers by itself: the paper's first, the floor last."""

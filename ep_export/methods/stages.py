@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ep_export.methods.contract import Method, Place, StageCut, Stages
-from ep_export.methods.fastv import FASTV
+from ep_export.methods.ours import FASTV
 from ep_export.policy import MaxMin, Random
 
 __all__ = ["HORIZON", "PYRAMID_DROP", "Stage", "staged"]
@@ -69,6 +69,7 @@ PYRAMID_DROP = Method(
     stages=staged(
         (Stage(1 / 4, 1 / 2, FASTV.key), Stage(1 / 2, 1 / 4, FASTV.key), Stage(3 / 4, 1 / 8, FASTV.key))
     ),
+    chooser_stages=True,
 )
 
 HORIZON = Method(

@@ -34,7 +34,7 @@ FRONT = "ep_export"
 
 _MODELS = "models"
 _VERSION = "1"
-_SIZES = {"slots": "8", "waiting": "64", "capacity": "0"}
+_SIZES = {"slots": "0", "waiting": "64", "capacity": "0"}
 """Of the engine object; whoever serves the repository changes them in config.pbtxt. 0: the engine's own."""
 _MODEL_PY = '''"""Made by ep-export; see README.md beside the folder of models."""
 

@@ -70,7 +70,7 @@ class FrontModel:
         )
         self._session = Session.open(bundle, runner=backend)
         slots, waiting, capacity = (int(settings[name]) for name in ("slots", "waiting", "capacity"))
-        self._engine = Engine(self._session, slots=slots, waiting=waiting, capacity=capacity or None)
+        self._engine = Engine(self._session, slots=slots or None, waiting=waiting, capacity=capacity or None)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(
             target=self._loop.run_forever, name="ep-export-responses", daemon=True

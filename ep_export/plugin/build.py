@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -21,8 +22,8 @@ __all__ = ["LIBRARY", "build_plugin", "plugin_presets"]
 LIBRARY = "libep_entropy_prune.so"
 _CROSS_COMPILER = "aarch64-linux-gnu-g++"
 _CROSS_PRESETS = ("jetson",)
-# What a failing tool said last is what matters; a whole log would bury it.
-_LOG_LINES = 25
+# What a failing tool said last is what matters, and a hint is one line.
+_LOG_LINES = 3
 
 
 def plugin_presets() -> tuple[str, ...]:
@@ -58,8 +59,8 @@ def build_plugin(preset: str, out: Path) -> Path:
     if preset in _CROSS_PRESETS:
         _tool(_CROSS_COMPILER, hint="install the cross compiler: apt-get install g++-aarch64-linux-gnu")
         configure.append(f"-DCUDART_STATIC={_cross_runtime()}")
-    _run(configure, doing="configuring the plugin")
-    _run([cmake, "--build", str(out), "-j", str(os.cpu_count() or 1)], doing="compiling the plugin")
+    _run(configure, out, doing="configuring the plugin")
+    _run([cmake, "--build", str(out), "-j", str(os.cpu_count() or 1)], out, doing="compiling the plugin")
     return out / LIBRARY
 
 
@@ -118,12 +119,26 @@ def _cross_runtime() -> Path:
     )
 
 
-def _run(command: list[str], *, doing: str) -> None:
+def _run(command: list[str], out: Path, *, doing: str) -> None:
     result = subprocess.run(command, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if result.returncode == 0:
         return
-    lines = [line for line in result.stdout.splitlines() if line.strip()]
+    if told := _refusal(result.stdout):
+        raise UserError(told[0], hint=told[1])
+    out.mkdir(parents=True, exist_ok=True)
+    log = out / "failed.log"
+    log.write_text(result.stdout, encoding="utf-8")
+    lines = [line.strip() for line in result.stdout.splitlines() if line.strip()]
     raise UserError(
-        f"{doing} failed: `{' '.join(command)}` exited with {result.returncode}",
-        hint="its last lines:\n" + "\n".join(lines[-_LOG_LINES:]),
+        f"{doing} failed: {Path(command[0]).name} exited with {result.returncode}",
+        hint=f"{log} has all it said; at last: {' | '.join(lines[-_LOG_LINES:])}",
     )
+
+
+def _refusal(output: str) -> tuple[str, str] | None:
+    """What our CMakeLists.txt refuses, as a sentence and a hint: CMake wraps and indents both."""
+    error = re.search(r"^CMake Error at [^\n]* \(message\):\n((?:  [^\n]*\n|\n)+)", output, re.MULTILINE)
+    if error is None:
+        return None
+    sentence, _, hint = " ".join(error[1].split()).partition("hint: ")
+    return sentence.strip().rstrip("."), hint.rstrip(".")

@@ -18,7 +18,14 @@ from ep_export.reference.prune import (
     prune,
     visual_positions,
 )
-from ep_export.reference.spans import SpanRecorder, cut_tokens, layer_arguments, run_layers, staying
+from ep_export.reference.spans import (
+    SpanRecorder,
+    cut_tokens,
+    layer_arguments,
+    layer_states,
+    run_layers,
+    staying,
+)
 
 __all__ = [
     "Answer",
@@ -35,6 +42,7 @@ __all__ = [
     "greedy_answer",
     "kept_as",
     "layer_arguments",
+    "layer_states",
     "load_model",
     "prune",
     "run_layers",

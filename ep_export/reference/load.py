@@ -79,7 +79,7 @@ def load_model(
             hint="download the checkpoint again; every shard of its index must be there",
         )
     if quantised:
-        _dequantise(model, checkpoint, quantised)
+        _dequantise(model, quantised)
     if device_map is not None:
         _return_to_first_device(checkpoint, model)
     return model.eval().requires_grad_(requires_grad=False)
@@ -126,22 +126,14 @@ def _assembled(
     if (checkpoint.path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
     if quantised:
-        _dequantise(model, checkpoint, quantised)
+        _dequantise(model, quantised)
     loaded: PreTrainedModel = model.eval().requires_grad_(requires_grad=False)
     return loaded
 
 
-def _dequantise(
-    model: PreTrainedModel, checkpoint: Checkpoint, quantised: Mapping[str, StoredLinear]
-) -> None:
+def _dequantise(model: PreTrainedModel, quantised: Mapping[str, StoredLinear]) -> None:
     """Put dequantised weights into linear layers; an embedding that shares one keeps its own numbers."""
-    decoder = checkpoint.family.decoder(model)
-    linears = {
-        id(module.weight): module
-        for part in (*decoder.layers, decoder.lm_head)
-        for module in part.modules()
-        if isinstance(module, torch.nn.Linear)
-    }
+    linears = {id(each.weight): each for each in model.modules() if isinstance(each, torch.nn.Linear)}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, stored in quantised.items():
         linear = linears[id(parameters[name])]

@@ -22,7 +22,7 @@ from ep_export.choosers import CutTokens, choose
 from ep_export.errors import UserError
 from ep_export.families import family_of
 from ep_export.planning import check_keep, check_schedule, kept_tokens
-from ep_export.policy import Keep, Schedule
+from ep_export.policy import Keep, Schedule, Source, scored_source
 from ep_export.reference.caches import note_columns, past_columns, plain_length
 from ep_export.reference.spans import SpanRecorder, cut_tokens, layer_arguments, staying
 
@@ -346,11 +346,14 @@ class _Hooks:
         """[M] positions of the arriving sequence [S, d] that go on."""
         settings, k = self._plan.schedule.cuts[cut], prompt.budgets[cut]
         before = self.trace.cuts[-1].kept_visual.to(hidden.device) if self.trace.cuts else prompt.visual
+        projections = self._recorder.projected(settings.layer)
+        if scored_source(settings.chooser) is Source.ATTENTION:
+            projections[Source.ATTENTION] = self._recorder.attention(settings.layer, self._dims)
         tokens = cut_tokens(
             settings,
             self._dims,
             hidden=hidden,
-            projections=self._recorder.projected(settings.layer),
+            projections=projections,
             visual_index=torch.isin(arrived, before).nonzero()[:, 0],
         )
         if self._select is None:

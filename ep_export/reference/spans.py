@@ -6,13 +6,15 @@ Hugging Face's own layers do the work. `prune`, the measuring engine and the com
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ep_export.choosers.base import CutTokens
+from ep_export.choosers.base import CutTokens, LayerStates, state_heads
+from ep_export.errors import UserError
 from ep_export.policy import Source, scored_source
 
 if TYPE_CHECKING:
@@ -20,12 +22,18 @@ if TYPE_CHECKING:
     from ep_export.families.base import DecoderModules
     from ep_export.policy import Cut
 
-__all__ = ["PROJECTIONS", "SpanRecorder", "cut_tokens", "layer_arguments", "run_layers", "staying"]
+__all__ = [
+    "PROJECTIONS",
+    "SpanRecorder",
+    "cut_tokens",
+    "layer_arguments",
+    "layer_states",
+    "run_layers",
+    "staying",
+]
 
 PROJECTIONS = {Source.QUERY: "q_proj", Source.KEY: "k_proj", Source.VALUE: "v_proj"}
 """Where an attention module has what a chooser may score."""
-
-_GROUPED = frozenset({Source.KEY, Source.VALUE})
 
 
 def staying(length: int, visual: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
@@ -125,7 +133,8 @@ def cut_tokens(
         cut: The cut.
         dims: The decoder's dimensions.
         hidden: [S, d] what enters the cut's layer, before anything is dropped there.
-        projections: Of the layer before, each [S, heads * head_dim]; only those the chooser scores are read.
+        projections: Of the layer before, each [S, heads * head_dim], its attention [S, 1] (see
+            `layer_states`); only what the chooser scores is read.
         visual_index: [N] int64 ascending positions in this sequence.
 
     Returns:
@@ -136,9 +145,51 @@ def cut_tokens(
     source = scored_source(cut.chooser)
     if source is not None:
         chosen = arrived if source is Source.HIDDEN else projections[source].index_select(0, visual_index)
-        heads = dims.kv_heads if source in _GROUPED else dims.heads
-        states = chosen.reshape(len(visual_index), heads, -1)
+        states = chosen.reshape(len(visual_index), state_heads(source, dims), -1)
     return CutTokens(hidden=arrived, states=states, visual_index=visual_index)
+
+
+def layer_states(
+    attention: Any,
+    dims: DecoderDims,
+    projections: Mapping[Source, torch.Tensor],
+    tables: Sequence[torch.Tensor],
+) -> LayerStates:
+    """What a layer's attention attends with.
+
+    Args:
+        attention: Its module.
+        dims: The decoder's dimensions.
+        projections: Of that module, each [S, heads * head_dim].
+        tables: Of its rotary embedding, cos and sin of the same S positions, as the model passes them.
+    """
+    queries, keys = projections[Source.QUERY], projections[Source.KEY]
+    cos, sin = tables
+    return LayerStates(
+        queries=queries.reshape(len(queries), dims.heads, -1),
+        keys=keys.reshape(len(keys), dims.kv_heads, -1),
+        rotate=_rotation(attention, cos, sin),
+        scale=float(attention.scaling),
+    )
+
+
+def _rotation(
+    attention: Any, cos: torch.Tensor, sin: torch.Tensor
+) -> Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    """The rotary embedding that the attention itself applies: the function of its modelling file."""
+    file = type(attention).__module__
+    apply = getattr(sys.modules[file], "apply_rotary_pos_emb", None)
+
+    def rotate(queries: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if apply is None:
+            raise UserError(
+                f"{file} has no rotary embedding that is known here, so attention cannot be computed",
+                hint="leave out what looks at attention or rotated keys, such as fastv and dart",
+            )
+        turned = apply(queries.transpose(0, 1)[None], keys.transpose(0, 1)[None], cos, sin)
+        return turned[0][0].transpose(0, 1), turned[1][0].transpose(0, 1)
+
+    return rotate
 
 
 class SpanRecorder:
@@ -148,6 +199,7 @@ class SpanRecorder:
         hidden: K -> [B, S, d], what enters layer K; for K = L what enters the final norm.
         projections: K -> by source what the projections of layer K-1 gave, each [B, S, heads * head_dim],
             before rotary embedding. K = 0 has none.
+        tables: K -> cos and sin of layer K-1's rotary embedding, for as many positions; with projections.
         arguments: Layer -> keyword arguments it was called with, its cache left out; empty unless asked for.
     """
 
@@ -172,6 +224,7 @@ class SpanRecorder:
         self._keep_projections, self._keep_arguments = projections, arguments
         self.hidden: dict[int, torch.Tensor] = {}
         self.projections: dict[int, dict[Source, torch.Tensor]] = {}
+        self.tables: dict[int, tuple[torch.Tensor, ...]] = {}
         self.arguments: dict[int, dict[str, Any]] = {}
 
     def install(self, undo: ExitStack) -> None:
@@ -183,6 +236,8 @@ class SpanRecorder:
             if layer == 0 or not self._keep_projections:
                 continue
             attention: Any = modules[layer - 1].self_attn
+            hook = attention.register_forward_pre_hook(self._rotate(layer), with_kwargs=True)
+            undo.callback(hook.remove)
             for source, name in PROJECTIONS.items():
                 hook = getattr(attention, name).register_forward_hook(self._project(layer, source))
                 undo.callback(hook.remove)
@@ -195,11 +250,17 @@ class SpanRecorder:
         """Let go of everything that was recorded."""
         self.hidden.clear()
         self.projections.clear()
+        self.tables.clear()
         self.arguments.clear()
 
     def projected(self, layer: int, row: int = 0) -> dict[Source, torch.Tensor]:
         """One sequence's projections at a layer, each [S, heads * head_dim], as `cut_tokens` takes them."""
         return {source: output[row] for source, output in self.projections.get(layer, {}).items()}
+
+    def attention(self, layer: int, dims: DecoderDims) -> torch.Tensor:
+        """What the last position attended to in the layer before, [S, 1]; see `LayerStates.attention`."""
+        module: Any = self._decoder.layers[layer - 1].self_attn
+        return layer_states(module, dims, self.projected(layer), self.tables[layer]).attention
 
     def _enter(self, layer: int) -> Any:
         def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -210,6 +271,12 @@ class SpanRecorder:
     def _project(self, layer: int, source: Source) -> Any:
         def hook(_module: Any, _args: Any, output: torch.Tensor) -> None:
             self.projections.setdefault(layer, {})[source] = output
+
+        return hook
+
+    def _rotate(self, layer: int) -> Any:
+        def hook(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
+            self.tables[layer] = kwargs["position_embeddings"]
 
         return hook
 

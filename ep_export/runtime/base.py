@@ -93,11 +93,13 @@ class Runner(ABC):
         input_names: In the component's order.
         output_names: Likewise.
         capacity: C of its caches, where compiling settled it; None where any will do.
+        max_batch: Most sequences of a run, where compiling settled it; None where any number will do.
     """
 
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
     capacity: int | None = None
+    max_batch: int | None = None
 
     @abstractmethod
     def run(self, feeds: Mapping[str, Feed], *, on_device: Collection[str] = ()) -> dict[str, Value]:

@@ -199,7 +199,17 @@ class BatchedDecoder(SlotDecoder):
     """
 
     def __init__(self, components: Components, *, slots: int, capacity: int | Sequence[int]) -> None:
-        """Reserve the caches; see `open_decoder`."""
+        """Reserve the caches; see `open_decoder`.
+
+        Raises:
+            UserError: Compiling settled that fewer answers are continued at once.
+        """
+        most = components.max_batch
+        if most is not None and slots > most:
+            raise UserError(
+                f"{slots} slots are more than the {most} that the engines were compiled for",
+                hint=f"give --slots {most} or fewer, or compile with --max-batch {slots}",
+            )
         self.slots = slots
         self._components = components
         pairs = zip(components.manifest.spans, _of_every_span(components, capacity), strict=True)

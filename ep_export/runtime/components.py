@@ -55,6 +55,14 @@ class Components:
             self._runners[component.name] = self._open(component)
         return self._runners[component.name]
 
+    @property
+    def max_batch(self) -> int | None:
+        """Most answers that one decode step continues; None where any number will do."""
+        if not self.manifest.dialect.fixed_caches:
+            return None  # they are continued one by one
+        limits = [self.runner(span).max_batch for span in self.manifest.spans]
+        return min((limit for limit in limits if limit is not None), default=None)
+
     def open_all_but_prunes(self) -> None:
         """Open what every prompt needs; a bundle may hold many policies, of which a prompt needs one a cut.
 

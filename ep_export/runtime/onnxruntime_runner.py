@@ -108,7 +108,7 @@ class OnnxRuntimeRunner(Runner):
         self._device = device_of(options.providers)
         self._file = file
         self._types = {i.name: i.type for i in self._session.get_inputs()}
-        self._to_ort = _converter(onnxruntime)
+        self._to_ort, self._wrap = _converter(onnxruntime), onnxruntime.OrtValue
         self.input_names = tuple(self._types)
         self.output_names = tuple(o.name for o in self._session.get_outputs())
 
@@ -157,8 +157,8 @@ class OnnxRuntimeRunner(Runner):
                 hint="check the inputs against the manifest",
             ) from error
         binding.synchronize_outputs()
-        outputs = binding.get_outputs()[bound:]
-        return dict(zip(wanted, map(_OrtTensor, outputs), strict=True))
+        outputs = binding.get_outputs_as_ortvaluevector()  # without a Python object for every cache
+        return {name: _OrtTensor(self._wrap(outputs[bound + i])) for i, name in enumerate(wanted)}
 
     def close(self) -> None:
         """See `Runner.close`."""

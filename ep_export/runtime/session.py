@@ -63,6 +63,11 @@ class Session:
         self.family = family_named(bundle.manifest.family)
         self.dims = bundle.manifest.dims
 
+    @property
+    def max_batch(self) -> int | None:
+        """Most slots a `decoder` may have; None where any number will do."""
+        return self._components.max_batch
+
     @classmethod
     def open(
         cls,

@@ -146,6 +146,7 @@ class TensorRtRunner(Runner):
         self._contexts: dict[int, Any] = {}
         self._aliases = _aliases(engine, self.output_names)
         self.capacity = _capacity(opened.profiles, self._aliases)
+        self.max_batch = opened.limits.max_batch
 
     def run(self, feeds: Mapping[str, Feed], *, on_device: Collection[str] = ()) -> dict[str, Value]:  # noqa: ARG002
         """See `Runner.run`; every output stays on the device until it is read.

@@ -17,6 +17,7 @@ from ep_export.serving import Answer, PromptReport, cache_need
 
 if TYPE_CHECKING:
     from ep_export.bundle import Manifest
+    from ep_export.policy import Keep
 
 __all__ = ["Reply", "model_card"]
 
@@ -85,6 +86,7 @@ class Reply:
             cut["kept_visual_tokens"] = kept
         return {
             "layers": self.manifest.dims.layers,
+            "keep": _keep(prompt.keep),
             "cuts": cuts,
             "pictures": [
                 {"grid": part.token_grid, "view": part.view, "kept_by_cut": part.kept_by_cut}
@@ -129,11 +131,16 @@ def model_card(name: str, manifest: Manifest, *, created: int, pictures: int) ->
             "max_positions": manifest.dims.max_positions,
             "cuts": [{"layer": c.layer, "policy": c.chooser.name} for c in manifest.schedule.cuts],
             "policies": manifest.policies,
-            "keep": {"ratio": manifest.keep.ratio, "tokens": manifest.keep.tokens},
+            "keep": _keep(manifest.keep),
             "smallest_keep": _smallest_keep(manifest),
             "pictures": pictures,
         },
     }
+
+
+def _keep(keep: Keep) -> dict[str, Any]:
+    """An adaptive one's ratio is its average over prompts; what a prompt kept is said beside it."""
+    return {"ratio": keep.ratio, "tokens": keep.tokens, "adaptive": keep.adaptive}
 
 
 def _smallest_keep(manifest: Manifest) -> float:

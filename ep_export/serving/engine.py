@@ -31,6 +31,7 @@ from ep_export.serving.stream import Stream
 
 __all__ = ["Engine"]
 
+_DEFAULT_SLOTS = 8
 _DEFAULT_CAPACITY = 4096
 """Cache rows of a slot when nothing is said: a large picture, a question and a long answer."""
 
@@ -42,7 +43,7 @@ class Engine:
 
     Args:
         session: The opened bundle; closing the engine leaves it open.
-        slots: Requests answered at once at most.
+        slots: Requests answered at once at most; when None 8, or fewer where engines were compiled for fewer.
         capacity: Cache rows of a slot: in every span, or one number for each, less behind a cut; `cache_need`
             says how many a request takes. The model's context or 4096, whichever is less, when None.
         waiting: Requests that may wait.
@@ -54,16 +55,19 @@ class Engine:
 
     Raises:
         UsageError: A number is below 1, or `capacity` has not one for every span.
+        UserError: There are more slots than engines were compiled for.
     """
 
     def __init__(
         self,
         session: Session,
         *,
-        slots: int = 8,
+        slots: int | None = None,
         capacity: int | Sequence[int] | None = None,
         waiting: int = 64,
     ) -> None:
+        if slots is None:
+            slots = min(_DEFAULT_SLOTS, session.max_batch or _DEFAULT_SLOTS)
         self.slots = slots
         self.capacity = _capacity(session.bundle.manifest, capacity)
         self.waiting_limit = waiting

@@ -41,7 +41,7 @@ _ASIDE = 0.03
 _NEAR = 0.15
 """Ways that lose less than this to the best are near it."""
 _HUES = {
-    "fastv": "#b3261e",
+    "norm-highest-attention": "#b3261e",
     "dart": "#a16207",
     "cdpruner": "#0ea5e9",
     "scope": "#0f766e",
@@ -57,7 +57,7 @@ _HUES = {
 }
 _OTHER_HUE = "#9d174d"
 _MARKS = {
-    "fastv": "s",
+    "norm-highest-attention": "s",
     "divprune": "D",
     "dart": "^",
     "cdpruner": "v",

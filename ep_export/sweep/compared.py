@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import TYPE_CHECKING
 
 from ep_export.calibrate.candidates import candidate_layers
 from ep_export.errors import UsageError, UserError
@@ -17,7 +18,12 @@ from ep_export.planning import check_schedule
 from ep_export.policy import ADAPTIVE, Cut, Keep, Random, Schedule
 from ep_export.sweep.record import RECOMMENDED, SCHEDULE
 
-__all__ = ["Compared", "auto_layers", "compared_ways"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from ep_export.families.base import Family
+
+__all__ = ["Compared", "able_methods", "auto_layers", "compared_ways"]
 
 _SCALED = {SCALED.key: Scaling.TOKENS, SCALED_FLOPS.key: Scaling.FLOPS}
 
@@ -77,6 +83,28 @@ def auto_layers(keep: float, layers: int) -> tuple[int, ...]:
         return tuple(possible)
     picks = (round(i * (len(possible) - 1) / (_MOST_LAYERS - 1)) for i in range(_MOST_LAYERS))
     return tuple(possible[i] for i in picks)
+
+
+def able_methods(
+    family: Family, config: PreTrainedConfig, methods: Sequence[Method]
+) -> tuple[tuple[Method, ...], tuple[str, ...]]:
+    """The methods whose needs a model's vision tower can meet, and a note for every other.
+
+    Raises:
+        UsageError: None is left.
+    """
+    if family.patches_per_token(config) is not None:
+        return tuple(methods), ()
+    able = tuple(method for method in methods if not method.reads_tower)
+    notes = tuple(
+        f"{method.key} is left out: visual tokens of {family.name} are no runs of patches, so that none has "
+        "attention of its own in the vision tower"
+        for method in methods
+        if method.reads_tower
+    )
+    if notes and not able:
+        raise UsageError(notes[0], hint="name another method as well")
+    return able, notes
 
 
 def compared_ways(

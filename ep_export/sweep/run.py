@@ -29,7 +29,7 @@ from ep_export.planning import check_keep
 from ep_export.policy import ADAPTIVE, Keep
 from ep_export.progress import Progress, silent
 from ep_export.staging import refuse_existing, staged
-from ep_export.sweep.compared import Compared, compared_ways
+from ep_export.sweep.compared import Compared, able_methods, compared_ways
 from ep_export.sweep.gallery import gallery
 from ep_export.sweep.options import SweepOptions
 from ep_export.sweep.questions import find_questions
@@ -184,11 +184,12 @@ def _recommended(
 def _compared(
     checkpoint: Checkpoint, options: SweepOptions, recommended: Sequence[Recommended]
 ) -> tuple[tuple[Compared, ...], tuple[str, ...]]:
-    return compared_ways(
+    methods, blind = able_methods(checkpoint.family, checkpoint.config, options.methods)
+    compared, notes = compared_ways(
         options.keeps,
         checkpoint.dims.layers,
         options.layers,
-        options.methods,
+        methods,
         recommended={one.keep: one.schedule for one in recommended if one.schedule is not None},
         adaptive={
             one.keep: (adaptive_schedule(one.threshold.threshold), one.threshold)
@@ -197,6 +198,7 @@ def _compared(
         },
         schedule=options.schedule,
     )
+    return compared, (*blind, *notes)
 
 
 def _everywhere(

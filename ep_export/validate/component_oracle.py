@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from ep_export.bundle import Component, Role
-from ep_export.choosers import CutTokens, choose
+from ep_export.choosers import CutTokens, choose, state_heads
 from ep_export.families import family_of
 from ep_export.policy import Cut, Source, scored_source
 from ep_export.reference import SpanRecorder, cut_tokens, run_layers, staying
@@ -65,7 +65,7 @@ class ComponentOracle:
         self.model = model
         self._decoder = family.decoder(model)
         self._dims = family.dims(model.config)
-        self._encoders = {"vision_encoder": family.vision(model), "video_encoder": family.video(model)}
+        self._encoders = family.encoders(model)
         self._dtype = next(model.parameters()).dtype
 
     def run(
@@ -112,8 +112,6 @@ class ComponentOracle:
 
     def _vision(self, name: str, feeds: list[torch.Tensor]) -> torch.Tensor:
         encoder = self._encoders[name]
-        if encoder is None:
-            raise KeyError(name)
         outputs = encoder.stem(*feeds)
         hidden, *carry = outputs if isinstance(outputs, tuple) else (outputs,)
         for block in encoder.blocks:
@@ -148,7 +146,8 @@ class ComponentOracle:
         with ExitStack() as undo:
             recorder.install(undo)
             hidden = run_layers(self._decoder, hidden, layers, dict.fromkeys(layers, arguments))
-        outputs = self._last(hidden) if layers.stop == self._dims.layers else self._onward(hidden, recorder)
+        last = layers.stop == self._dims.layers
+        outputs = self._last(hidden) if last else self._onward(span, hidden, recorder)
         # of caches that new rows are written into, what lies behind them stays as it came
         written = filled + hidden.shape[1]
         for i in layers:
@@ -160,15 +159,14 @@ class ComponentOracle:
     def _last(self, hidden: torch.Tensor) -> _Tensors:
         return {"logits": self._decoder.lm_head(self._decoder.norm(hidden[:, -1:]))}
 
-    def _onward(self, hidden: torch.Tensor, recorder: SpanRecorder) -> _Tensors:
-        """What a span hands over: hidden states, and the projections of its last layer seen as heads."""
-        (projections,) = recorder.projections.values()
-        heads = {Source.QUERY: self._dims.heads}
+    def _onward(self, span: Component, hidden: torch.Tensor, recorder: SpanRecorder) -> _Tensors:
+        """What a span hands over: hidden states, and the states of its last layer seen as heads."""
+        ((layer, scored),) = recorder.projections.items()
+        if f"{Source.ATTENTION.value}_states" in {spec.name for spec in span.outputs}:
+            scored = {**scored, Source.ATTENTION: recorder.attention(layer, self._dims)[None]}
         states = {
-            f"{source.value}_states": output.reshape(
-                *output.shape[:2], heads.get(source, self._dims.kv_heads), self._dims.head_dim
-            )
-            for source, output in projections.items()
+            f"{source.value}_states": output.reshape(*output.shape[:2], state_heads(source, self._dims), -1)
+            for source, output in scored.items()
         }
         return {"hidden_states": hidden, **states}
 

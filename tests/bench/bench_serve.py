@@ -6,19 +6,21 @@ after the other on as many threads. Answers run on to one length, so that all si
 --tokens 0 they end where the model ends them, after a few tokens, and prefill is nearly all there is. CPU
 time is that of the whole process: on a machine that does something else too it says more than the wall does.
 Exits 1 where the engine at 8 clients makes less than 2.5 times the tokens a second of `Session.generate`, or
-answers differ.
+answers differ. At the end: how many requests fit where 8 of the full model do, and are answered at once.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import shutil
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +32,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "fixtures"))
 from bundles import export_tiny
 from digit_scenes import held_out
 
-from ep_export.bundle import Dialect
+from ep_export.bundle import Bundle, Dialect
+from ep_export.planning import kept_tokens
 from ep_export.policy import MaxMin
 from ep_export.runtime import Generation, Session
-from ep_export.serving import Answer, Engine, Request
+from ep_export.serving import Answer, Engine, Request, cache_need, requests_that_fit
 
 READER = Path(__file__).resolve().parents[1] / "fixtures" / "digit-reader"
+NEVER_SAID = 7  # <|video_pad|>, of which the model saw none in training
 LONGEST_PROMPT = 384  # of these scenes
 OWN_LENGTH = 16  # more than any right answer has
 AT, LEAST = 8, 2.5
@@ -95,21 +99,33 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bench-serve-") as root:
-        bundle = export_tiny(
-            READER,
-            Path(root) / "bundle",
-            layer=1,
-            chooser=MaxMin(),
-            dialect=Dialect.ONNXRUNTIME,
-            keep=options.keep,
-        )
+        bundle = reader_bundle(Path(root), keep=options.keep, endless=options.tokens > 0)
         with Session.open(bundle, threads=options.threads) as session:
             print(
                 f"{bundle.manifest.model_name}, float32, {options.threads} threads, {options.requests} "
                 f"requests a side, answers of {options.tokens or 'their own number of'} tokens"
             )
             fine = [compare(session, options, prune=prune) for prune in (False, True)]
+            print_fitting(session, questions(options, prune=True)[0])
     return 0 if all(fine) else 1
+
+
+def reader_bundle(root: Path, *, keep: float, endless: bool) -> Bundle:
+    """The shipped model's bundle, and in `root / READER.name` the checkpoint it was made from.
+
+    Args:
+        root: Folder to write into.
+        keep: Of the bundle.
+        endless: Nothing ends an answer but its longest length, on every side: so says generation_config.json.
+    """
+    checkpoint = shutil.copytree(READER, root / READER.name)
+    if endless:
+        file = checkpoint / "generation_config.json"
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        file.write_text(json.dumps({**settings, "eos_token_id": NEVER_SAID}), encoding="utf-8")
+    return export_tiny(
+        checkpoint, root / "bundle", layer=1, chooser=MaxMin(), dialect=Dialect.ONNXRUNTIME, keep=keep
+    )
 
 
 def compare(session: Session, options: argparse.Namespace, *, prune: bool) -> bool:
@@ -131,6 +147,34 @@ def compare(session: Session, options: argparse.Namespace, *, prune: bool) -> bo
     return same and fast
 
 
+def print_fitting(session: Session, request: Request) -> None:
+    """How many of one request fit where 8 of the full model do: computed, and answered at once."""
+    manifest = session.bundle.manifest
+    prompt = session.prompts.build_chat(request.conversation)
+    length, visual = prompt.input_ids.shape[1], prompt.visual_index.shape[0]
+    shape = {"prompt_tokens": length, "visual_tokens": visual, "max_new_tokens": request.max_new_tokens}
+    memory = AT * cache_need(manifest, None, **shape, kept=()).bytes
+    print(f"\ncaches of {memory / 2**20:.1f} MiB, prompts of {length} tokens, {visual} of them visual")
+    for name, schedule in (("full", None), ("pruned", manifest.schedule)):
+        count = requests_that_fit(manifest, memory, **shape, prune=schedule is not None)
+        kept = (
+            kept_tokens(manifest.keep, schedule, layers=manifest.dims.layers, visual_tokens=visual)
+            if schedule
+            else ()
+        )
+        rows, most = cache_need(manifest, schedule, **shape, kept=kept).rows, 0
+        with Engine(session, slots=count, capacity=rows) as engine:
+            each = replace(request, prune=schedule is not None)
+            streams = [engine.submit(each) for _ in range(count)]
+            while not all(stream.done for stream in streams):
+                most = max(most, engine.stats().slots_in_use)
+                time.sleep(0.001)
+            held = engine.stats().cache_bytes / memory
+        print(
+            f"  {name:8} {count} requests fit, {most} were answered at once in {held:.0%} of it", flush=True
+        )
+
+
 def questions(options: argparse.Namespace, *, prune: bool) -> list[Request]:
     return [
         Request(
@@ -138,7 +182,6 @@ def questions(options: argparse.Namespace, *, prune: bool) -> list[Request]:
             visuals=(scene.picture,),
             prune=prune,
             max_new_tokens=options.tokens or OWN_LENGTH,
-            ignore_eos=bool(options.tokens),
         )
         for scene, question in held_out(options.requests, seed=1)
     ]
@@ -150,7 +193,6 @@ def alone(session: Session, request: Request) -> Generation:
         request.question,
         max_new_tokens=request.max_new_tokens,
         prune=request.prune,
-        ignore_eos=request.ignore_eos,
     )
 
 
@@ -197,10 +239,8 @@ def huggingface(session: Session, requests: Sequence[Request], threads: int) -> 
     from ep_export.reference import load_model
 
     torch.set_num_threads(threads)
-    checkpoint = open_checkpoint(str(READER))
+    checkpoint = open_checkpoint(str(session.bundle.path.with_name(READER.name)))
     model = load_model(checkpoint)
-    if requests[0].ignore_eos:
-        model.generation_config.eos_token_id = None
     first, tokens, clock = [], 0, Clock()
     for number, request in enumerate([requests[0], *requests]):
         if number == 1:  # the one before warmed up

@@ -2,8 +2,8 @@
 
 Quality is that of Hugging Face's model with the weights a bundle holds, dequantised (float8, in which no CPU
 computes, is judged so as well): whether greedy decoding gives the exact answer, and how far the predictions
-lie from the unquantised model's over its own answer. Size is that of the decoder's weights. Memory and speed
-are a bundle's, each in a process of its own; rounds of all bundles take turns.
+lie from the unquantised model's over its own answer. Size is that of all linear layers. Memory and speed are
+a bundle's, each in a process of its own; rounds of all bundles take turns.
 
 Calibrated rounding has to leave at most half of the KL of rounding to the nearest.
 """
@@ -26,7 +26,7 @@ from ep_export.bundle import Bundle
 from ep_export.calibrate.weights import ROUNDING_PICTURES, calibrated
 from ep_export.checkpoint import Checkpoint, open_checkpoint
 from ep_export.export import export_bundle
-from ep_export.export.packing import decoder_weights
+from ep_export.export.packing import linear_weights
 from ep_export.families.base import PromptInputs
 from ep_export.measure.full_pass import before_placeholder, run_full
 from ep_export.measure.pruned import gap
@@ -74,6 +74,7 @@ def packings(checkpoint: Checkpoint, group: int) -> dict[str, Packing | None]:
     return {
         "fp32": None,
         "int8": rounded(Weights(WeightKind.INT8, None, "nearest")),
+        "int8, vision too": rounded(Weights(WeightKind.INT8, None, "nearest", WeightKind.INT8)),
         "int4 nearest": rounded(four),
         "int4 calibrated": calibrated(
             checkpoint, four, [scene.picture for scene in scenes], asked, compute="fp32"
@@ -95,12 +96,12 @@ def export(checkpoint: Checkpoint, packing: Packing | None, out: Path) -> Bundle
     )
 
 
-def decoder_bytes(bundle: Bundle, checkpoint: Checkpoint) -> int:
-    """Linear layers and lm_head, scales included."""
+def linear_bytes(bundle: Bundle, checkpoint: Checkpoint) -> int:
+    """Linear layers of decoder and vision encoder, and lm_head, scales included."""
     stored = bundle_layers(bundle)
-    names = decoder_weights(checkpoint)
+    names = linear_weights(checkpoint)
     total = 0
-    for name in (*names.linears, names.lm_head):
+    for name in (*names.decoder, names.lm_head, *names.vision):
         if name in stored:
             layer = stored[name]
             total += layer.codes.length + layer.scales.length
@@ -220,7 +221,7 @@ def _peak_bytes() -> int:
 def _rows(
     qualities: dict[str, Quality], sizes: dict[str, int], speeds: dict[str, Speed], count: int
 ) -> Iterator[str]:
-    columns = f"{'decoder':>11}{'peak memory':>13}{'prefill':>10}{'a token':>10}"
+    columns = f"{'layers':>11}{'peak memory':>13}{'prefill':>10}{'a token':>10}"
     yield f"{'weights':18}{'right':>12}{'KL':>10}{columns}"
     for name, quality in qualities.items():
         speed = speeds.get(name)
@@ -249,7 +250,7 @@ def main() -> int:
             name: export(checkpoint, packing, Path(work) / name.replace(" ", "-"))
             for name, packing in packings(checkpoint, args.group).items()
         }
-        sizes = {name: decoder_bytes(bundle, checkpoint) for name, bundle in bundles.items()}
+        sizes = {name: linear_bytes(bundle, checkpoint) for name, bundle in bundles.items()}
         judged = qualities(checkpoint, bundles, args.questions, 2)
         timed = speeds({name: bundle for name, bundle in bundles.items() if name != "fp8"})
     print(

@@ -65,6 +65,8 @@ def prompt(chooser: Chooser, visual_index: np.ndarray, length: int, *, seed: int
     source = scored_source(chooser)
     if source is Source.HIDDEN:
         states = hidden.reshape(length, DIMS.heads, -1)
+    elif source is Source.ATTENTION:
+        states = rng.dirichlet(np.full(length, 0.5)).astype(np.float32)[:, None, None] * length
     elif source is not None:
         states = spread_states(length, HEADS[source], DIMS.head_dim, seed + 1)
     positions = np.sort(rng.integers(0, 999, (DIMS.position_axes, 1, length)), axis=2)
@@ -89,15 +91,15 @@ def session(
 def run(opened: onnxruntime.InferenceSession, at: Prompt, k: int) -> dict[str, np.ndarray]:
     """Outputs by name; states and hidden in the graph's type."""
     kinds = {entry.name: entry.type for entry in opened.get_inputs()}
-    cast = np.float16 if kinds["hidden"] == "tensor(float16)" else np.float32
+    cast = {name: np.float16 if kind == "tensor(float16)" else np.float32 for name, kind in kinds.items()}
     feeds = {
-        "hidden": at.hidden[None].astype(cast),
+        "hidden": at.hidden[None].astype(cast["hidden"]),
         "position_ids": at.positions,
         "visual_index": at.visual_index,
         "keep_slots": np.zeros(k, dtype=np.int64),
     }
-    if at.states is not None:
-        feeds["states"] = at.states[None].astype(cast)
+    if "states" in kinds:
+        feeds["states"] = at.states[None].astype(cast["states"])
     names = [entry.name for entry in opened.get_outputs()]
     return dict(zip(names, opened.run(names, {name: feeds[name] for name in kinds}), strict=True))
 

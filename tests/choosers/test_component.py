@@ -30,6 +30,7 @@ NAMES = (
     "norm-highest-value-per-picture",
     "order2-highest-hidden",
     "divprune",
+    "norm-highest-attention",
     "coverage-paper-highest",
     "coverage-norm-lowest-value",
     "coverage-order2-highest-hidden",
@@ -77,6 +78,8 @@ def test_interface(name: str, dtype: ir.DataType, opset: int) -> None:
     if reads_projections(chooser):
         heads = 6 if scored_source(chooser) is Source.QUERY else 3
         expected["states"] = (float_type, [1, "S", heads, 16])
+        if scored_source(chooser) is Source.ATTENTION:
+            expected["states"] = (onnx.TensorProto.FLOAT, [1, "S", 1, 1])
     expected["hidden"] = (float_type, [1, "S", 48])
     expected["position_ids"] = (int64, [3, 1, "S"])
     expected["visual_index"] = (int64, ["N"])

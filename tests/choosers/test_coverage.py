@@ -151,7 +151,7 @@ class TestBody:
             at = prompt(chooser, np.arange(2, 2 + count), count + 4, seed=count)
             assert self.judge(chooser, at, k, opset=opset) is not KeptDifference.DIFFERENT
 
-    @pytest.mark.parametrize("source", [Source.KEY, Source.VALUE, Source.HIDDEN])
+    @pytest.mark.parametrize("source", [Source.KEY, Source.VALUE, Source.HIDDEN, Source.ATTENTION])
     def test_every_source_is_scored(self, source: Source) -> None:
         chooser = Coverage(Scorer.NORM, Select.LOWEST, source)
         at = prompt(chooser, np.arange(2, 62), 64)

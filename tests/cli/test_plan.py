@@ -48,6 +48,14 @@ def test_lighter_weights_are_fewer_bytes():
         said(*SEVEN, *KEEP, "--weights", kind)["weights_bytes"] for kind in ("none", "int8", "int4")
     )
     assert none > 1.5 * int8 > 2 * int4
+    with_vision = said(*SEVEN, *KEEP, "--weights", "int4", "--vision-weights", "int8")["weights_bytes"]
+    assert int4 - with_vision == pytest.approx(0.68e9, rel=0.02)  # a byte less of each of the encoder's
+
+
+def test_the_vision_encoder_is_not_rounded_alone():
+    message = refused(*SEVEN, *KEEP, "--vision-weights", "int8")
+    assert "go with those of the decoder" in message
+    assert "--weights int8" in message
 
 
 def test_the_table_leads_with_the_first_token_and_explains_the_keep():

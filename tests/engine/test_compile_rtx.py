@@ -73,7 +73,8 @@ def test_every_component_compiles_and_holds_the_profile_asked_for(family, dialec
 
 def quantised(kind, folder):
     checkpoint = make_tiny(folder / "model", layers=2, heads=8, kv_heads=4, vision_depth=2)
-    weights = Weights(kind, 32 if kind is WeightKind.INT4 else None, "nearest")
+    group = 32 if kind is WeightKind.INT4 else None
+    weights = Weights(kind, group, "nearest", WeightKind.INT8)
     packing = nearest(open_checkpoint(str(checkpoint)).tensors, weights, compute="fp16")
     return export_tiny(checkpoint, folder / "bundle", precision=Precision.FP16, packing=packing)
 

@@ -22,12 +22,12 @@ from ep_export.checkpoint import meta_model, open_checkpoint
 from ep_export.errors import UserError
 from ep_export.export.decoder import check_decoder
 from ep_export.numerics import WeightKind, Weights
-from ep_export.policy import Cut, MaxMin, Nothing, Schedule, Source, TopK
+from ep_export.policy import Coverage, Cut, MaxMin, Nothing, Schedule, Scorer, Source, TopK, scored_source
 from ep_export.weights.packing import nearest
 
 SCHEDULES = {
-    "one cut": Schedule((Cut(1),)),
-    "two cuts": two_cuts(1, 2, TopK(), TopK(source=Source.KEY)),
+    "one cut": Schedule((Cut(1, TopK(Scorer.NORM, source=Source.ATTENTION)),)),
+    "two cuts": two_cuts(1, 2, TopK(source=Source.KEY), Coverage(Scorer.NORM, source=Source.ATTENTION)),
     "cut at layer 0, nothing left": two_cuts(0, 2, MaxMin(), Nothing(), shares=(0.5, 0.0)),
 }
 KEEP = {"one cut": (7,), "two cuts": (9, 4), "cut at layer 0, nothing left": (8, 0)}
@@ -66,6 +66,16 @@ def test_pruned_prefill_and_decode_equal_hugging_face(
             np.testing.assert_allclose(
                 span[states], projected.unflatten(-1, (-1, dims.head_dim)), atol=TOLERANCE
             )
+        chooser = next(cut.chooser for cut in bundle.manifest.schedule.cuts if cut.layer == after)
+        assert ("attention_states" in span) == (scored_source(chooser) is Source.ATTENTION)
+        if "attention_states" in span:
+            length = span["hidden_states"].shape[1]
+            query = expected.projections[after - 1][0][0, -1].unflatten(-1, (-1, dims.head_dim))
+            tables = reference.modules.rotary(query, torch.full((dims.position_axes, 1, 1), LENGTH - 1)[0])
+            keys = expected.cache.layers[after - 1].keys[0]
+            np.testing.assert_allclose(
+                span["attention_states"], attention_by_hand(query, tables, keys, length), rtol=1e-3
+            )
     for i, layer in enumerate(expected.cache.layers):
         np.testing.assert_allclose(run.caches[f"{i}.key"], layer.keys, atol=TOLERANCE)
         np.testing.assert_allclose(run.caches[f"{i}.value"], layer.values, atol=TOLERANCE)
@@ -75,6 +85,28 @@ def test_pruned_prefill_and_decode_equal_hugging_face(
         torch.from_numpy(step), torch.full((dims.position_axes, 1, 1), 40), {}, expected.cache
     )
     np.testing.assert_allclose(run.step(step, 40), after_step.logits, atol=TOLERANCE)
+
+
+def attention_by_hand(
+    query: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor], keys: torch.Tensor, length: int
+) -> np.ndarray:
+    """FastV as published: what the last token attends to, mean over heads; times the number of positions.
+
+    Args:
+        query: [H, D], the last position's before rotary embedding.
+        tables: cos and sin of its position.
+        keys: [KVH, T, D] after rotary embedding, as Hugging Face's cache holds them.
+        length: T.
+    """
+    cos, sin = (table.double().numpy().reshape(-1) for table in tables)
+    q, k = query.double().numpy(), keys.double().numpy()
+    half = q.shape[1] // 2
+    turned = q * cos + np.concatenate([-q[:, half:], q[:, :half]], axis=1) * sin
+    received = np.zeros(length)
+    for head, row in enumerate(turned):
+        scores = np.exp(k[head * len(k) // len(q)] @ row / np.sqrt(q.shape[1]))
+        received += scores / scores.sum() / len(q)
+    return (length * received)[None, :, None, None]
 
 
 @pytest.fixture(scope="module")

@@ -89,6 +89,11 @@ def test_a_warning_is_added_once(bundle: Bundle) -> None:
             None,
             "policy norm-highest scores projections, and there are none before layer 0",
         ),
+        (
+            TopK(Scorer.NORM, source=Source.ATTENTION),
+            [1],
+            "norm-highest-attention scores attention, which decoder_0 of this bundle does not give out",
+        ),
         (Nothing(), [2], "bundle has no cut 2, it has 2"),
     ],
 )

@@ -20,7 +20,7 @@ from ep_export.measure.full_pass import run_full
 from ep_export.measure.pruned import gap, pruned_log_probs
 from ep_export.measure.ways import one_cut
 from ep_export.policy import Keep, Nothing, Source
-from ep_export.reference import PruneSpec, greedy, load_model, prune
+from ep_export.reference import PruneSpec, greedy, kept_as, load_model, prune
 
 LAYERS = 5
 ONE_CUT = [
@@ -28,7 +28,7 @@ ONE_CUT = [
     for layer, methods in {
         0: ("divprune", "norm-highest-hidden"),
         1: ("paper-highest", "norm-lowest", "divprune", "released-lowest-key"),
-        3: ("order2-highest", "norm-highest-value"),
+        3: ("order2-highest", "norm-highest-value", "norm-highest-attention"),
     }.items()
     for method in methods
 ]
@@ -38,6 +38,7 @@ TWO_CUTS = [
     two_cuts((0, 0.7, "divprune"), (2, 0.4, "norm-highest"), 0.5),
     two_cuts((2, 0.5, "paper-lowest"), (4, 0, "nothing"), 0.6),
     two_cuts((1, 0.5, "paper-highest"), (2, 0.25, "released-highest-key"), 0.4),
+    two_cuts((1, 0.5, "fastv"), (3, 0.25, "coverage-norm-highest-attention"), 0.5),
 ]
 
 
@@ -64,7 +65,11 @@ def oracle_log_probs(case, way=None) -> torch.Tensor:
         if way is None:
             logits = bench.model(**inputs).logits
         else:
-            with prune(bench.model, PruneSpec(way.schedule, way.keep)):
+            spec = PruneSpec(way.schedule, way.keep)
+            with prune(bench.model, spec) as trace:  # what is kept is chosen before there is an answer
+                bench.model(**bench.checkpoint.family.reference_inputs(prompt, bench.checkpoint.config))
+            kept = kept_as([cut.kept_index for cut in trace.cuts])
+            with prune(bench.model, spec, select=kept):
                 logits = bench.model(**inputs).logits
     return logits[0, -len(answer) :].double().log_softmax(-1)
 

@@ -9,13 +9,15 @@ import pytest
 import torch
 from views import make_view
 
+from ep_export.choosers import CutTokens, choose
 from ep_export.errors import UsageError
 from ep_export.measure.ways import Way, WayCut
-from ep_export.methods import METHODS, Place, find_methods, method_named
+from ep_export.methods import METHODS, Place, TokenView, find_methods, method_named
 from ep_export.methods.cdpruner import conditional_kernel, cosine_similarity, greedy_map, relevance
 from ep_export.methods.dart import least_duplicated
 from ep_export.methods.scope import cover
 from ep_export.methods.sparsevlm import raters
+from ep_export.methods.visionzip import dominant_and_contextual
 from ep_export.planning import check_schedule
 from ep_export.policy import Cut, Keep, Schedule, chooser_named
 
@@ -31,6 +33,12 @@ def at(degrees: float) -> list[float]:
 
 def test_fastv_ranks_by_a_given_attention_map() -> None:
     """Two heads; the last token's attention is written into the keys as log-probabilities."""
+
+    def kept(view: TokenView, k: int) -> list[int]:
+        visual = view.visual_index
+        tokens = CutTokens(view.hidden[visual], view.inside.attention[visual][..., None], visual)
+        return choose(method_named("fastv").chooser, tokens, k).kept.tolist()
+
     first = torch.tensor([0.10, 0.30, 0.05, 0.35, 0.15, 0.05])  # what head 0 of the last token attends to
     second = torch.tensor([0.10, 0.10, 0.45, 0.05, 0.25, 0.05])
     keys = torch.stack([first.log(), second.log()], dim=1)[..., None]  # [6, 2, 1]
@@ -39,11 +47,12 @@ def test_fastv_ranks_by_a_given_attention_map() -> None:
     view = make_view(visual=[1, 2, 3, 4], embeds=torch.zeros(6, 2), queries=queries, keys=keys)
     torch.testing.assert_close(view.inside.attention_from(5), (first + second) / 2)
     # means at 1..4: 0.20, 0.25, 0.20, 0.20 (to rounding 1, 3 and 4 tie; see the second case)
-    assert method_named("fastv").choose(view, 1).tolist() == [2]
+    torch.testing.assert_close(view.inside.attention[:, 0], 6 * (first + second) / 2)
+    assert kept(view, 1) == [2]
     keys[4, :, 0] = torch.tensor([0.25, 0.25]).log()
     keys[3, :, 0] = torch.tensor([0.01, 0.01]).log()
     view = make_view(visual=[1, 2, 3, 4], embeds=torch.zeros(6, 2), queries=queries, keys=keys)
-    assert method_named("fastv").choose(view, 3).tolist() == [1, 2, 4]
+    assert kept(view, 3) == [1, 2, 4]
 
 
 def test_attention_is_causal_and_shares_key_heads() -> None:
@@ -159,12 +168,12 @@ def test_methods_of_ours_are_policies_by_name() -> None:
     ours = [method for method in METHODS if method.chooser is not None]
     assert [method.chooser.name for method in ours] == [method.key for method in ours]
     assert {method.key for method in METHODS} - {method.key for method in ours} == {
-        "fastv",
         "dart",
         "cdpruner",
         "scope",
         "pyramiddrop",
         "sparsevlm",
+        "visionzip",
         "horizon",
         "scaled",
         "scaled-flops",
@@ -173,6 +182,7 @@ def test_methods_of_ours_are_policies_by_name() -> None:
     assert [method.key for method in METHODS if method.place is Place.ANYWHERE] == [
         "divprune",
         "cdpruner",
+        "visionzip",
         "random",
     ]
 
@@ -226,7 +236,7 @@ def test_every_rival_keeps_k_visual_positions_in_order(one) -> None:
 
 
 def test_names_are_unique_and_unknown_ones_get_a_suggestion() -> None:
-    assert len({one.key for one in METHODS}) == len(METHODS) == 23
+    assert len({one.key for one in METHODS}) == len(METHODS) == 25
     with pytest.raises(UsageError, match="'fastvv' is unknown") as raised:
         find_methods(("fastvv",))
     assert "fastv" in raised.value.hint
@@ -234,7 +244,12 @@ def test_names_are_unique_and_unknown_ones_get_a_suggestion() -> None:
 
 def test_methods_come_in_the_order_of_the_tables() -> None:
     keys = ("random", "norm-lowest-key", "fastv", "norm-lowest")
-    assert [one.key for one in find_methods(keys)] == ["norm-lowest", "fastv", "random", "norm-lowest-key"]
+    assert [one.key for one in find_methods(keys)] == [
+        "norm-lowest",
+        "norm-highest-attention",
+        "random",
+        "norm-lowest-key",
+    ]
 
 
 def test_scope_takes_what_covers_most_times_its_saliency_by_hand() -> None:
@@ -272,6 +287,20 @@ def test_sparsevlm_keeps_what_its_raters_attend_to() -> None:
     assert method_named("sparsevlm-rated").choose(view, 1).tolist() == [1]
 
 
+def test_visionzip_keeps_what_received_most_and_samples_the_rest_evenly_by_hand() -> None:
+    received = torch.tensor([0.1, 0.9, 0.2, 0.8, 0.3, 0.7, 0.4, 0.6, 0.5, 0.0, 0.05, 0.15])
+    # 7 tokens: 7 * 10 // 64 = 1 contextual; the six best are 1, 3, 5, 7, 8, 6, the first of the rest is 0
+    assert dominant_and_contextual(received, 7) == [0, 1, 3, 5, 6, 7, 8]
+    assert dominant_and_contextual(received, 3) == [1, 3, 5]
+    assert dominant_and_contextual(received, 12) == list(range(12))
+    # of 128 of 576 the authors keep 108 and 20; 468 are left, every 23rd of which is a target
+    many = torch.arange(576.0)
+    kept = dominant_and_contextual(many, 128)
+    assert kept == [*range(0, 20 * 23, 23), *range(468, 576)]
+    view = make_view(visual=[2, 3, 4, 6], embeds=torch.zeros(8, 2), received=[0.1, 0.4, 0.2, 0.3])
+    assert method_named("visionzip").choose(view, 2).tolist() == [3, 6]
+
+
 @pytest.mark.parametrize("key", ["pyramiddrop", "sparsevlm", "horizon"])
 @pytest.mark.parametrize("layers", [4, 12, 32])
 @pytest.mark.parametrize("keep", [0.5, 0.3])
@@ -300,6 +329,8 @@ def test_published_stages_are_the_published_ones() -> None:
     assert [(cut.layer, cut.method) for cut in horizon.cuts] == [(0, "divprune"), (20, "random")]
     assert horizon.kept(layers=32, visual_tokens=576) == (284, 38)
     assert method_named("horizon").ours
+    assert method_named("pyramiddrop").ours
+    assert not method_named("sparsevlm").ours
 
 
 def test_methods_of_stages_and_pictures_choose_nothing_themselves() -> None:

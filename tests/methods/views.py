@@ -22,8 +22,12 @@ def make_view(
     queries: torch.Tensor | None = None,
     keys: torch.Tensor | None = None,
     instruction: list[int] | None = None,
+    received: list[float] | None = None,
 ) -> TokenView:
-    """A view of `len(embeds)` positions; without keys there is no layer before (K = 0)."""
+    """A view of `len(embeds)` positions; without keys there is no layer before (K = 0).
+
+    Visual tokens received equal attention in the vision tower unless `received` says how much.
+    """
     states = None
     if keys is not None:
         states = LayerStates(
@@ -39,4 +43,5 @@ def make_view(
         hidden=embeds if hidden is None else hidden,
         final_norm=lambda states: states,
         states=states,
+        tower_attention=lambda: torch.tensor(received or [1.0] * len(visual)),
     )

@@ -20,7 +20,7 @@ from tiny import tiny_picture
 from triton_schema import MESSAGES, parse_config, schema
 from triton_standin import StandIn
 
-from ep_export.bundle import Bundle
+from ep_export.bundle import Bundle, Dialect
 from ep_export.engine_record import (
     ENGINES,
     EngineFile,
@@ -36,6 +36,7 @@ from ep_export.families.base import Video
 from ep_export.package import write_repository
 from ep_export.policy import Keep, MaxMin, Nothing, Scorer, Select, TopK
 from ep_export.runtime import Sampling, Session
+from ep_export.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from ep_export.targets import find_target
 
 READER = Path(__file__).parents[1] / "fixtures" / "digit-reader"
@@ -109,6 +110,26 @@ def test_the_front_model_streams_and_pictures_are_optional(repository):
     assert config.backend == "python"
     assert config.model_transaction_policy.decoupled
     assert [port.name for port in config.input if not port.optional] == ["prompt"]
+
+
+def test_more_slots_than_engines_were_compiled_for_are_refused_when_the_model_loads(
+    tiny_checkpoint, tmp_path, monkeypatch
+):
+    """Of a server and of the command line, in one sentence; with nothing said there are as many as fit."""
+    bundle = export_tiny(tiny_checkpoint, tmp_path / "bundle", layer=2, dialect=Dialect.ONNXRUNTIME)
+    models = write_repository(bundle, tmp_path / "repository").path / "models"
+    monkeypatch.setattr(OnnxRuntimeRunner, "max_batch", 2)
+    with StandIn(models).running() as server:
+        assert server._model._engine.slots == 2
+    sentence = "3 slots are more than the 2 that the engines were compiled for"
+    with pytest.raises(UserError, match=sentence), StandIn(models, slots="3").running():
+        pass
+    result = ep_export("serve", str(bundle.path), "--port", "0", "--slots", "3")
+    assert (result.code, result.out) == (1, "")
+    assert result.err.splitlines() == [
+        f"error: {sentence}",
+        "hint: give --slots 2 or fewer, or compile with --max-batch 3",
+    ]
 
 
 def test_the_bundle_lies_beside_the_model_as_links(repository, bundle):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -63,10 +65,24 @@ def test_a_failing_tool_is_quoted(bare_machine: Path):
     with pytest.raises(UserError, match="configuring the plugin failed") as caught:
         build_plugin("ci", bare_machine / "out")
     assert "made up" in caught.value.hint
+    assert (bare_machine / "out" / "failed.log").read_text(encoding="utf-8") == "made up\n"
 
 
-def test_a_named_tensorrt_without_headers_stops_the_build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.setenv("TENSORRT_ROOT", str(tmp_path / "nowhere"))
+def test_what_the_build_files_refuse_is_a_sentence_and_a_hint_in_one_line_each(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """CMake wraps what it is told to say, between its own lines."""
+    for tool in ("cmake", "nvcc", "c++"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"no {tool}")
+    nowhere = tmp_path / "nowhere"
+    monkeypatch.setenv("TENSORRT_ROOT", str(nowhere))
     with pytest.raises(UserError) as caught:
         build_plugin("ci", tmp_path / "out")
-    assert "NvInferRuntime.h" in caught.value.hint or "needs" in str(caught.value)
+    sentence = (
+        f"NvInferRuntime.h of TensorRT 10.3 or later was not found (TENSORRT_ROOT is '{tmp_path}/nowhere')"
+    )
+    assert str(caught.value) == sentence
+    assert "\n" not in caught.value.hint
+    requirements = re.search(r"--require-hashes -r (\S+)`$", caught.value.hint)
+    assert Path(requirements[1]).is_file()  # also where there is no repository

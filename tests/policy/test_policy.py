@@ -24,9 +24,12 @@ from ep_export.policy import (
     chooser_named,
 )
 
+PROJECTIONS = [source for source in Source if source is not Source.ATTENTION]
 CHOOSERS = (
-    *(TopK(*settings) for settings in itertools.product(Scorer, Select, Source, Budget)),
-    *(Coverage(*settings) for settings in itertools.product(Scorer, Select, Source)),
+    *(TopK(*settings) for settings in itertools.product(Scorer, Select, PROJECTIONS, Budget)),
+    *(Coverage(*settings) for settings in itertools.product(Scorer, Select, PROJECTIONS)),
+    *(TopK(Scorer.NORM, *settings) for settings in itertools.product(Select, [Source.ATTENTION], Budget)),
+    *(Coverage(Scorer.NORM, select, Source.ATTENTION) for select in Select),
     MaxMin(),
     Nothing(),
     Random(),
@@ -46,6 +49,13 @@ def test_names_that_people_type():
         Scorer.NORM, Select.LOWEST, Source.KEY, Budget.PER_PICTURE
     )
     assert chooser_named("random-7") == Random(7)
+
+
+@pytest.mark.parametrize("name", ["paper-highest-attention", "coverage-order2-lowest-attention"])
+def test_attention_is_one_number_that_only_the_norm_takes_as_it_is(name):
+    with pytest.raises(UsageError, match="attention is one number a token") as caught:
+        chooser_named(name)
+    assert "--policy norm --source attention" in caught.value.hint
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,9 @@ class HandResult:
     scores: list[np.ndarray]
 
 
-def run_by_hand(model, embeds, position_ids, visual_index, schedule: Schedule, counts) -> HandResult:
+def run_by_hand(
+    model, embeds, position_ids, visual_index, schedule: Schedule, counts, *, prompt_length: int
+) -> HandResult:
     """embeds [S, d] and position_ids [3, S] of a prompt, text appended to it included.
 
     `counts` says for every cut how many visual tokens go on.
@@ -43,6 +45,8 @@ def run_by_hand(model, embeds, position_ids, visual_index, schedule: Schedule, c
     for i in range(config.num_hidden_layers):
         if i in cuts and len(visual_index):
             chooser, k = cuts[i]
+            prompt = np.flatnonzero(rows < prompt_length)
+            projections = (*projections[:3], *(len(prompt) * a[prompt[-1]] for a in projections[3:]))
             visual = np.flatnonzero(np.isin(rows, visual_index))
             chosen, score = _choose(config, chooser, hidden, projections, visual, k)
             stay = np.setdiff1d(np.arange(len(rows)), np.setdiff1d(visual, chosen))
@@ -74,19 +78,20 @@ def _layer(config, weights, i, hidden, cos, sin):
         x @ w[f"self_attn.{name}_proj.weight"].T + w[f"self_attn.{name}_proj.bias"]
         for name in ("q", "k", "v")
     )
-    attended = [
-        _attend(
+    weights = [
+        _weights(
             _turn(_head(q, h, heads), cos, sin),
             _turn(_head(k, h // (heads // kv_heads), kv_heads), cos, sin),
-            _head(v, h // (heads // kv_heads), kv_heads),
         )
         for h in range(heads)
     ]
+    attended = [weights[h] @ _head(v, h // (heads // kv_heads), kv_heads) for h in range(heads)]
     hidden = hidden + np.concatenate(attended, axis=1) @ w["self_attn.o_proj.weight"].T
     x = _norm(hidden, w["post_attention_layernorm.weight"], config.rms_norm_eps)
     gate = x @ w["mlp.gate_proj.weight"].T
     up = x @ w["mlp.up_proj.weight"].T
-    return hidden + (gate / (1 + np.exp(-gate)) * up) @ w["mlp.down_proj.weight"].T, (q, k, v)
+    hidden = hidden + (gate / (1 + np.exp(-gate)) * up) @ w["mlp.down_proj.weight"].T
+    return hidden, (q, k, v, sum(weights) / heads)
 
 
 def _norm(x, weight, eps):
@@ -103,11 +108,11 @@ def _turn(x, cos, sin):
     return x * cos + np.concatenate([-x[:, half:], x[:, :half]], axis=1) * sin
 
 
-def _attend(q, k, v):
+def _weights(q, k):
     scores = q @ k.T / np.sqrt(q.shape[1])
     scores[np.triu_indices(len(q), 1)] = -np.inf  # kept tokens stay in order, so order is causality
     scores = np.exp(scores - scores.max(axis=1, keepdims=True))
-    return scores / scores.sum(axis=1, keepdims=True) @ v
+    return scores / scores.sum(axis=1, keepdims=True)
 
 
 def _choose(config, chooser, hidden, projections, visual, k):
@@ -136,9 +141,9 @@ def _farthest(hidden, k):
 
 def _states(config, projections, hidden, source):
     heads = config.num_key_value_heads if source in {Source.KEY, Source.VALUE} else config.num_attention_heads
-    chosen = dict(zip((Source.QUERY, Source.KEY, Source.VALUE), projections, strict=False)).get(
-        source, hidden
-    )
+    heads = 1 if source is Source.ATTENTION else heads
+    projected = (Source.QUERY, Source.KEY, Source.VALUE, Source.ATTENTION)
+    chosen = dict(zip(projected, projections, strict=False)).get(source, hidden)
     return chosen.reshape(len(chosen), heads, -1)
 
 

@@ -20,6 +20,7 @@ from ep_export.policy import (
     Select,
     Source,
     TopK,
+    chooser_named,
 )
 from ep_export.reference import PruneSpec, prune
 
@@ -49,7 +50,12 @@ def assert_follows_hand(oracle, schedule, keep=None, tokens=4):
     prompt_length = oracle.prompt.input_ids.shape[1]
     answer = out.sequences[0, prompt_length:].tolist()
     hand = run_by_hand(
-        oracle.model, *whole_sequence(oracle, answer), oracle.prompt.visual_index, schedule, counts
+        oracle.model,
+        *whole_sequence(oracle, answer),
+        oracle.prompt.visual_index,
+        schedule,
+        counts,
+        prompt_length=prompt_length,
     )
     assert [len(cut.kept_visual) for cut in trace.cuts] == list(counts)
     for cut, kept, scores in zip(trace.cuts, hand.kept_index, hand.scores, strict=True):
@@ -94,7 +100,8 @@ def test_every_scorer_and_direction_matches_decoder_by_hand(scorer, select):
 
 @pytest.mark.parametrize("source", Source)
 def test_every_source_matches_decoder_by_hand(source):
-    schedule = one_cut(1, scorer=Scorer.RELEASED, source=source)
+    scorer = Scorer.NORM if source is Source.ATTENTION else Scorer.RELEASED
+    schedule = one_cut(1, scorer=scorer, source=source)
     assert_follows_hand(case(heads=6), schedule, Keep(ratio=0.5), tokens=2)
 
 
@@ -119,6 +126,12 @@ def test_one_kept_token_matches_decoder_by_hand():
         Schedule((Cut(1, TopK(), 0.6), Cut(3, TopK(select=Select.LOWEST), 0.3))),
         Schedule((Cut(1, MaxMin(), 0.5), Cut(2, TopK(Scorer.NORM, source=Source.KEY), 0.25))),
         Schedule((Cut(0, MaxMin(), 0.7), Cut(2, TopK(), 0.4))),
+        Schedule(
+            tuple(
+                Cut(layer, chooser_named("norm-highest-attention"), share)
+                for layer, share in ((1, 0.6), (3, 0.3))
+            )
+        ),
         Schedule((Cut(0, TopK(source=Source.HIDDEN), 0.7), Cut(1, MaxMin(), 0.5), Cut(3, Nothing(), 0.0))),
         Schedule((Cut(1, TopK(), 0.6), Cut(2, TopK(), 0.6))),
     ],

@@ -7,6 +7,7 @@ TensorRT-RTX says without a GPU is in `test_real_tensorrt_rtx.py`.
 import dataclasses
 import gc
 import importlib
+import math
 import shutil
 import sys
 
@@ -19,7 +20,7 @@ from plugin_reference import output_shapes, plugin_build
 from test_onnxruntime_runner import joined
 from tiny import tiny_picture
 
-from ep_export.bundle import Bundle, Dialect, Role, hash_file
+from ep_export.bundle import Bundle, Dialect, Precision, Role, hash_file
 from ep_export.checkpoint import open_checkpoint
 from ep_export.engine.device import find_gpu
 from ep_export.engine.profiles import LimitsRequest, make_profiles, resolve_limits
@@ -37,6 +38,8 @@ from ep_export.engine_record import (
     write_record,
 )
 from ep_export.errors import UserError
+from ep_export.fit import estimate
+from ep_export.planning import make_plan
 from ep_export.policy import MaxMin
 from ep_export.runtime import OnnxRuntimeRunner, Session
 from ep_export.runtime.device import DeviceMemory
@@ -48,7 +51,8 @@ from ep_export.runtime.tensorrt_runner import (
     _log,
     open_engine,
 )
-from ep_export.targets import Flavour
+from ep_export.serving import Engine
+from ep_export.targets import Flavour, Graphs, find_target
 from ep_export.validate.polygraphy_run import compare_with_polygraphy
 from ep_export.validate.report import Verdict
 
@@ -261,12 +265,38 @@ def test_caches_hold_what_the_engines_were_compiled_for(in_place):
         with pytest.raises(UserError, match=r"decoder_0 hold 576 tokens and are full") as caught:
             decoder.grow(1)
         assert "--max-new-tokens" in caught.value.hint
-        more = session.decoder(slots=4, capacity=100)
-        for slot in range(4):
-            more.admit(slot, prefill)
-        with pytest.raises(UserError, match=r"has shape \[4, .*, its engine takes") as caught:
-            more.step(dict.fromkeys(range(4), 1))
-        assert "3 at once" in caught.value.hint
+
+
+def test_caches_take_the_memory_that_is_estimated(in_place, monkeypatch):
+    """At the limits: those that prefill fills, and those of the answer that they move into."""
+    taken, make = [], TensorRtRunner.buffer
+
+    def take(runner, name, shape):
+        taken.append(4 * math.prod(shape))
+        return make(runner, name, shape)
+
+    monkeypatch.setattr(TensorRtRunner, "buffer", take)
+    made, _ = backend(in_place)
+    with Session.open(in_place, runner=made) as session:
+        session.generate(PICTURES[:1], "which digits?", max_new_tokens=2)
+    manifest = in_place.manifest
+    plan = make_plan(
+        manifest.dims, manifest.schedule, manifest.keep, visual_tokens=400, text_tokens=112, kept=(200, 100)
+    )
+    graphs = Graphs(Dialect.MODERN, Precision.FP16)
+    guess = estimate(plan, find_target("h100"), new_tokens=64, graphs=graphs, kv_bytes_per_element=4)
+    assert sum(taken) == guess.pruned.kv_bytes
+
+
+def test_more_slots_than_engines_were_compiled_for_are_refused_before_anything_is_answered(in_place):
+    made, _ = backend(in_place)
+    with Session.open(in_place, runner=made) as session:
+        assert session.max_batch == 3
+        with pytest.raises(UserError, match="4 slots are more than the 3 that the engines were") as caught:
+            Engine(session, slots=4)
+        assert "--slots 3" in caught.value.hint
+        with Engine(session) as engine:
+            assert engine.slots == 3
 
 
 def test_caches_from_the_host_are_written_in_place_too(in_place):

@@ -15,7 +15,7 @@ import time
 import httpx2
 import pytest
 from PIL import Image
-from server_process import ServerProcess, data_url, serving
+from server_process import bomb, data_url, picture_message, serving
 
 
 @pytest.fixture(scope="module")
@@ -33,22 +33,8 @@ def nothing_is_left(server):
     server.waits_for(lambda: server.open_files <= before)
 
 
-def connect(server: ServerProcess) -> socket.socket:
-    host, port = server.url.removeprefix("http://").split(":")
-    return socket.create_connection((host, int(port)), timeout=20)
-
-
-def raw(server, body: dict, **headers: str) -> bytes:
-    """A chat completion as bytes on the wire."""
-    content = json.dumps(body).encode()
-    lines = {"Host": server.url.removeprefix("http://"), "Content-Type": "application/json"}
-    lines |= {"Content-Length": str(len(content))} | headers
-    head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
-    return f"POST /v1/chat/completions HTTP/1.1\r\n{head}\r\n".encode() + content
-
-
 def streaming(server, tokens: int = 400) -> bytes:
-    return raw(server, server.ask(stream=True, max_tokens=tokens))
+    return server.raw(server.ask(stream=True, max_tokens=tokens))
 
 
 def until_closed(connection: socket.socket) -> bytes:
@@ -66,7 +52,7 @@ def answered(server) -> bool:
 
 def test_many_slow_headers_keep_nobody_out_and_are_closed(server):
     with contextlib.ExitStack() as stack:
-        slow = [stack.enter_context(connect(server)) for _ in range(200)]
+        slow = [stack.enter_context(server.connect()) for _ in range(200)]
         for connection in slow:
             with contextlib.suppress(OSError):  # the first ones are closed already
                 connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: lo")
@@ -76,14 +62,14 @@ def test_many_slow_headers_keep_nobody_out_and_are_closed(server):
 
 
 def test_headers_without_end_are_refused(server):
-    with connect(server) as connection, contextlib.suppress(ConnectionResetError, BrokenPipeError):
+    with server.connect() as connection, contextlib.suppress(ConnectionResetError, BrokenPipeError):
         connection.sendall(b"GET / HTTP/1.1\r\nX: " + b"x" * (1 << 18))
         assert until_closed(connection).startswith(b"HTTP/1.1 400")
 
 
 def test_half_a_body_is_waited_for_no_longer_than_told(server):
-    with connect(server) as connection:
-        connection.sendall(raw(server, server.ask(), **{"Content-Length": "10000"}))
+    with server.connect() as connection:
+        connection.sendall(server.raw(server.ask(), **{"Content-Length": "10000"}))
         assert answered(server)
         received = until_closed(connection)
     assert received.startswith(b"HTTP/1.1 408")
@@ -91,9 +77,9 @@ def test_half_a_body_is_waited_for_no_longer_than_told(server):
 
 
 def test_a_body_that_trickles_on_after_its_answer_does_not_hold_the_connection(server):
-    with connect(server) as connection:
+    with server.connect() as connection:
         connection.sendall(
-            raw(server, server.ask(), **{"Content-Type": "text/plain", "Content-Length": "9999"})
+            server.raw(server.ask(), **{"Content-Type": "text/plain", "Content-Length": "9999"})
         )
         connection.settimeout(0.2)
         received, end = b"", time.monotonic() + 15
@@ -114,18 +100,18 @@ def test_a_body_that_trickles_on_after_its_answer_does_not_hold_the_connection(s
 
 
 def test_half_a_body_and_gone_leaves_nothing(server):
-    with connect(server) as connection:
-        connection.sendall(raw(server, server.ask(), **{"Content-Length": "10000"}))
+    with server.connect() as connection:
+        connection.sendall(server.raw(server.ask(), **{"Content-Length": "10000"}))
     assert answered(server)
 
 
 def test_many_half_bodies_keep_nobody_out(server):
     """More of them than requests may be open, and than connections are waited for."""
     with contextlib.ExitStack() as stack:
-        slow = [stack.enter_context(connect(server)) for _ in range(60)]
+        slow = [stack.enter_context(server.connect()) for _ in range(60)]
         for connection in slow:
             with contextlib.suppress(OSError):
-                connection.sendall(raw(server, server.ask(), **{"Content-Length": "10000"}))
+                connection.sendall(server.raw(server.ask(), **{"Content-Length": "10000"}))
         assert answered(server)
         assert server.open_files < 100
 
@@ -143,9 +129,9 @@ def test_a_body_that_is_too_large_is_refused(server, declared):
 
 def test_many_large_bodies_do_not_fill_the_memory(server):
     """4 MiB for all requests: the fifth body of nearly a MiB has no room."""
-    part = raw(server, server.ask("x" * 1_000_000))
+    part = server.raw(server.ask("x" * 1_000_000))
     with contextlib.ExitStack() as stack:
-        held = [stack.enter_context(connect(server)) for _ in range(5)]
+        held = [stack.enter_context(server.connect()) for _ in range(5)]
         for connection in held:
             connection.sendall(part[:-100])
         assert answered(server)
@@ -154,17 +140,10 @@ def test_many_large_bodies_do_not_fill_the_memory(server):
     assert sum(answer.startswith(b"HTTP/1.1 408") for answer in answers) <= 4
 
 
-def bomb() -> Image.Image:
-    """81 million pixels in some ten kilobytes."""
-    return Image.new("1", (9000, 9000))
-
-
 def test_a_picture_bomb_is_refused_before_it_is_decoded(server):
     before = server.memory_mib
-    url = data_url(bomb())
-    assert len(url) < 50_000
-    part = {"type": "image_url", "image_url": {"url": url}}
-    body = server.ask(messages=[{"role": "user", "content": [part, {"type": "text", "text": "hi"}]}])
+    assert len(data_url(bomb())) < 50_000
+    body = server.ask(messages=picture_message("hi", bomb()))
     for _ in range(8):
         response = server.post(body)
         assert (response.status_code, response.json()["error"]["code"]) == (400, "invalid_image")
@@ -173,14 +152,14 @@ def test_a_picture_bomb_is_refused_before_it_is_decoded(server):
 
 
 def test_several_pictures_share_one_budget_of_pixels(server):
-    part = {"type": "image_url", "image_url": {"url": data_url(Image.new("RGB", (800, 800)))}}
-    body = server.ask(messages=[{"role": "user", "content": [part, part, {"type": "text", "text": "hi"}]}])
+    picture = Image.new("RGB", (800, 800))
+    body = server.ask(messages=picture_message("hi", picture, picture))
     error = server.post(body).json()["error"]
     assert "has 640000 pixels, expected at most 360000" in error["message"]
 
 
 def test_a_stream_nobody_reads_ends_and_keeps_nobody_out(server):
-    with connect(server) as unread:
+    with server.connect() as unread:
         unread.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
         unread.sendall(streaming(server))
         assert answered(server)
@@ -189,7 +168,7 @@ def test_a_stream_nobody_reads_ends_and_keeps_nobody_out(server):
 
 def test_clients_that_vanish_free_their_slots(server):
     with contextlib.ExitStack() as stack:
-        gone = [stack.enter_context(connect(server)) for _ in range(4)]
+        gone = [stack.enter_context(server.connect()) for _ in range(4)]
         for connection in gone:
             connection.sendall(streaming(server))
             # closing then resets the connection, as a machine does that was switched off and on
@@ -236,7 +215,7 @@ def test_unknown_paths_and_methods_get_the_error_object(server):
 
 
 def test_garbage_instead_of_http_is_refused(server):
-    with connect(server) as connection:
+    with server.connect() as connection:
         connection.sendall(bytes(range(256)) + b"\r\n\r\n")
         assert until_closed(connection).startswith(b"HTTP/1.1 400")
     assert answered(server)

@@ -1,12 +1,17 @@
 """OpenAI's own client, unchanged, against `ep-export serve` in a process of its own."""
 
+import dataclasses
+
 import openai
 import pytest
 from server_process import ServerProcess, data_url, picture_message, serving
 from tiny import tiny_picture
 
+from ep_export.adaptive import fit_threshold
 from ep_export.policy import Keep, MaxMin
 from ep_export.runtime import Sampling, Session
+from ep_export.serve.answers import Reply, model_card
+from ep_export.serving import Engine, Request
 
 KEY = "a key of a test"
 PICTURE = tiny_picture(112, 84, seed=1)
@@ -77,6 +82,25 @@ def test_kept_patches_and_caches_come_with_the_answer(client, session, bundle):
     assert told["cache_bytes_unpruned"] == dims.layers * wanted.prompt_tokens * row
     behind = (dims.layers - cut.layer) * len(cut.kept_index)
     assert told["cache_bytes"] == (cut.layer * wanted.prompt_tokens + behind) * row
+
+
+def test_an_adaptive_keep_is_named_beside_what_this_picture_kept(session, bundle):
+    prompt = session.prompts.build([PICTURE], "What is this?")
+    scores = session.prefill(prompt, Keep(ratio=1.0)).cuts[0].scores
+    spread = [scores + distance * scores.std() for distance in (-1.0, 0.0, 0.5)]
+    keep = fit_threshold(0.75, bundle.manifest.schedule, spread, layers=bundle.manifest.dims.layers)
+    manifest = dataclasses.replace(bundle.manifest, keep=keep)
+    request = Request(question="What is this?", visuals=(PICTURE,), keep=keep, max_new_tokens=1)
+    with Engine(session, slots=1, capacity=400) as engine:
+        told = Reply("tiny", manifest).whole(engine.submit(request).answer)
+    adaptive, kept = (
+        {"ratio": 0.75, "tokens": None, "adaptive": True},
+        int((scores >= keep.threshold.value).sum()),
+    )
+    assert model_card("tiny", manifest, created=0, pictures=1)["ep_export"]["keep"] == adaptive
+    assert told["ep_export"]["keep"] == adaptive
+    assert told["ep_export"]["cuts"][0]["kept_visual_tokens"] == kept
+    assert told["usage"]["prompt_tokens_details"]["kept_visual_tokens"] == (kept,)
 
 
 def test_streamed_pieces_are_the_answer_and_the_last_event_says_why_it_ended(client, session):

@@ -111,6 +111,18 @@ def test_a_picture_is_asked_about_and_what_was_kept_is_seen(browser, bundle, pic
     waits_for(browser, lambda: answered(browser) and at(browser, "#figures").text != before)
     assert not at(browser, "#alert").is_displayed()
 
+    # of a bundle whose keep is adaptive: its own until the knob is moved
+    browser.execute_script("state.model.ep_export.keep.adaptive = true; showModel(state.model)")
+    assert at(browser, "#keep-shown").text == "adaptive, on average 50\u00a0%"
+    assert "keep" not in browser.execute_script("return pruning()")
+    counts = "{prompt_tokens_details: {visual_tokens: 40, kept_visual_tokens: [9]}}"
+    told = browser.execute_script(
+        f"return adaptiveText({{kept: {{keep: {{ratio: 0.25}}}}, usage: {counts}}})"
+    )
+    assert told == "keep adaptive, 25\u00a0% on average: here 9 of 40 visual tokens"
+    at(browser, "#keep").send_keys("\ue014")
+    assert at(browser, "#keep-shown").text == "51\u00a0%"
+
     radios = browser.find_elements("css selector", "#views input")
     assert len(radios) == 2
     browser.execute_script("arguments[0].click()", radios[0])

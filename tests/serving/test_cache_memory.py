@@ -6,6 +6,7 @@ from tiny import tiny_picture
 
 from ep_export.errors import UserError
 from ep_export.policy import Keep
+from ep_export.runtime.onnxruntime_buffer import OrtBuffer
 from ep_export.serving import Engine, Request, cache_need, requests_that_fit
 
 QUESTION = "What is in this picture?"
@@ -65,8 +66,16 @@ def test_as_many_requests_as_are_computed_are_answered_at_once(llava, monkeypatc
     need = cache_need(manifest, manifest.schedule if prune else None, **shape, kept=kept)
 
     gate = Gate(llava, monkeypatch)
+    reserved, zeros = [], OrtBuffer.zeros
+
+    def reserve(*shape):
+        reserved.append(zeros(*shape))
+        return reserved[-1]
+
+    monkeypatch.setattr(OrtBuffer, "zeros", reserve)
     with Engine(llava, slots=count, capacity=need.rows) as engine:
         assert engine.stats().cache_bytes <= memory < engine.stats().cache_bytes + need.bytes
+        assert engine.stats().cache_bytes == sum(buffer.value.tensor_size_in_bytes() for buffer in reserved)
         request = Request(
             question=QUESTION,
             visuals=(tiny_picture(56, 56),),

@@ -14,6 +14,7 @@ from ep_export.errors import UsageError, UserError
 from ep_export.families.base import Turn
 from ep_export.policy import Keep
 from ep_export.runtime import Finish
+from ep_export.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from ep_export.serving import Engine, EngineClosed, EngineFull, Request
 
 ASK = Request(question="What is in this picture?", visuals=(tiny_picture(84, 112),), max_new_tokens=6)
@@ -33,6 +34,18 @@ def expected(llava):
 def at_rest(engine):
     stats = engine.stats()
     return (stats.waiting, stats.slots_in_use, stats.cache_rows_in_use, stats.cache_bytes_in_use) == (0,) * 4
+
+
+def test_where_compiling_settled_nothing_there_are_eight_slots(llava, growing):
+    for session in (llava, growing):
+        with Engine(session, capacity=64) as engine:
+            assert engine.slots == 8
+
+
+def test_engines_whose_caches_grow_answer_one_by_one_in_any_number_of_slots(growing, monkeypatch):
+    monkeypatch.setattr(OnnxRuntimeRunner, "max_batch", 1)
+    with Engine(growing, slots=4, capacity=256) as engine:
+        assert engine.slots == 4
 
 
 def test_an_answer_says_what_it_took(llava, expected):

@@ -35,7 +35,7 @@ def verb(tmp_path):
         ([], 2, "how much to keep is not given"),
         (["--cut", "2:0.5", "--cut", "1:0.2"], 2, "expected a later layer"),
         (["--cut", "two"], 2, "is not LAYER:SHARE"),
-        (["--keep", "0.5", "--cut", "2:0.5:fastv"], 2, "policy 'fastv' is unknown"),
+        (["--keep", "0.5", "--cut", "2:0.5:dart"], 2, "policy 'dart' is unknown"),
         (["--keep", "0.5", "--max-pixels", "0"], 2, "--max-pixels"),
     ],
 )
@@ -59,7 +59,7 @@ def test_methods_are_listed_with_their_sources() -> None:
     assert result.code == 0
     for text in ("scope", "arXiv 2510.24214", "horizon", "scaled-flops", "coverage-norm-lowest"):
         assert text in result.out
-    for text in ("paper-highest", "fastv", "arXiv 2403.06764", "divprune", "arXiv 2503.02175", "random"):
+    for text in ("paper-highest", "FastV", "arXiv 2403.06764", "divprune", "arXiv 2503.02175", "random"):
         assert text in result.out
 
 

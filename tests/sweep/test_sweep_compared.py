@@ -54,7 +54,7 @@ def test_methods_stand_where_they_can_prune() -> None:
     rows, _ = compared_ways([0.5], 12, [1], METHODS)
     keys = {layer: [row.method for row in rows if row.layer == layer] for layer in (0, 1)}
     placed = [method.key for method in PLACED]
-    assert [key for key in keys[0] if key in placed] == ["divprune", "cdpruner", "random"]
+    assert [key for key in keys[0] if key in placed] == ["divprune", "cdpruner", "visionzip", "random"]
     assert [key for key in keys[1] if key in placed] == placed
     assert {*keys[0], *keys[1]} >= {"horizon", "sparsevlm", "scaled", "scaled-flops"}
     assert places(rows) == [(0, 0.5), (1, 0.5), (3, 0.5)]  # PyramidDrop begins at a quarter of the depth

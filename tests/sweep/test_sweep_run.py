@@ -90,7 +90,7 @@ def done(checkpoint, images, prompts, tmp_path_factory):
 def test_every_combination_has_a_row(done) -> None:
     _, record, told = done
     assert (record.dataset.questions, record.dataset.pictures, record.dataset.answers) == (5, 5, True)
-    inside = {"paper-highest", "norm-lowest", "fastv", "divprune", "random"}
+    inside = {"paper-highest", "norm-lowest", "norm-highest-attention", "divprune", "random"}
     assert {row.method for row in record.rows if row.layer == 0} == {"divprune", "random"}
     assert inside <= {row.method for row in record.rows if row.layer == 2}
     for row in record.rows:
@@ -107,7 +107,7 @@ def test_every_combination_has_a_row(done) -> None:
     published = {(row.method, row.layer): row.published for row in record.rows}
     assert published["divprune", 0]
     assert published["divprune", 2] is False
-    assert published["fastv", 2]
+    assert published["norm-highest-attention", 2]
     assert published["paper-highest", 2] is None
     assert len(record.entropies.query) == 12
     assert record.unpruned.prefill_ms > 0
@@ -279,7 +279,12 @@ def test_a_family_with_tiles_and_tokens_that_stand_for_no_place(tmp_path) -> Non
     options = SweepOptions(keeps=(0.5,), timed_prompts=1, gallery_pictures=1, max_new_tokens=3)
     record = sweep(model, tmp_path / "images", ["What is this?"], out=tmp_path / "sweep", options=options)
     # a picture of several views has too many tokens however small it is
-    assert {row.method for row in record.rows} == {method.key for method in METHODS_ALL} - {"scaled"}
+    missing = {"scaled", "visionzip"}
+    assert {row.method for row in record.rows} == {method.key for method in METHODS_ALL} - missing
+    assert any("visionzip is left out: visual tokens of llava_next are no runs" in n for n in record.notes)
+    alone = replace(options, methods=find_methods(("visionzip",)))
+    with pytest.raises(UsageError, match="visionzip is left out"):
+        sweep(model, tmp_path / "images", ["What is this?"], out=tmp_path / "other", options=alone)
     assert any("scaled at keep 0.5 is left out: no picture is small enough" in n for n in record.notes)
     assert record.scarce
     (entry,) = record.gallery

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -12,10 +13,12 @@ import pytest
 import torch
 from bundles import export_tiny
 from tiny import tiny_picture
+from tiny_families import TINY_FAMILIES
 
-from ep_export.bundle import Bundle, Dialect, WeightsMode
+from ep_export.bundle import Bundle, Component, Dialect, Role, WeightsMode
 from ep_export.checkpoint import open_checkpoint
 from ep_export.errors import UserError
+from ep_export.export.packing import linear_weights
 from ep_export.numerics import WeightKind, Weights
 from ep_export.policy import Cut, Keep, MaxMin, Schedule
 from ep_export.reference import PruneSpec, greedy_answer, load_model
@@ -57,6 +60,16 @@ def packing_of(kind: str, checkpoint) -> Packing:
     return nearest(checkpoint.tensors, weights, compute="fp32")
 
 
+def fused_operators(bundle: Bundle, component: Component, folder: Path) -> Counter[str]:
+    """Operators of the graph that ONNX Runtime really runs."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(folder / component.file)
+    options.log_severity_level = 4
+    onnxruntime.InferenceSession(str(bundle.file(component.file)), options)
+    graph = onnx.load(folder / component.file, load_external_data=False).graph
+    return Counter(node.op_type for node in graph.node)
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tiny_checkpoint):
     return open_checkpoint(str(tiny_checkpoint))
@@ -73,12 +86,7 @@ def test_every_product_of_the_decoder_is_fused(bundle, tmp_path):
     """A missed fusion is silent: ten times slower, and the weights unpacked in memory."""
     counts: Counter[str] = Counter()
     for span in bundle.manifest.spans:
-        options = onnxruntime.SessionOptions()
-        options.optimized_model_filepath = str(tmp_path / span.file)
-        options.log_severity_level = 4
-        onnxruntime.InferenceSession(str(bundle.file(span.file)), options)
-        graph = onnx.load(tmp_path / span.file, load_external_data=False).graph
-        counts.update(node.op_type for node in graph.node)
+        counts.update(fused_operators(bundle, span, tmp_path))
     assert counts["MatMulNBits"] == 7 * bundle.manifest.dims.layers + 1  # and lm_head
     assert counts["DequantizeLinear"] == counts["Gemm"] == 0
 
@@ -115,6 +123,33 @@ def test_a_quantised_bundle_passes_every_stage(bundle, checkpoint):
     costs = {cost.variant: cost for cost in report.rounding}
     assert list(costs) == ["quantised", "pruned", "quantised and pruned"]
     assert all(cost.kl > 0 and 0 <= cost.agreement <= 1 for cost in costs.values())
+
+
+@pytest.mark.parametrize(
+    ("family", "dialect"),
+    [
+        *((family, Dialect.PORTABLE) for family in sorted(set(TINY_FAMILIES) - {"idefics3"})),  # as smolvlm
+        ("qwen2_5_vl", Dialect.ONNXRUNTIME),
+    ],
+)
+def test_the_vision_encoders_linear_layers_are_rounded_too(family, dialect, tmp_path):
+    """Fused as the decoder's, and what Hugging Face computes with them dequantised."""
+    checkpoint = open_checkpoint(str(TINY_FAMILIES[family](tmp_path / "model")))
+    weights = Weights(WeightKind.INT8, None, "nearest", vision=WeightKind.INT8)
+    packing = nearest(checkpoint.tensors, weights, compute="fp32")
+    bundle = export_tiny(
+        checkpoint.path, tmp_path / "bundle", layer=1, chooser=MaxMin(), packing=packing, dialect=dialect
+    )
+    names = linear_weights(checkpoint).vision
+    assert names
+    assert set(names) < set(bundle_layers(bundle))
+    for encoder in (c for c in bundle.manifest.components if c.role is Role.VISION):
+        counts = fused_operators(bundle, encoder, tmp_path)
+        assert counts["MatMulNBits"] > 0
+        assert counts["DequantizeLinear"] == 0
+    pictures = [tiny_picture(112, 84, seed=1)]
+    report = validate(bundle, checkpoint, pictures=pictures, prompts=["what is this"], max_new_tokens=4)
+    assert report.verdict.value in {"PASS", "AMBIGUOUS"}, report.sentence
 
 
 def test_what_rounding_costs_is_measured_against_the_model_as_it_was(checkpoint):

@@ -8,6 +8,7 @@ const LONGEST_SIDE = 2048;
 const state = {
   key: "",
   model: null, // as /v1/models lists it
+  adaptive: false, // every picture has its own keep, which the bundle knows
   picture: null, // {bitmap, url, name}
   kept: null, // `ep_export` of the pruned answer
   shown: -1, // the cut that is drawn; -1: the picture as it is
@@ -49,6 +50,7 @@ function showModel({ id, ep_export: about }) {
   keep.min = Math.min(0.99, Math.ceil(about.smallest_keep * 100) / 100 || 0.01);
   keep.max = 1;
   keep.value = about.keep.ratio ?? 0.25;
+  state.adaptive = about.keep.adaptive; // until the knob is moved
   const own = new Set(about.cuts.map((cut) => cut.policy));
   const names = [...about.policies];
   $("policy").replaceChildren(
@@ -107,7 +109,8 @@ async function* events(response) {
 function pruning() {
   const policy = $("policy").value;
   // a policy that keeps nothing has no amount
-  return { ...(policy && { policy }), ...(policy !== "nothing" && { keep: Number($("keep").value) }) };
+  const amount = policy !== "nothing" && !state.adaptive && { keep: Number($("keep").value) };
+  return { ...(policy && { policy }), ...amount };
 }
 
 async function run() {
@@ -118,6 +121,7 @@ async function run() {
   $("stop").hidden = false;
   try {
     const pruned = await answer("pruned", pruning(), asking.signal);
+    if (pruned.kept.keep.adaptive) part("pruned", "how").textContent = adaptiveText(pruned);
     state.kept = pruned.kept;
     showViews();
     const question = $("question").value.trim();
@@ -161,6 +165,12 @@ function showAnswer(id, { text, finish, usage }) {
   part(id, "text").textContent = text || "(no words)";
   const cut = finish === "length" ? ", cut off at the longest answer" : "";
   part(id, "end").textContent = `${usage.completion_tokens} ${usage.completion_tokens === 1 ? "token" : "tokens"}${cut}`;
+}
+
+function adaptiveText({ kept, usage }) {
+  const { kept_visual_tokens, visual_tokens } = usage.prompt_tokens_details;
+  const here = `${kept_visual_tokens.at(-1) ?? visual_tokens} of ${visual_tokens} visual tokens`;
+  return `keep adaptive, ${percent(kept.keep.ratio)} on average: here ${here}`;
 }
 
 function showFigures(pruned, full) {
@@ -218,8 +228,9 @@ function enable() {
 function showKeep() {
   const nothing = $("policy").value === "nothing";
   $("keep").disabled = nothing;
-  $("keep-shown").textContent = nothing ? "none" : percent($("keep").value);
-  $("keep").setAttribute("aria-valuetext", percent($("keep").value));
+  const share = `${state.adaptive ? "adaptive, on average " : ""}${percent($("keep").value)}`;
+  $("keep-shown").textContent = nothing ? "none" : share;
+  $("keep").setAttribute("aria-valuetext", share);
 }
 
 // ---- the picture
@@ -366,7 +377,10 @@ $("question").addEventListener("input", enable);
 $("question").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) run();
 });
-$("keep").addEventListener("input", showKeep);
+$("keep").addEventListener("input", () => {
+  state.adaptive = false;
+  showKeep();
+});
 $("keep").addEventListener("change", again);
 $("policy").addEventListener("change", again);
 $("stop").addEventListener("click", () => state.asking?.abort());
