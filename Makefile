@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
-# torch first and alone: asked for by another package it may bring gigabytes of CUDA along.
+# First and alone, so that it can be another build. The package index's brings gigabytes of CUDA along; for a CPU:
+# make setup TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu'
 TORCH ?= torch==2.13.0
 
 MODEL := tests/fixtures/digit-reader

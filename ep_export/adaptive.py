@@ -181,7 +181,7 @@ def _check_schedule(schedule: Schedule) -> None:
     if len(schedule.cuts) != 1:
         raise UsageError(
             f"an adaptive keep goes with one cut, the schedule has {len(schedule.cuts)}",
-            hint="give one --cut, or a fixed --keep",
+            hint="prune at one layer, or give a fixed --keep",
         )
     chooser = schedule.cuts[0].chooser
     if not decides(chooser):

@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from ep_export.calibrate.choose import ScheduleRequest, resolve_keep, resolve_schedule
+from ep_export.calibrate.choose import ScheduleRequest, settle
 from ep_export.errors import UsageError
 from ep_export.numerics import DEFAULT_GROUP, rounded_to
-from ep_export.planning import Plan, make_plan, settled_keep
+from ep_export.planning import TEXT_TOKENS, Plan, settled_keep
 from ep_export.policy import DEFAULT_DEGREE, Chooser, Cut, Keep, Schedule
 from ep_export.progress import Progress, silent
 from ep_export.spelling import parse_chooser, parse_cut, parse_share
@@ -42,8 +42,6 @@ Pictures: TypeAlias = "Shown | list[Shown] | tuple[Shown, ...] | None"
 Shown: TypeAlias = "str | os.PathLike[str] | Image.Image | Video"
 """A picture's file, a picture, or the frames of a video."""
 
-_TEXT_TOKENS = 86
-
 
 def plan(
     model: str | os.PathLike[str],
@@ -54,7 +52,7 @@ def plan(
     policy: str | Chooser | None = None,
     cuts: Sequence[str | Cut] = (),
     calibration: str | os.PathLike[str] | None = None,
-    text_tokens: int = _TEXT_TOKENS,
+    text_tokens: int = TEXT_TOKENS,
 ) -> Plan:
     """What pruning saves for one typical picture, from the config alone.
 
@@ -83,18 +81,10 @@ def plan(
 
     config = open_config(os.fspath(model))
     request = _schedule_request(layer, policy, cuts, calibration)
-    told = resolve_keep(config, request, keep=_keep(keep, keep_tokens))
-    schedule, _ = resolve_schedule(config, request, keep=told)
+    settled = settle(config, request, keep=_keep(keep, keep_tokens))
     directory = Path(os.fspath(model))
     work = typical_work(config, processor_settings(config, directory) if directory.is_dir() else None)
-    return make_plan(
-        config.dims,
-        schedule,
-        settled_keep(told, schedule, layers=config.dims.layers),
-        visual_tokens=work.visual_tokens,
-        text_tokens=text_tokens,
-        vision=work,
-    )
+    return settled.plan(work, text_tokens=text_tokens)
 
 
 def build(

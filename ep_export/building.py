@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from ep_export.bundle import MANIFEST, Bundle, Dialect, Precision, WeightsMode, list_files, write_manifest
 from ep_export.calibrate import calibrate, plot
-from ep_export.calibrate.choose import ScheduleRequest, needs_calibration, resolve_keep, resolve_schedule
+from ep_export.calibrate.choose import ScheduleRequest, needs_calibration, settle
 from ep_export.calibrate.record import Record, write_calibration
 from ep_export.checkpoint import Checkpoint, open_checkpoint
 from ep_export.engine.compile import (
@@ -33,7 +33,7 @@ from ep_export.measure.journal import discard
 from ep_export.measure.pictures import find_pictures
 from ep_export.measure.prompts import GENERIC_QUESTIONS, questions_for, read_questions
 from ep_export.numerics import WeightKind, Weights
-from ep_export.planning import Plan, make_plan, settled_keep
+from ep_export.planning import Plan
 from ep_export.policy import Evidence, Keep
 from ep_export.progress import Progress, silent
 from ep_export.runtime.pictures import open_picture
@@ -57,9 +57,6 @@ __all__ = [
     "prepare",
     "validate_bundle",
 ]
-
-TEXT_TOKENS = 86
-"""Text tokens of the plan that is shown before a build: about those of the paper's benchmarks."""
 
 MAX_PICTURES = 8
 MAX_NEW_TOKENS = 16
@@ -127,7 +124,7 @@ def prepare(request: BuildRequest, progress: Progress = silent) -> Prepared:
     """Settle target, checkpoint, schedule, plan and fit. Only a calibration writes: its journal.
 
     Raises:
-        UserError: See `open_checkpoint`, `resolve_schedule`, `calibrate`; or the output exists.
+        UserError: See `open_checkpoint`, `settle`, `calibrate`; or the output exists.
         UsageError: The keep is not within what the cuts allow.
     """
     refuse_existing(request.out, overwrite=request.overwrite, marker=MANIFEST)
@@ -136,24 +133,14 @@ def prepare(request: BuildRequest, progress: Progress = silent) -> Prepared:
     checkpoint = open_checkpoint(request.model)
     # Whoever runs the bundle needs the processor's files: opened here, what is wrong with them is said first.
     checkpoint.family.prompt_builder(checkpoint.path, checkpoint.config)
-    layers = checkpoint.dims.layers
     record = _fresh_record(request, checkpoint, progress)
-    keep = resolve_keep(checkpoint, request.schedule, keep=request.keep, fresh=record)
-    schedule, evidence = resolve_schedule(checkpoint, request.schedule, fresh=record, keep=keep)
+    settled = settle(checkpoint, request.schedule, keep=request.keep, fresh=record)
     work = typical_work(checkpoint, processor_settings(checkpoint, checkpoint.path))
-    plan = make_plan(
-        checkpoint.dims,
-        schedule,
-        settled_keep(keep, schedule, layers=layers),
-        visual_tokens=work.visual_tokens,
-        text_tokens=TEXT_TOKENS,
-        kv_bytes_per_element=4 if request.precision is Precision.FP32 else 2,
-        vision=work,
-    )
+    plan = settled.plan(work, kv_bytes_per_element=4 if request.precision is Precision.FP32 else 2)
     if request.compile:
         graphs = Graphs(request.dialect, request.precision)
         check_ahead(request.compile, plan, graphs, _stored(request, checkpoint))
-    return Prepared(request, checkpoint, evidence, plan, record)
+    return Prepared(request, checkpoint, settled.evidence, plan, record)
 
 
 def _stored(request: BuildRequest, checkpoint: Checkpoint) -> Weights | None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ep_export.vision_flops import VisionWork
 
 __all__ = [
+    "TEXT_TOKENS",
     "Pair",
     "Plan",
     "average_keep",
@@ -33,6 +34,9 @@ __all__ = [
     "settled_keep",
     "span_tokens",
 ]
+
+TEXT_TOKENS = 86
+"""Text tokens of a prompt where nobody says how many: about those of the paper's benchmarks."""
 
 _SLACK = Fraction(1, 10**9)
 """A ratio typed as 0.3333333333333333 means 1/3: this keeps its last digit from costing a token."""
@@ -360,7 +364,7 @@ def _out_of_reach(keep: Keep, schedule: Schedule, layers: int, visual_tokens: in
         largest = math.floor((first + most) / layers * 1e4) / 1e4
         return UsageError(
             f"keep is {keep}, above the largest possible, {largest:g}: the cuts drop the rest anyway",
-            hint=f"give --keep {largest:g} or less, or a later --cut",
+            hint=f"give --keep {largest:g} or less, or prune at later layers",
         )
     tokens = -(-first * visual_tokens // layers)
     ratio = math.ceil(first / layers * 1e4) / 1e4  # rounded up, so that the hint itself is accepted
@@ -368,7 +372,7 @@ def _out_of_reach(keep: Keep, schedule: Schedule, layers: int, visual_tokens: in
     flag = f"--keep-tokens {tokens}" if keep.tokens is not None else f"--keep {ratio:g}"
     return UsageError(
         f"keep is {keep}, below the smallest possible, {smallest}: {first} of {layers} layers see all tokens",
-        hint=f"give {flag} or more, or an earlier --layer",
+        hint=f"give {flag} or more, or prune at an earlier layer",
     )
 
 

@@ -51,15 +51,20 @@ def candidate_layers(keep: Keep, layers: int, wanted: Sequence[int] | None = Non
     return possible
 
 
-def candidate_ways(layers: Sequence[int], keep: Keep) -> tuple[Way, ...]:
+def candidate_ways(layers: Sequence[int], keep: Keep, also: Sequence[Chooser] = ()) -> tuple[Way, ...]:
     """Every single cut that is compared at these layers, the floor last at each.
 
     Before the decoder (layer 0) no layer has projected anything that could be scored.
+
+    Args:
+        layers: Where.
+        keep: Average over layers.
+        also: What is compared besides, e.g. by attention.
     """
     return tuple(
         one_cut(layer, chooser.name, keep)
         for layer in layers
-        for chooser in (*_CHOOSERS, Random())
+        for chooser in dict.fromkeys((*_CHOOSERS, *also, Random()))
         if layer > 0 or not reads_projections(chooser)
     )
 

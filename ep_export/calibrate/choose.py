@@ -17,21 +17,25 @@ from ep_export.calibrate.record import Candidate, Record, read_calibration
 from ep_export.data import data_dir
 from ep_export.errors import UsageError, UserError
 from ep_export.measure.provenance import processor_fingerprint
-from ep_export.planning import check_schedule
+from ep_export.planning import TEXT_TOKENS, Plan, check_schedule, make_plan, settled_keep
 from ep_export.policy import Budget, Chooser, Cut, Evidence, EvidenceKind, Keep, Schedule, TopK, chooser_named
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from ep_export.checkpoint import ModelConfig
+    from ep_export.dims import DecoderDims
+    from ep_export.vision_flops import VisionWork
 
 __all__ = [
     "ScheduleRequest",
+    "Settled",
     "check_belongs",
     "find_published",
     "needs_calibration",
     "resolve_keep",
     "resolve_schedule",
+    "settle",
 ]
 
 
@@ -59,6 +63,61 @@ class ScheduleRequest:
     def overrides(self) -> bool:
         """Whether it names layer or chooser of a single cut itself."""
         return self.layer is not None or self.chooser is not None
+
+
+@dataclass(frozen=True)
+class Settled:
+    """How a model will be pruned.
+
+    Attributes:
+        dims: The decoder's dimensions.
+        schedule: Where and how.
+        evidence: What that stands on.
+        keep: How much, as it was told; None where only the shares of the cuts, or a budget, say it.
+    """
+
+    dims: DecoderDims
+    schedule: Schedule
+    evidence: Evidence
+    keep: Keep | None
+
+    @property
+    def average_keep(self) -> Keep:
+        """As told, else what the shares come to; see `ep_export.planning.settled_keep`."""
+        return settled_keep(self.keep, self.schedule, layers=self.dims.layers)
+
+    def plan(
+        self, work: VisionWork, *, text_tokens: int = TEXT_TOKENS, kv_bytes_per_element: int = 2
+    ) -> Plan:
+        """What it comes to for one prompt with such pictures; see `ep_export.planning.make_plan`."""
+        return make_plan(
+            self.dims,
+            self.schedule,
+            self.average_keep,
+            visual_tokens=work.visual_tokens,
+            text_tokens=text_tokens,
+            kv_bytes_per_element=kv_bytes_per_element,
+            vision=work,
+        )
+
+
+def settle(
+    config: ModelConfig, request: ScheduleRequest, *, keep: Keep | None, fresh: Record | None = None
+) -> Settled:
+    """Decide how a model will be pruned.
+
+    Args:
+        config: The opened checkpoint or config.
+        request: What was asked for.
+        keep: How much is kept; None where the cuts say it.
+        fresh: A record measured just now.
+
+    Raises:
+        UserError: See `resolve_keep` and `resolve_schedule`.
+    """
+    keep = resolve_keep(config, request, keep=keep, fresh=fresh)
+    schedule, evidence = resolve_schedule(config, request, fresh=fresh, keep=keep)
+    return Settled(config.dims, schedule, evidence, keep)
 
 
 def find_published(model: str) -> Record | None:

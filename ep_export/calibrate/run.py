@@ -35,7 +35,7 @@ from ep_export.measure.question import QuestionResult
 from ep_export.measure.run import Announce
 from ep_export.numerics import WeightKind, Weights
 from ep_export.planning import check_keep
-from ep_export.policy import Cut, EvidenceKind, Keep, Schedule
+from ep_export.policy import Chooser, Cut, EvidenceKind, Keep, Schedule
 from ep_export.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def calibrate(
     keep: Keep,
     prompts: Prompts = GENERIC_QUESTIONS,
     layers: Sequence[int] | None = None,
+    also: Sequence[Chooser] = (),
     max_images: int | None = None,
     max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
     seed: int = 0,
@@ -76,6 +77,7 @@ def calibrate(
         keep: Average over layers that schedules are compared at.
         prompts: Questions asked in turn, one a picture, or file name -> questions; see `read_asked`.
         layers: Candidate layers; all that `keep` allows when None.
+        also: Choosers that are raced besides those it considers by itself.
         max_images: Measure a random sample of so many.
         max_new_tokens: Length of the answers that are compared.
         seed: Of every random choice.
@@ -120,7 +122,7 @@ def calibrate(
         horizons = [_horizon(usable.results, depth, None, seed)]
         horizons += [_horizon(usable.of_kind(kind), depth, kind, seed) for kind in usable.kinds]
         announce(horizons[0].finding)
-        single = candidate_ways(cut_layers, keep)
+        single = candidate_ways(cut_layers, keep, also)
         ways = (*single, *two_cut_ways(single, horizons[0], layers=depth))
         fidelity = measurer.race(usable, ways) if ways else None
         record = _record(checkpoint, keep, usable, horizons, fidelity, seed)

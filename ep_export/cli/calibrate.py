@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,8 @@ from ep_export.cli.options import (
 )
 from ep_export.errors import UsageError
 from ep_export.numerics import rounded_to
+from ep_export.policy import Chooser, Nothing
+from ep_export.spelling import parse_chooser
 
 if TYPE_CHECKING:
     from ep_export.calibrate import Record
@@ -40,6 +43,12 @@ _MOST_ROWS = 25
     "--prompts", type=click.Path(path_type=Path), metavar="FILE", help="JSON: picture name -> questions."
 )
 @click.option("--layers", metavar="K,K,...", help="Measure only these layers [all that the keep allows].")
+@click.option(
+    "--also",
+    multiple=True,
+    metavar="NAME",
+    help="Race this policy as well, e.g. norm-highest-attention (FastV); may repeat.",
+)
 @click.option(
     "--max-images", type=click.IntRange(1), metavar="N", help="Measure a random sample of N pictures."
 )
@@ -66,6 +75,7 @@ def calibrate(
     keep_tokens: int | None,
     prompts: Path | None,
     layers: str | None,
+    also: tuple[str, ...],
     max_images: int | None,
     seed: int,
     device: str,
@@ -102,6 +112,7 @@ def calibrate(
             keep=wanted,
             prompts=read_asked(prompts) if prompts else GENERIC_QUESTIONS,
             layers=_layers(layers),
+            also=_also(also),
             max_images=max_images,
             seed=seed,
             device=device,
@@ -174,6 +185,16 @@ def show_record(record: Record) -> None:
         )
     for skipped in record.skipped:
         note(f"skipped: {skipped}")
+
+
+def _also(names: Sequence[str]) -> list[Chooser]:
+    choosers = [parse_chooser(name) for name in names]
+    if Nothing() in choosers:
+        raise UsageError(
+            "--also nothing keeps no token whatever the keep",
+            hint="leave it out: dropping everything is raced as a second cut",
+        )
+    return choosers
 
 
 def _layers(text: str | None) -> tuple[int, ...] | None:

@@ -40,8 +40,9 @@ def missing_package(error: ModuleNotFoundError) -> tuple[str, str] | None:
     extra = _EXTRAS.get(package)
     if extra is None:
         return None
-    first = "pip install torch==2.13.0 (or gigabytes of CUDA come along), then " if package == "torch" else ""
+    wheels = "https://download.pytorch.org/whl/cpu"
+    first = f"pip install torch --index-url {wheels} (without --index-url CUDA comes along), then "
     return (
         f"this verb needs {package}, which is not installed",
-        f"{first}pip install 'ep-export[{extra}]'",
+        f"{first if package == 'torch' else ''}pip install 'ep-export[{extra}]'",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -27,7 +28,7 @@ from ep_export.cli.units import bytes_text, flops_text, keep_text, percent_text
 from ep_export.documents import encode
 from ep_export.errors import UserError
 from ep_export.numerics import TYPES, rounded_to
-from ep_export.planning import span_tokens
+from ep_export.planning import TEXT_TOKENS, span_tokens
 
 if TYPE_CHECKING:
     from ep_export.checkpoint import ModelConfig
@@ -48,7 +49,7 @@ _BYTES_PER_ELEMENT = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1}
 @click.option(
     "--text-tokens",
     type=click.IntRange(0),
-    default=86,
+    default=TEXT_TOKENS,
     show_default=True,
     metavar="T",
     help="Text tokens of a prompt.",
@@ -90,20 +91,17 @@ def plan(
     **more: Any,
 ) -> None:
     """Show what pruning saves up to the first token and in memory, from the config alone."""
-    from ep_export.calibrate.choose import resolve_keep, resolve_schedule
+    from ep_export.calibrate.choose import settle
     from ep_export.checkpoint import open_config
     from ep_export.cli.fit import plan_fit_json, print_fit
     from ep_export.fit import estimate
-    from ep_export.planning import make_plan, settled_keep
     from ep_export.targets import find_target
     from ep_export.what_fits import suggest
 
-    told = optional_keep(keep, keep_tokens)
     target = find_target(target_name) if target_name else None
     config = open_config(model)
-    request = schedule_request(more)
-    told = resolve_keep(config, request, keep=told)
-    schedule, evidence = resolve_schedule(config, request, keep=told)
+    settled = settle(config, schedule_request(more), keep=optional_keep(keep, keep_tokens))
+    schedule = settled.schedule
     stored = config.published.weights if config.published else rounded_to(weights, group, vision_weights)
     _check_weights(stored, target)
     kv_dtype = kv_dtype or (target.graphs[0].precision.value if target else "fp16")
@@ -112,18 +110,11 @@ def plan(
     work, shown = picture_work(config, model, more)
     budget = first_token_budget(more, target, new_tokens=new_tokens, weights=stored, kv_bytes=kv_bytes)
     proposals = budget.proposals(config, model, schedule, text_tokens, more) if budget else ()
-    if budget and told is None and all(cut.share is None for cut in schedule.cuts):
+    if budget and settled.keep is None and all(cut.share is None for cut in schedule.cuts):
         best = budget.best(proposals)
-        told, work, shown = best.plan.keep, best.plan.vision or work, budget.picture(best)
-    planned = make_plan(
-        config.dims,
-        schedule,
-        settled_keep(told, schedule, layers=config.dims.layers),
-        visual_tokens=work.visual_tokens,
-        text_tokens=text_tokens,
-        kv_bytes_per_element=kv_bytes,
-        vision=work,
-    )
+        settled = replace(settled, keep=best.plan.keep)
+        work, shown = best.plan.vision or work, budget.picture(best)
+    planned = settled.plan(work, text_tokens=text_tokens, kv_bytes_per_element=kv_bytes)
     guess = None
     if target:
         guess = estimate(
@@ -156,7 +147,7 @@ def plan(
     if budget:
         print_proposals(budget, proposals)
     note(f"kept: {keep_sentence(planned)}")
-    note(f"schedule: {schedule} ({evidence.summary})")
+    note(f"schedule: {schedule} ({settled.evidence.summary})")
 
 
 def plan_rows(plan: Plan, kv_dtype: str) -> list[tuple[str, str, str, str]]:

@@ -18,7 +18,7 @@ from ep_export.checkpoint import open_config
 from ep_export.engine.pictures import PictureShapes, picture_shapes
 from ep_export.engine_record import Limits, Profile, ShapeRange
 from ep_export.errors import UsageError
-from ep_export.planning import kept_tokens, span_tokens
+from ep_export.planning import TEXT_TOKENS, kept_tokens, span_tokens
 
 __all__ = [
     "MAX_BATCH",
@@ -43,7 +43,6 @@ MAX_BATCH = 8
 # 1280 visual tokens of Qwen2.5-VL: the larger of the two bounds its model card suggests.
 _MAX_PIXELS = 1280 * 28 * 28
 _QUESTION_TOKENS = 512  # room for text beside one picture when nobody says how long prompts get
-_TYPICAL_TEXT = 86  # as in plans: about the text of the paper's benchmarks
 _ROUND = 256
 _PROCESSOR = "processor"
 
@@ -208,7 +207,7 @@ class _Typical:
         """As the limits allow it."""
         schedule, layers = manifest.schedule, manifest.dims.layers
         visual = min(pictures.visual_tokens[1], limits.max_prompt)
-        text = min(limits.max_prompt - visual, _TYPICAL_TEXT)
+        text = min(limits.max_prompt - visual, TEXT_TOKENS)
         try:
             kept = kept_tokens(manifest.keep.largest, schedule, layers=layers, visual_tokens=visual)
         except UsageError:  # so few tokens that the layers before the first cut have more of this picture

@@ -18,10 +18,9 @@ from lmms_eval.api.model import lmms
 from PIL import Image
 from tqdm import tqdm
 
-from ep_export.calibrate.choose import ScheduleRequest, resolve_schedule
+from ep_export.calibrate.choose import ScheduleRequest, settle
 from ep_export.checkpoint import open_checkpoint
 from ep_export.errors import UsageError
-from ep_export.planning import settled_keep
 from ep_export.policy import Chooser, Cut, Keep, Scorer, Select, TopK, chooser_named
 from ep_export.reference import PruneSpec, load_model, prune
 
@@ -78,7 +77,7 @@ class PrunedModel(lmms):  # type: ignore[misc] # lmms-eval ships no types
             max_batch_size: Not read.
 
         Raises:
-            UserError: See `open_checkpoint`, `resolve_schedule`, `load_model`.
+            UserError: See `open_checkpoint`, `settle`, `load_model`.
             UsageError: An unknown dtype or a batch.
         """
         super().__init__()
@@ -97,10 +96,10 @@ class PrunedModel(lmms):  # type: ignore[misc] # lmms-eval ships no types
                 calibration=Path(calibration) if calibration else None,
             )
             told = Keep(keep, keep_tokens) if (keep, keep_tokens) != (None, None) else None
-            schedule, evidence = resolve_schedule(checkpoint, request, keep=told)
-            wanted = settled_keep(told, schedule, layers=checkpoint.dims.layers)
+            settled = settle(checkpoint, request, keep=told)
+            wanted, schedule = settled.average_keep, settled.schedule
             self._spec = PruneSpec(schedule, wanted)
-            print(f"ep_export_pruned: keep {wanted}, {schedule} ({evidence.summary})")  # noqa: T201
+            print(f"ep_export_pruned: keep {wanted}, {schedule} ({settled.evidence.summary})")  # noqa: T201
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model = load_model(checkpoint, _DTYPES[dtype]).to(self._device)
         self.prompts = self._family.prompt_builder(checkpoint.path, checkpoint.config)

@@ -48,8 +48,7 @@ def cover(similarity: NDArray[np.float64], saliency: NDArray[np.float64], k: int
 def _choose(view: TokenView, k: int) -> torch.Tensor:
     visual = view.visual_index
     similarity = view.once("scope", lambda: cosine_similarity(view.hidden[visual]))
-    last = view.hidden.shape[0] - 1
-    received = view.once("fastv", lambda: view.inside.attention_from(last)[visual])
+    received = view.once("scope attention", lambda: view.inside.attention[visual, 0])
     chosen = sorted(cover(similarity, received.double().cpu().numpy(), k))
     return visual[torch.tensor(chosen, dtype=torch.int64, device=visual.device)]
 

@@ -7,6 +7,7 @@ with a GPU every cache would cross the bus twice a token.
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,17 @@ __all__ = ["OnnxRuntimeOptions", "OnnxRuntimeRunner"]
 
 _BFLOAT16 = 16  # TensorProto.DataType
 _HOST = "cpu"
-_ERRORS = ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoSuchFile", "NotImplemented")
+_ERRORS = (
+    "Fail",
+    "InvalidArgument",
+    "InvalidGraph",
+    "InvalidProtobuf",
+    "NoSuchFile",
+    "NotImplemented",
+    "RuntimeException",
+)
+# What releases before an opset was official say of it, in a sentence of several.
+_LATER_OPSET = re.compile(r"Opset (\d+) is under development.*?is till opset (\d+)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -144,8 +155,10 @@ class OnnxRuntimeRunner(Runner):
         self, binding: Any, bound: int, feeds: Mapping[str, Feed], wanted: Mapping[str, bool]
     ) -> dict[str, Value]:
         """Run; ONNX Runtime allocates what is wanted, behind the outputs that were bound before."""
-        for name, feed in feeds.items():
-            binding.bind_ortvalue_input(name, self._to_ort(feed, self._types[name]))
+        # A binding does not keep an array that was converted alive, and reads it during the run.
+        values = {name: self._to_ort(feed, self._types[name]) for name, feed in feeds.items()}
+        for name, value in values.items():
+            binding.bind_ortvalue_input(name, value)
         for name, stays in wanted.items():
             binding.bind_output(name, self._device if stays else _HOST)
         binding.synchronize_inputs()
@@ -217,6 +230,12 @@ def _errors() -> tuple[type[Exception], ...]:
 
 def _cannot_load(file: Path, error: Exception) -> UserError:
     text = _first_line(error)
+    if later := _LATER_OPSET.search(str(error)):
+        return UserError(
+            f"{file.name} has opset {later[1]}, ONNX Runtime here reads up to {later[2]}",
+            hint="install a newer onnxruntime (and the Python it is there for), or export with "
+            "--dialect onnxruntime or portable",
+        )
     if "fallback to CPU EP has been explicitly disabled" in text:
         return UserError(
             f"the chosen provider cannot run all of {file.name}",

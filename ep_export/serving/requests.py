@@ -37,7 +37,6 @@ class Request:
         sampling: How to draw tokens; greedy when None.
         max_new_tokens: Longest answer in tokens.
         stop: Texts that end the answer, which is given without them.
-        ignore_eos: Go on to `max_new_tokens` whatever the model says, for measurements.
 
     Raises:
         UsageError: No token may be generated, a stop text is empty, or there are both question and turns.
@@ -52,7 +51,6 @@ class Request:
     sampling: Sampling | None = None
     max_new_tokens: int = 128
     stop: tuple[str, ...] = ()
-    ignore_eos: bool = False
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:

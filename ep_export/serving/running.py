@@ -132,7 +132,7 @@ class Running:
         self.tokens: list[int] = []
         self._bounded = prepared.limit < request.max_new_tokens
         self._limit = prepared.limit
-        self._ends = () if request.ignore_eos else prompts.eos_token_ids
+        self._ends = prompts.eos_token_ids
         self._chooser = TokenChooser(
             prepared.prompt.input_ids[0].tolist(),
             repetition_penalty=prompts.repetition_penalty,

@@ -42,9 +42,11 @@ _NEAR = 0.15
 """Ways that lose less than this to the best are near it."""
 _HUES = {
     "norm-highest-attention": "#b3261e",
+    "coverage-norm-highest-attention": "#7f1d1d",
     "dart": "#a16207",
     "cdpruner": "#0ea5e9",
     "scope": "#0f766e",
+    "visionzip": "#65a30d",
     "pyramiddrop": "#9a3412",
     "sparsevlm": "#be185d",
     "horizon": "#4338ca",

@@ -265,7 +265,7 @@ class MethodInfo:
     """A method as the sweep ran it.
 
     Attributes:
-        key: Short name, unique, e.g. "fastv"; of a policy its name.
+        key: Short name, unique, e.g. "dart"; of a policy its name.
         title: Name for people, e.g. "FastV".
         source: Citation: arXiv number or where it comes from.
         idea: One sentence: what it keeps.

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from bundles import export_tiny, two_cuts
 from command_line import ep_export
-from tiny import tiny_picture
+from tiny import tiny_picture, tiny_video
+from tiny_families import TINY_FAMILIES
 
 from ep_export.benchmark import Question, measure_agreement, measure_latency
 from ep_export.errors import UsageError
 from ep_export.planning import make_plan
 from ep_export.policy import Keep, MaxMin, Nothing, Random
-from ep_export.runtime import Session, open_picture
+from ep_export.runtime import Session, open_picture, open_video
 
 POLICIES = [(), ("divprune",), ("random",), ("divprune", "nothing")]
 QUESTIONS = ["What is this", "how many are there"]
@@ -136,6 +137,26 @@ def test_the_verb_prints_a_table_and_json(bundle):
     assert pruned["agreement"] is None
 
 
+@pytest.mark.parametrize("family", ["qwen2_vl", "video_llava"])
+def test_the_verb_measures_videos_with_a_provider(family, tmp_path):
+    """In one tower with pictures, and in a tower of their own."""
+    video = tmp_path / "frames"
+    video.mkdir()
+    for number, frame in enumerate(tiny_video(84, 56, 6).frames):
+        frame.save(video / f"{number}.png")
+    tiny_picture(84, 56).save(tmp_path / "picture.png")
+    opened = export_tiny(TINY_FAMILIES[family](tmp_path / "model"), tmp_path / "bundle")
+    ask = ["bench", str(opened.path), "--video", str(video), "--frames", "4", "--rounds", "3"]
+    ask += ["--max-new-tokens", "2", "--provider", "cpu", "--json"]
+    alone, both = (ep_export(*ask, *more) for more in ((), ("--image", str(tmp_path / "picture.png"))))
+    assert (alone.code, both.code) == (0, 0), alone.err + both.err
+    shown = [json.loads(result.out)["visual_tokens"] for result in (alone, both)]
+    with Session.open(opened) as session:
+        visuals = [open_video(video, frames=4), tiny_picture(84, 56)]
+        prompts = [session.prompts.build(visuals[:count], "What") for count in (1, 2)]
+    assert shown == [len(prompt.visual_index) for prompt in prompts]
+
+
 def test_the_verb_compares_policies_on_pictures_in_one_run(bundle, pictures):
     ask = ["bench", str(bundle.path), "--images", str(pictures), "--prompts", str(pictures / "asked.json")]
     ask += ["--rounds", "3", "--max-new-tokens", "3", "--policy", "divprune", "--policy", "random"]
@@ -151,7 +172,11 @@ def test_the_verb_compares_policies_on_pictures_in_one_run(bundle, pictures):
     ("options", "said"),
     [
         (("--prompts", "asked.json"), "--prompts asks about the pictures of --images"),
-        (("--images", ".", "--image", "a.png"), "--image and --images exclude each other"),
+        (("--images", ".", "--image", "a.png"), "--image or --video and --images exclude each other"),
+        (("--images", ".", "--video", "a.mp4"), "--image or --video and --images exclude each other"),
+        (("--fps", "2"), "--frames and --fps are about videos"),
+        (("--runtime", "tensorrt"), "has no engines\nhint: compile some: ep-export compile"),
+        (("--provider", "rocm"), "ONNX Runtime here has no"),
         (("--images", ".", "--prompt", "a", "--prompts", "b"), "--prompt and --prompts exclude each other"),
         (("--policy", "norm-lowest"), "no policy 'norm-lowest'"),
         (("--policy", "random", "--policy", "nothing"), "no visual token left to choose from"),

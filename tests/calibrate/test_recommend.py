@@ -22,6 +22,7 @@ from ep_export.policy import (
     Schedule,
     Scorer,
     Select,
+    Source,
     TopK,
     reads_projections,
 )
@@ -51,6 +52,11 @@ def test_every_chooser_is_a_candidate_where_it_can_choose() -> None:
     deep = {name for layer, name in names if layer == 3}
     assert {TopK(scorer, select).name for scorer in Scorer for select in Select} < deep
     assert {"divprune", "random", Coverage(Scorer.NORM, Select.LOWEST).name} < deep
+    attention = TopK(Scorer.NORM, source=Source.ATTENTION)
+    assert attention.name not in deep
+    asked = candidate_ways([3], HALF, [attention, MaxMin()])
+    assert {way.cuts[0].method for way in asked} == deep | {attention.name}
+    assert len(asked) == len(deep) + 1
     early = {way.schedule.cuts[0].chooser for way in ways if way.cuts[0].layer == 0}
     assert {MaxMin(), Random()} <= early
     assert not any(map(reads_projections, early))

@@ -236,6 +236,12 @@ def test_image_folder_that_is_a_file(refused, tiny, tmp_path):
     assert "is a file" in said
 
 
+def test_a_policy_that_no_calibration_can_race(refused, tiny, tmp_path):
+    asked = ("calibrate", "--model", str(tiny), "--keep", "0.5", "--images", str(tmp_path), "--also")
+    assert "--also nothing keeps no token" in refused(*asked, "nothing", code=2)
+    assert "attention is one number a token" in refused(*asked, "paper-highest-attention", code=2)
+
+
 def test_missing_prompts_file(refused, tiny, tmp_path):
     here = ("--model", str(tiny), "--keep", "0.5", "--images", str(tmp_path))
     for verb in ("calibrate", "sweep"):

@@ -1,11 +1,13 @@
 """How a verb fails: an object where a machine reads, a hint where a package is left out, a source with -v."""
 
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 from command_line import ep_export
+from tiny import tiny_picture
 
 from ep_export.cli.main import cli
 from ep_export.interrupts import Terminated
@@ -104,3 +106,50 @@ def test_a_fault_of_ours_is_not_hidden(monkeypatch):
     monkeypatch.setattr(cli, "main", fails)
     with pytest.raises(ZeroDivisionError):
         ep_export("plan")
+
+
+ASK = ("--image", "PICTURE", "--prompt", "What")
+MADE_BY = {"build with": "build", "build it": "build", "export with": "export", "compile": "compile"}
+
+
+@pytest.mark.parametrize(
+    ("verb", "options"),
+    [
+        ("run", (*ASK, "--keep", "0.01")),
+        ("run", (*ASK, "--keep-tokens", "1")),
+        ("run", (*ASK, "--keep", "1.5")),
+        ("run", (*ASK, "--keep", "adaptive:0.5")),
+        ("run", (*ASK, "--keep", "0.5", "--keep-tokens", "4")),
+        ("run", (*ASK, "--policy", "divprune")),
+        ("run", (*ASK, "--policy", "random", "--policy", "random")),
+        ("run", (*ASK, "--video", "PICTURE")),
+        ("run", (*ASK, "--fps", "2")),
+        ("run", (*ASK, "--target", "h100")),
+        ("run", (*ASK, "--runtime", "tensorrt")),
+        ("run", (*ASK, "--runtime", "tensorrt", "--threads", "2")),
+        ("run", (*ASK, "--provider", "cuda")),
+        ("run", (*ASK, "--show", "kept.txt")),
+        ("run", ("--prompt", "What", "--show", "kept.png")),
+        ("bench", ("--keep", "0.01")),
+        ("bench", ("--policy", "divprune")),
+        ("bench", ("--prompts", "asked.json")),
+        ("bench", ("--image", "PICTURE", "--images", ".")),
+        ("bench", ("--video", "PICTURE")),
+        ("bench", ("--runtime", "tensorrt")),
+        ("serve", ("--runtime", "tensorrt")),
+        ("serve", ("--provider", "cuda")),
+        ("validate", ("--bisect",)),
+        ("validate", ("--polygraphy", "--report", "report")),
+        ("validate", ("--policy", "divprune")),
+    ],
+)
+def test_a_hint_names_options_that_the_verb_has(verb, options, tiny_bundle, tmp_path):
+    """Or says of which verb they are."""
+    picture = tmp_path / "picture.png"
+    tiny_picture(84, 56).save(picture)
+    result = ep_export(verb, str(tiny_bundle.path), *(str(picture) if o == "PICTURE" else o for o in options))
+    assert result.code in {1, 2}, result.err
+    (hint,) = re.findall(r"^hint: (.*)$", result.err, re.MULTILINE)
+    named = [other for words, other in MADE_BY.items() if words in hint]
+    known = {name for each in (verb, *named) for option in cli.commands[each].params for name in option.opts}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", hint)) <= known | {"--help"}, hint

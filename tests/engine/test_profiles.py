@@ -12,7 +12,7 @@ from ep_export.bundle import Bundle, Dialect, Role
 from ep_export.engine.profiles import LimitsRequest, make_profiles, resolve_limits
 from ep_export.engine_record import Limits
 from ep_export.errors import UsageError
-from ep_export.policy import Cut, Keep, MaxMin, Nothing, Schedule, TopK
+from ep_export.policy import Cut, Keep, MaxMin, Nothing, Schedule, Scorer, Source, TopK
 from ep_export.runtime import OnnxRuntimeRunner, Session
 
 NEW_TOKENS = 3
@@ -103,7 +103,7 @@ def test_caches_of_fixed_capacity_have_it_in_both_profiles(tiny_checkpoint, tmp_
     "schedule",
     [
         two_cuts(1, 3),
-        two_cuts(0, 2, MaxMin(), TopK()),
+        two_cuts(0, 2, MaxMin(), TopK(Scorer.NORM, source=Source.ATTENTION)),
         Schedule((Cut(1, TopK(), 0.5), Cut(3, Nothing(), 0.0))),
         Schedule((Cut(0, MaxMin()),)),
     ],

@@ -23,12 +23,13 @@ from ep_export.policy import Keep, Nothing, Source
 from ep_export.reference import PruneSpec, greedy, kept_as, load_model, prune
 
 LAYERS = 5
+ATTENTION = "norm-highest-attention"
 ONE_CUT = [
     one_cut(layer, method, Keep(ratio=0.8))
     for layer, methods in {
         0: ("divprune", "norm-highest-hidden"),
         1: ("paper-highest", "norm-lowest", "divprune", "released-lowest-key"),
-        3: ("order2-highest", "norm-highest-value", "norm-highest-attention"),
+        3: ("order2-highest", "norm-highest-value", ATTENTION),
     }.items()
     for method in methods
 ]
@@ -38,7 +39,7 @@ TWO_CUTS = [
     two_cuts((0, 0.7, "divprune"), (2, 0.4, "norm-highest"), 0.5),
     two_cuts((2, 0.5, "paper-lowest"), (4, 0, "nothing"), 0.6),
     two_cuts((1, 0.5, "paper-highest"), (2, 0.25, "released-highest-key"), 0.4),
-    two_cuts((1, 0.5, "fastv"), (3, 0.25, "coverage-norm-highest-attention"), 0.5),
+    two_cuts((1, 0.5, ATTENTION), (3, 0.25, f"coverage-{ATTENTION}"), 0.5),
 ]
 
 

@@ -20,12 +20,13 @@ from ep_export.policy import (
     Select,
     Source,
     TopK,
-    chooser_named,
 )
 from ep_export.reference import PruneSpec, prune
 
 # The model computes in float32, the reference in float64: logits of size 10 through up to 9 layers.
 TOLERANCE = 2e-4
+
+ATTENTION = TopK(Scorer.NORM, source=Source.ATTENTION)
 
 
 def one_cut(layer, **chooser):
@@ -126,12 +127,7 @@ def test_one_kept_token_matches_decoder_by_hand():
         Schedule((Cut(1, TopK(), 0.6), Cut(3, TopK(select=Select.LOWEST), 0.3))),
         Schedule((Cut(1, MaxMin(), 0.5), Cut(2, TopK(Scorer.NORM, source=Source.KEY), 0.25))),
         Schedule((Cut(0, MaxMin(), 0.7), Cut(2, TopK(), 0.4))),
-        Schedule(
-            tuple(
-                Cut(layer, chooser_named("norm-highest-attention"), share)
-                for layer, share in ((1, 0.6), (3, 0.3))
-            )
-        ),
+        Schedule((Cut(1, ATTENTION, 0.6), Cut(3, ATTENTION, 0.3))),
         Schedule((Cut(0, TopK(source=Source.HIDDEN), 0.7), Cut(1, MaxMin(), 0.5), Cut(3, Nothing(), 0.0))),
         Schedule((Cut(1, TopK(), 0.6), Cut(2, TopK(), 0.6))),
     ],

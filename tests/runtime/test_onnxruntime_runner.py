@@ -153,3 +153,13 @@ def test_bfloat16_in_a_gpus_memory_is_not_read_as_if_it_were_here(monkeypatch):
     monkeypatch.setattr(onnxruntime.OrtValue, "device_name", lambda _self: "cuda")
     with pytest.raises(UserError, match="cannot be read from there"):
         onnxruntime_runner._OrtTensor(value).numpy()
+
+
+def test_a_graph_of_a_later_opset_says_what_reads_it(tmp_path):
+    file = joined(tmp_path / "later.onnx", TensorProto.FLOAT)
+    model = onnx.load(file)
+    model.opset_import[0].version = 999
+    onnx.save(model, file)
+    with pytest.raises(UserError, match=r"later\.onnx has opset 999, .* reads up to \d+$") as caught:
+        OnnxRuntimeRunner(file)
+    assert "newer onnxruntime" in caught.value.hint

@@ -1,5 +1,7 @@
 """The page at / in headless Chromium: a real picture, the shipped model, labels, a phone's width."""
 
+import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,9 @@ from bundles import export_tiny
 from digit_scenes import held_out
 from server_process import serving
 
-from ep_export.bundle import Dialect
-from ep_export.policy import MaxMin
+from ep_export.adaptive import fit_threshold
+from ep_export.bundle import Dialect, write_manifest
+from ep_export.policy import Keep, MaxMin
 from ep_export.runtime import Session, open_picture
 
 READER = Path(__file__).parents[1] / "fixtures" / "digit-reader"
@@ -111,18 +114,6 @@ def test_a_picture_is_asked_about_and_what_was_kept_is_seen(browser, bundle, pic
     waits_for(browser, lambda: answered(browser) and at(browser, "#figures").text != before)
     assert not at(browser, "#alert").is_displayed()
 
-    # of a bundle whose keep is adaptive: its own until the knob is moved
-    browser.execute_script("state.model.ep_export.keep.adaptive = true; showModel(state.model)")
-    assert at(browser, "#keep-shown").text == "adaptive, on average 50\u00a0%"
-    assert "keep" not in browser.execute_script("return pruning()")
-    counts = "{prompt_tokens_details: {visual_tokens: 40, kept_visual_tokens: [9]}}"
-    told = browser.execute_script(
-        f"return adaptiveText({{kept: {{keep: {{ratio: 0.25}}}}, usage: {counts}}})"
-    )
-    assert told == "keep adaptive, 25\u00a0% on average: here 9 of 40 visual tokens"
-    at(browser, "#keep").send_keys("\ue014")
-    assert at(browser, "#keep-shown").text == "51\u00a0%"
-
     radios = browser.find_elements("css selector", "#views input")
     assert len(radios) == 2
     browser.execute_script("arguments[0].click()", radios[0])
@@ -187,3 +178,27 @@ def test_nothing_but_this_server_is_asked(browser, server):
     names = browser.execute_script("return performance.getEntriesByType('resource').map((e) => e.name)")
     assert names
     assert all(name.startswith(server.url) for name in names)
+
+
+def test_an_adaptive_keep_is_the_pictures_own_until_the_knob_is_moved(browser, bundle, picture, tmp_path):
+    shown, schedule = open_picture(picture), bundle.manifest.schedule
+    with Session.open(bundle) as session:
+        prompt = session.prompts.build([shown], QUESTION)
+        scores = session.prefill(prompt, Keep(ratio=1.0)).cuts[0].scores
+        keep = fit_threshold(0.75, schedule, [scores, 2 * scores], layers=bundle.manifest.dims.layers)
+        wanted = session.generate([shown], QUESTION, max_new_tokens=1, keep=keep)
+    folder = shutil.copytree(bundle.path, tmp_path / "adaptive")
+    write_manifest(folder, dataclasses.replace(bundle.manifest, keep=keep))
+    with serving(folder, "--no-verify", "--capacity", "600") as server:
+        browser.get(server.url)
+        waits_for(browser, lambda: at(browser, "#keep-shown").text == "adaptive, on average 75 %")
+        at(browser, "#file").send_keys(str(picture))
+        at(browser, "#question").send_keys(QUESTION)
+        waits_for(browser, lambda: at(browser, "#canvas").is_displayed())
+        at(browser, "#ask").click()
+        waits_for(browser, lambda: answered(browser))
+        kept = f"{len(wanted.pictures[0].kept_tokens)} of {wanted.visual_tokens} visual tokens"
+        assert at(browser, "#pruned [data-what=how]").text == (f"keep adaptive, 75 % on average: here {kept}")
+        at(browser, "#keep").send_keys("\ue014")
+        assert at(browser, "#keep-shown").text == "76 %"
+        waits_for(browser, lambda: at(browser, "#pruned [data-what=how]").text == "keep 76 %")
