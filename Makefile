@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
-# First and alone, so that it can be another build. The package index's brings gigabytes of CUDA along; for a CPU:
-# make setup TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu'
+# First and alone, so that it can be another build: where yours brings gigabytes of CUDA along, PyTorch's own index of
+# CPU wheels has one without: make setup TORCH='torch==2.13.0 --index-url ...'
 TORCH ?= torch==2.13.0
 
 MODEL := tests/fixtures/digit-reader

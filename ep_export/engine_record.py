@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ep_export.bundle import (
@@ -25,6 +25,7 @@ from ep_export.bundle import (
 )
 from ep_export.documents import read_document, write_document
 from ep_export.errors import UserError
+from ep_export.policy import Schedule
 from ep_export.targets import Flavour, version_numbers
 
 __all__ = [
@@ -97,6 +98,7 @@ class Limits:
         max_pixels: Largest picture, width times height; what it means in visual tokens is the family's.
         max_kept_tokens: Most visual tokens that go on at a cut, over all pictures of a prompt.
         max_batch: Most answers that one decode step continues.
+        max_behind: Longest prompt behind a cut in tokens; None: as long as before it.
     """
 
     max_prompt: int
@@ -104,6 +106,15 @@ class Limits:
     max_pixels: int
     max_kept_tokens: int
     max_batch: int = 1
+    max_behind: int | None = None
+
+    def at(self, component: Component, schedule: Schedule) -> Limits:
+        """Those of a component: what arrives behind a cut may be shorter."""
+        if component.role is Role.DECODER:
+            behind = any(cut.layer <= component.layer_range.start for cut in schedule.cuts)
+        else:
+            behind = bool(component.cut)
+        return replace(self, max_prompt=self.max_behind) if behind and self.max_behind else self
 
     @property
     def capacity(self) -> int:

@@ -30,8 +30,8 @@ FORMULAS: Mapping[str, str] = {
     "can be dropped: not counted",
     "KV cache": "2 x 2 x KV heads x head_dim x bytes, for every layer and token of prompt and answer; twice, "
     "because in the portable dialect a step's caches go in and come out, and in the modern one prefill fills "
-    "its own before they move into those of the answer. There every layer has rows for the whole prompt: "
-    "engines are compiled for one capacity, which a prompt without a picture needs behind a cut, too",
+    "its own before they move into those of the answer. There engines reserve what they are compiled for: "
+    "behind a cut less than the whole prompt where `compile` is told --max-kept-tokens",
     "activations": "tokens x (3 d + 2 (H + KV heads) head_dim + 3 m) x bytes, for the encoder and every span "
     "of layers, plus masks, what policies compute and, in the portable dialect, attention weights; fused "
     "kernels need less",
@@ -151,8 +151,8 @@ def estimate(
         available_bytes=target.memory_bytes - target.reserved_bytes,
         weight_bytes=sizes.computing,
         embedding_bytes=sizes.embedding,
-        full=_figures(case, full, held=full),
-        pruned=_figures(case, pruned, held=full if graphs.dialect.fixed_caches else pruned),
+        full=_figures(case, full),
+        pruned=_figures(case, pruned),
         vision_counted=plan.vision is not None,
     )
 
@@ -184,9 +184,8 @@ class _Case:
             yield len(layers), visual + self.plan.text_tokens
 
 
-def _figures(case: _Case, spans: _Spans, *, held: _Spans) -> Figures:
-    """What `spans` compute, with caches reserved for `held`."""
-    kv = _CACHES_LIVE * _kv_bytes(case, held, case.new_tokens)
+def _figures(case: _Case, spans: _Spans) -> Figures:
+    kv = _CACHES_LIVE * _kv_bytes(case, spans, case.new_tokens)
     activations = _activations(case, spans)
     read = case.weights.layers * case.weights.layer + case.weights.lm_head
     read += _kv_bytes(case, spans, case.new_tokens // 2)

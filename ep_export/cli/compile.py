@@ -50,7 +50,8 @@ def limit_options(function: _F) -> _F:
             "--max-kept-tokens",
             type=click.IntRange(1),
             metavar="T",
-            help="Most visual tokens kept [all of a prompt's]. TensorRT-RTX takes fewer than 3840.",
+            help="Most visual tokens kept [all of a prompt's]; fewer make caches smaller and prefill "
+            "shorter. TensorRT-RTX takes fewer than 3840.",
         ),
         click.option(
             "--max-batch",

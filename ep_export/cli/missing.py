@@ -40,8 +40,7 @@ def missing_package(error: ModuleNotFoundError) -> tuple[str, str] | None:
     extra = _EXTRAS.get(package)
     if extra is None:
         return None
-    wheels = "https://download.pytorch.org/whl/cpu"
-    first = f"pip install torch --index-url {wheels} (without --index-url CUDA comes along), then "
+    first = "pip install torch (on a CPU from PyTorch's index of CPU wheels, or CUDA comes along), then "
     return (
         f"this verb needs {package}, which is not installed",
         f"{first if package == 'torch' else ''}pip install 'ep-export[{extra}]'",

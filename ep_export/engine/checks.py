@@ -17,7 +17,7 @@ from ep_export.errors import UserError
 from ep_export.first_token import tokens_work
 from ep_export.fit import Estimate, estimate
 from ep_export.numerics import WeightKind, Weights
-from ep_export.planning import make_plan
+from ep_export.planning import kept_tokens, make_plan
 from ep_export.policy import Keep, Nothing, Schedule
 from ep_export.targets import Flavour, Graphs, Target
 
@@ -94,16 +94,19 @@ def check_stored(weights: Weights | None, target: Target, subject: str) -> None:
 
 
 def estimate_limits(bundle: Bundle, target: Target, limits: Limits) -> Estimate | None:
-    """Memory at the limits: the longest prompt, nothing pruned, because the engines must be able to."""
+    """Memory at the limits: the longest prompt, of which as much goes on as the engines must be able to."""
     manifest = bundle.manifest
     visual = max_visual_tokens(bundle, limits)
+    every = _as_much_as_passes(manifest.schedule, manifest.dims.layers)
+    passing = kept_tokens(every, manifest.schedule, layers=manifest.dims.layers, visual_tokens=visual)
     plan = make_plan(
         manifest.dims,
         manifest.schedule,
-        _as_much_as_passes(manifest.schedule, manifest.dims.layers),
+        every,
         visual_tokens=visual,
         text_tokens=limits.max_prompt - visual,
         vision=tokens_work(open_config(str(bundle.file("processor"))), visual),
+        kept=tuple(min(limits.max_kept_tokens, kept) for kept in passing),
     )
     return estimate(
         plan,
@@ -114,21 +117,24 @@ def estimate_limits(bundle: Bundle, target: Target, limits: Limits) -> Estimate 
     )
 
 
-def check_fit(target: Target, prompt_tokens: int, guessed: Estimate | None) -> None:
-    """Refuse what cannot fit on the device with a prompt of that length.
+def check_fit(target: Target, prompt_tokens: int, guessed: Estimate | None, *, pruned: bool) -> None:
+    """Refuse what cannot fit on the device with a prompt of that length, pruned or not.
 
     Raises:
         UserError: Says how much is needed, for what, and how much there is.
     """
-    if guessed is None or guessed.fits(guessed.full):
+    if guessed is None:
         return
-    full = guessed.full
-    parts = f"weights {_gb(guessed.weight_bytes)}, caches {_gb(full.kv_bytes)}, "
-    parts += f"activations {_gb(full.activation_bytes)}"
+    figures = guessed.pruned if pruned else guessed.full
+    if guessed.fits(figures):
+        return
+    parts = f"weights {_gb(guessed.weight_bytes)}, caches {_gb(figures.kv_bytes)}, "
+    parts += f"activations {_gb(figures.activation_bytes)}"
     raise UserError(
-        f"prompts of {prompt_tokens} tokens need about {_gb(full.total_bytes)} on {target.name} "
+        f"prompts of {prompt_tokens} tokens need about {_gb(figures.total_bytes)} on {target.name} "
         f"({parts}; an estimate), expected at most {_gb(guessed.available_bytes)}",
-        hint="lower --max-prompt or --max-pixels, take a smaller model, or go on with --force",
+        hint="lower --max-prompt, --max-pixels or --max-kept-tokens, take a smaller model, or go on with "
+        "--force",
     )
 
 

@@ -146,7 +146,7 @@ def compile_bundle(bundle: Bundle, request: CompileRequest, progress: Progress =
     )
     guessed = estimate_limits(bundle, target, limits)
     if not request.force:
-        check_fit(target, limits.max_prompt, guessed)
+        check_fit(target, limits.max_prompt, guessed, pruned=True)
     with _no_folder_left(out.parent):
         if reason:
             _write_kit(bundle, request, placement, limits, out, progress)
@@ -189,7 +189,12 @@ def check_ahead(request: CompileRequest, plan: Plan, graphs: Graphs, weights: We
     new_tokens = request.limits.max_new_tokens or MAX_NEW_TOKENS
     guessed = estimate(plan, target, new_tokens=new_tokens, graphs=graphs, weights=weights)
     if not request.force:
-        check_fit(target, plan.visual_tokens + plan.text_tokens, guessed)
+        check_fit(
+            target,
+            plan.visual_tokens + plan.text_tokens,
+            guessed,
+            pruned=request.limits.max_kept_tokens is not None,
+        )
 
 
 def _why_kit(target: Target) -> str:

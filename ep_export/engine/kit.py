@@ -153,7 +153,8 @@ def write_kit(
             write_stripped(bundle.file(bundle.manifest.component(name).file), out / f"{name}.plugin.onnx")
     for component in filter(has_open_capacity, plan.components):
         settled = out / f"{component.name}.settled.onnx"
-        write_settled(bundle.file(component.file), settled, limits.capacity)
+        rows = limits.at(component, bundle.manifest.schedule).capacity
+        write_settled(bundle.file(component.file), settled, rows)
     plugins = data_dir("plugins")
     shutil.copytree(plugins, out / "plugins", ignore=shutil.ignore_patterns("__pycache__", "build", ".*"))
     progress(_STAGE, 1, steps)

@@ -109,7 +109,7 @@ def write_golden(
     progress(_STAGE, 0, steps)
     quantised = bundle_layers(bundle)
     exact = ComponentOracle(load_model(checkpoint, quantised=quantised))
-    given = _feeds(bundle, checkpoint, exact, prompt, components, limits.capacity)
+    given = _feeds(bundle, checkpoint, exact, prompt, components, limits)
     cases = [case for feeds in given for case in _cases(feeds, profiles, exact)]
     progress(_STAGE, 1, steps)
     del exact  # the two models need not fit into memory at once
@@ -175,7 +175,7 @@ def _feeds(
     oracle: ComponentOracle,
     card: PromptInputs,
     components: Sequence[Component],
-    capacity: int,
+    limits: Limits,
 ) -> Iterator[ComponentFeeds]:
     """What every component is run on: the test card, under the bundle's schedule and under other policies.
 
@@ -194,7 +194,7 @@ def _feeds(
             config=checkpoint.config,
             oracle=oracle,
             prompts={name: prompt},
-            capacity=capacity,
+            capacity={span.name: limits.at(span, manifest.schedule).capacity for span in manifest.spans},
         )
         for feeds in every:
             if feeds.feeds and feeds.component.name in wanted:

@@ -99,7 +99,9 @@ def resolve_limits(bundle: Bundle, request: LimitsRequest) -> Limits:
             hint=f"give --max-prompt {most + pictures.prompt_tokens} or more, or a smaller --max-pixels",
         )
     kept = min(request.max_kept_tokens or max_prompt, max_prompt)
-    return Limits(max_prompt, max_new, max_pixels, kept, _max_batch(bundle, request))
+    # text of any prompt that has the largest picture; where any number is kept, all of a prompt may pass
+    behind = min(max_prompt, kept + max_prompt - most) if request.max_kept_tokens else None
+    return Limits(max_prompt, max_new, max_pixels, kept, _max_batch(bundle, request), behind)
 
 
 def _max_batch(bundle: Bundle, request: LimitsRequest) -> int:
@@ -170,13 +172,14 @@ def component_profiles(
     if component.role is Role.VISION:
         return (Profile("all", pictures.inputs[component.name]),)
     typical = _Typical.of(manifest, limits, pictures)
+    limits = limits.at(component, manifest.schedule)
     none, one, batch = _Sizes(0, 0, 0), _Sizes(1, 1, 1), _Sizes(1, limits.max_batch, limits.max_batch)
     if component.role is Role.EMBED:
         sizes = {"S": _Sizes(1, typical.prompt, limits.max_prompt), "B": _Sizes(1, 1, limits.max_batch)}
         return (Profile("all", _shapes(component, sizes)),)
     if component.role is Role.PRUNE:
         return (Profile("prefill", _shapes(component, _prune_sizes(component, limits, typical))),)
-    arrives = typical.spans[component.layer_range]
+    arrives = min(typical.spans[component.layer_range], limits.max_prompt)
     past = min(limits.max_past, arrives + limits.max_new_tokens // 2)
     fixed = _Sizes(limits.capacity, limits.capacity, limits.capacity)
     # a runner takes the first profile that holds, and of one token that has to be decoding
@@ -222,7 +225,7 @@ def _prune_sizes(component: Component, limits: Limits, typical: _Typical) -> dic
     cut = component.cut or 0
     visual, kept = max(1, typical.visual[cut]), max(1, typical.kept[cut])
     most = limits.max_kept_tokens if cut else limits.max_prompt
-    arrives = visual + typical.prompt - typical.visual[0]
+    arrives = min(visual + typical.prompt - typical.visual[0], limits.max_prompt)
     return {
         "S": _Sizes(1, arrives, limits.max_prompt),
         "N": _Sizes(1, visual, most),

@@ -55,7 +55,8 @@ def compiler_source(
     if plugin and target.strips_body:
         return write_stripped(source, directory / source.name)
     if has_open_capacity(component):
-        source = write_settled(source, directory / source.name, limits.capacity)
+        rows = limits.at(component, bundle.manifest.schedule).capacity
+        source = write_settled(source, directory / source.name, rows)
         _link_weights(bundle, directory)
     if Precision.BF16 in target.dtypes:
         return source

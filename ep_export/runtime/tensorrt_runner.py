@@ -355,11 +355,13 @@ def _profile(opened: OpenedEngine, shapes: Mapping[str, tuple[int, ...]]) -> int
     ranges = [profile.inputs[refused[0]] for profile in opened.profiles]
     taken = " or ".join(f"{list(r.minimum)} to {list(r.maximum)}" for r in ranges)
     limits = opened.limits
+    behind = f" ({limits.max_behind} behind a cut)" if limits.max_behind else ""
     raise UserError(
         f"input {refused[0]} of {opened.name} has shape {list(shapes[refused[0]])}, its engine takes {taken}",
-        hint=f"these engines hold prompts of {limits.max_prompt} tokens, answers of {limits.max_new_tokens} "
-        f"and pictures of {limits.max_pixels} pixels, {limits.max_batch} at once: ask for less, or compile "
-        "for more (--max-prompt, --max-new-tokens, --max-pixels, --max-batch)",
+        hint=f"these engines hold prompts of {limits.max_prompt} tokens{behind}, answers of "
+        f"{limits.max_new_tokens} and pictures of {limits.max_pixels} pixels, {limits.max_batch} at once: "
+        "ask for less, or compile for more (--max-prompt, --max-kept-tokens, --max-new-tokens, --max-pixels, "
+        "--max-batch)",
     )
 
 

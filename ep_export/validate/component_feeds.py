@@ -50,7 +50,7 @@ def component_feeds(
     config: PreTrainedConfig,
     oracle: ComponentOracle,
     prompts: Mapping[str, PromptInputs],
-    capacity: int | None = None,
+    capacity: Mapping[str, int] | None = None,
 ) -> tuple[ComponentFeeds, ...]:
     """Inputs of every component that a schedule runs, for every prompt: prefill and first decode step.
 
@@ -62,8 +62,9 @@ def component_feeds(
         config: The model's.
         oracle: In float32.
         prompts: Name -> prompt.
-        capacity: Rows of caches that new ones are written into; just enough when None.
+        capacity: Span -> rows of caches that new ones are written into; just enough when None.
     """
+    room = capacity or {}
     components = (*manifest.with_role(Role.VISION), manifest.embed, *manifest.stages(schedule))
     rows: dict[str, list[tuple[str, Arrays]]] = {component.name: [] for component in components}
     for name, prompt in prompts.items():
@@ -73,9 +74,9 @@ def component_feeds(
         rows[manifest.embed.name].append((name, {"input_ids": prompt.input_ids}))
         states = capture(oracle.model, prompt, PruneSpec(schedule, keep))
         for component, feeds in _prefill(manifest, schedule, states):
-            rows[component.name].append((f"{name}, prefill", _with_room(feeds, capacity)))
+            rows[component.name].append((f"{name}, prefill", _with_room(feeds, room.get(component.name))))
         for component, feeds in _decode(manifest, oracle, prompt, states):
-            rows[component.name].append((f"{name}, decode", _with_room(feeds, capacity)))
+            rows[component.name].append((f"{name}, decode", _with_room(feeds, room.get(component.name))))
     return tuple(
         ComponentFeeds(
             component,

@@ -126,7 +126,7 @@ def test_a_missing_file_is_named(tmp_path):
         (b'{"weight": Infinity}', "Infinity is no number"),
         (b"-Infinity", "no number"),
         (b"1e999", "too large"),
-        (b"1" * 5000, "4300 digits"),
+        (b"1" * 5000, "4300"),
         (rb'"\ud800"', "surrogates not allowed"),
         (rb'{"\uDFFF": 1}', "surrogates not allowed"),
         (b"\xff", "can't decode"),

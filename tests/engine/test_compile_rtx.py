@@ -34,7 +34,7 @@ needs_compiler = pytest.mark.skipif(
 
 ADA = "rtx-ada"
 # Primes, so that the engine's bytes hold them for one reason only.
-LIMITS = LimitsRequest(max_prompt=449, max_new_tokens=31, max_pixels=50_176, max_kept_tokens=401)
+LIMITS = LimitsRequest(max_prompt=449, max_new_tokens=31, max_pixels=50_176, max_kept_tokens=7)
 
 
 def test_every_family_is_compiled_here():
@@ -59,11 +59,15 @@ def test_every_component_compiles_and_holds_the_profile_asked_for(family, dialec
     dims = bundle.manifest.dims
     for span in bundle.manifest.spans:
         raw = (tmp_path / "engines" / record.components[span.name].file).read_bytes()
-        fixed = dialect.fixed_caches
+        limits = result.limits.at(span, bundle.manifest.schedule)
+        longest = limits.max_prompt
+        assert longest == 449 if span.name == "decoder_0" else 7 <= longest < 449
         # 449 + 31 - 1 in a cache that grows; 449 + 31 is a multiple of 16
-        rows, batch = (480, 8) if fixed else (479, 1)
+        rows, batch = (limits.capacity, 8) if dialect.fixed_caches else (longest + 30, 1)
+        assert limits.capacity % 16 == 0
+        assert longest + 31 <= limits.capacity < longest + 31 + 16
         for shape in (
-            (1, 449, dims.hidden_size),  # the longest prompt
+            (1, longest, dims.hidden_size),
             (batch, 1, dims.hidden_size),
             (batch, dims.kv_heads, rows, dims.head_dim),
         ):

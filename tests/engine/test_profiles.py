@@ -99,6 +99,20 @@ def test_caches_of_fixed_capacity_have_it_in_both_profiles(tiny_checkpoint, tmp_
     assert resolve_limits(bundle, LimitsRequest()).max_batch == 8
 
 
+def test_where_few_tokens_are_kept_less_arrives_behind_a_cut(tiny_checkpoint, tmp_path):
+    """64 visual tokens of a prompt of 300: so 236 of text beside the 20 kept."""
+    settings = {"schedule": two_cuts(1, 3), "keep": 0.6, "dialect": Dialect.MODERN}
+    bundle = export_tiny(tiny_checkpoint, tmp_path / "bundle", **settings)
+    limits = resolve_limits(bundle, LimitsRequest(300, 40, 50_176, 20))
+    assert limits.max_behind == 236 + 20
+    profiles, kv_heads = make_profiles(bundle, limits), bundle.manifest.dims.kv_heads
+    for number, (longest, rows) in enumerate([(300, 352), (256, 304), (256, 304)]):
+        for profile in profiles[f"decoder_{number}"]:
+            assert profile.inputs[f"past_key_values.{(0, 1, 3)[number]}.key"].maximum[1:3] == (kv_heads, rows)
+        assert profiles[f"decoder_{number}"][0].inputs["inputs_embeds"].maximum[1] == longest
+    assert profiles["prune_1.paper-highest"][0].inputs["hidden"].maximum[1] == 256
+
+
 @pytest.mark.parametrize(
     "schedule",
     [
@@ -114,7 +128,7 @@ def test_every_shape_of_several_cuts_lies_in_a_profile(schedule, tiny_checkpoint
     check_that_profiles_hold(bundle)
 
 
-def test_a_span_behind_a_cut_is_tuned_for_what_is_kept_and_takes_whole_prompts(tiny_checkpoint, tmp_path):
+def test_a_span_behind_a_cut_is_tuned_for_what_is_kept_and_takes_what_may_be(tiny_checkpoint, tmp_path):
     """A typical picture is 640 x 480: 63 visual tokens here, and 86 of text; 0.5 and 0.25 of 63 go on."""
     schedule = two_cuts(1, 2, shares=(0.5, 0.25))
     bundle = export_tiny(
@@ -124,7 +138,8 @@ def test_a_span_behind_a_cut_is_tuned_for_what_is_kept_and_takes_whole_prompts(t
     profiles = make_profiles(bundle, limits)
     spans = [profiles[f"decoder_{i}"] for i in range(3)]
     assert [span[0].inputs["inputs_embeds"].optimum[1] for span in spans] == [63 + 86, 31 + 86, 15 + 86]
-    assert {span[0].inputs["inputs_embeds"].maximum[1] for span in spans} == {400}
+    # of 400 tokens 64 are the largest picture's: 336 of text and the 50 kept
+    assert [span[0].inputs["inputs_embeds"].maximum[1] for span in spans] == [400, 386, 386]
     first, second = (profiles[f"prune_{i}.paper-highest"][0].inputs for i in range(2))
     assert (first["hidden"].optimum[1], second["hidden"].optimum[1]) == (63 + 86, 31 + 86)
     assert (first["visual_index"].optimum, second["visual_index"].optimum) == ((63,), (31,))
@@ -143,7 +158,7 @@ class TestQwen:
 
     def test_bounds_are_the_limits_asked_for(self, bundle):
         limits = resolve_limits(bundle, LimitsRequest(300, 40, 50_176, 60))
-        assert limits == Limits(300, 40, 50_176, 60)
+        assert limits == Limits(300, 40, 50_176, 60, max_behind=300 - 64 + 60)
         profiles = make_profiles(bundle, limits)
         prefill, decode = profiles["decoder_0"]
         assert prefill.inputs["inputs_embeds"].maximum == (1, 300, 128)

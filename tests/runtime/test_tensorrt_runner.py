@@ -40,7 +40,7 @@ from ep_export.engine_record import (
 from ep_export.errors import UserError
 from ep_export.fit import estimate
 from ep_export.planning import make_plan
-from ep_export.policy import MaxMin
+from ep_export.policy import Keep, MaxMin
 from ep_export.runtime import OnnxRuntimeRunner, Session
 from ep_export.runtime.device import DeviceMemory
 from ep_export.runtime.engines import EngineBackend
@@ -77,10 +77,10 @@ def compiled(twice, tmp_path_factory):
     return compile_stand_ins(twice, tmp_path_factory.mktemp("compiled"), max_pixels=150 * 150)
 
 
-def compile_stand_ins(original, folder, *, max_pixels, max_batch=None):
+def compile_stand_ins(original, folder, *, max_pixels, max_batch=None, max_prompt=512, max_kept=None):
     bundle = Bundle(folder / "bundle", original.manifest)
-    shutil.copytree(original.path, bundle.path)
-    request = LimitsRequest(512, 64, max_pixels, max_batch=max_batch)
+    shutil.copytree(original.path, bundle.path, ignore=shutil.ignore_patterns("engines", "*.settled.onnx"))
+    request = LimitsRequest(max_prompt, 64, max_pixels, max_kept, max_batch)
     limits = resolve_limits(bundle, request)
     directory = engine_directory(bundle.path, "made-up")
     directory.mkdir(parents=True)
@@ -92,7 +92,8 @@ def compile_stand_ins(original, folder, *, max_pixels, max_batch=None):
         file = directory / f"{component.name}.engine"
         source = bundle.file(component.file)
         if has_open_capacity(component):
-            source = write_settled(source, source.with_suffix(".settled.onnx"), limits.capacity)
+            rows = limits.at(component, bundle.manifest.schedule).capacity
+            source = write_settled(source, source.with_suffix(".settled.onnx"), rows)
         write_fake_engine(source, file)
         engines[component.name] = EngineFile(
             role=component.role,
@@ -267,9 +268,40 @@ def test_caches_hold_what_the_engines_were_compiled_for(in_place):
         assert "--max-new-tokens" in caught.value.hint
 
 
-def test_caches_take_the_memory_that_is_estimated(in_place, monkeypatch):
+@pytest.fixture(scope="module")
+def in_place_pruned(in_place, tmp_path_factory):
+    """Engines that take few tokens behind a cut: 8 visual ones, and the text of a prompt of 160."""
+    limits = {"max_pixels": 150 * 150, "max_prompt": 160, "max_kept": 8}
+    return compile_stand_ins(in_place, tmp_path_factory.mktemp("in-place-pruned"), **limits)
+
+
+def test_where_few_tokens_are_kept_caches_behind_a_cut_are_smaller(in_place_pruned):
+    limits = read_record(engine_directory(in_place_pruned.path, "made-up")).limits
+    text = limits.max_behind - 8
+    assert 0 < text < 160 - 8
+    asked = (PICTURES[:1], "which digits?")
+    with Session.open(in_place_pruned) as session:
+        wanted = session.generate(*asked, max_new_tokens=8, keep=Keep(ratio=0.3))
+    made, _ = backend(in_place_pruned)
+    with Session.open(in_place_pruned, runner=made) as session:
+        got = session.generate(*asked, max_new_tokens=8, keep=Keep(ratio=0.3))
+        assert (got.token_ids, got.cuts) == (wanted.token_ids, wanted.cuts)
+        first, *behind = session.decoder(slots=1, capacity=4096).capacity
+        assert first == 160 + 64
+        assert set(behind) == {-(-(text + 8 + 64) // 16) * 16}
+        with pytest.raises(UserError, match=r"of decoder_1\S* has shape .* its engine takes") as caught:
+            session.generate([], "which digits? " * 40, max_new_tokens=2)
+        assert f"prompts of 160 tokens ({limits.max_behind} behind a cut)" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("engines", "visual", "kept", "text"),
+    # rows are multiples of 16: of the second pair 160 + 64, and behind a cut 8 + 136 + 64
+    [("in_place", 400, 400, 112), ("in_place_pruned", 24, 8, 136)],
+)
+def test_caches_take_the_memory_that_is_estimated(request, engines, visual, kept, text, monkeypatch):
     """At the limits: those that prefill fills, and those of the answer that they move into."""
-    taken, make = [], TensorRtRunner.buffer
+    in_place, taken, make = request.getfixturevalue(engines), [], TensorRtRunner.buffer
 
     def take(runner, name, shape):
         taken.append(4 * math.prod(shape))
@@ -278,11 +310,10 @@ def test_caches_take_the_memory_that_is_estimated(in_place, monkeypatch):
     monkeypatch.setattr(TensorRtRunner, "buffer", take)
     made, _ = backend(in_place)
     with Session.open(in_place, runner=made) as session:
-        session.generate(PICTURES[:1], "which digits?", max_new_tokens=2)
+        session.generate(PICTURES[:1], "which digits?", max_new_tokens=2, keep=Keep(ratio=0.3))
     manifest = in_place.manifest
-    plan = make_plan(
-        manifest.dims, manifest.schedule, manifest.keep, visual_tokens=400, text_tokens=112, kept=(200, 100)
-    )
+    limit = {"visual_tokens": visual, "text_tokens": text, "kept": (kept, kept)}
+    plan = make_plan(manifest.dims, manifest.schedule, manifest.keep, **limit)
     graphs = Graphs(Dialect.MODERN, Precision.FP16)
     guess = estimate(plan, find_target("h100"), new_tokens=64, graphs=graphs, kv_bytes_per_element=4)
     assert sum(taken) == guess.pruned.kv_bytes
