@@ -27,7 +27,6 @@ from synthetic import checkpoint_bytes, free_bytes, write_synthetic
 from ep_export.aliases import find_alias
 from ep_export.bundle import Bundle, Component, Role
 from ep_export.checkpoint import open_checkpoint
-from ep_export.cli.options import weights_from
 from ep_export.engine.compile import CompileRequest, compile_bundle
 from ep_export.engine.compiler import compile_component
 from ep_export.engine.pictures import PictureShapes
@@ -36,7 +35,7 @@ from ep_export.engine.sources import compiler_source
 from ep_export.engine.worker import Job
 from ep_export.engine_record import Limits
 from ep_export.export import export_bundle
-from ep_export.numerics import DEFAULT_GROUP
+from ep_export.numerics import rounded_to
 from ep_export.policy import (
     Chooser,
     Cut,
@@ -162,7 +161,7 @@ def _export(
     out.mkdir()
     graphs = target.best()
     checkpoint, packing = open_checkpoint(str(source)), None
-    if weights := weights_from(kind, DEFAULT_GROUP):
+    if weights := rounded_to(kind):
         packing = nearest(checkpoint.tensors, weights, compute=graphs.precision.value)
     return export_bundle(
         checkpoint,
