@@ -227,10 +227,13 @@ def _continued(bundle: Bundle, request: CompileRequest, earlier: Earlier) -> Com
         for prune in bundle.manifest.with_role(Role.PRUNE)
         if prune.name in names and prune.chooser
     ]
+    limits = asdict(record.limits)
+    if limits.pop("max_behind") is None:  # nobody said how many are kept
+        limits["max_kept_tokens"] = None
     told = {name: value for name, value in asdict(request.limits).items() if value is not None}
     return replace(
         request,
-        limits=LimitsRequest(**{**asdict(record.limits), **told}),
+        limits=LimitsRequest(**{**limits, **told}),
         policies=tuple(dict.fromkeys((*policies, *request.policies))),
         prune_on=request.prune_on or (PruneOn.CPU if record.on_cpu else PruneOn.TARGET),
         plugin=request.plugin or (earlier.directory / record.plugin.file if record.plugin else None),
