@@ -23,7 +23,7 @@ export OMP_NUM_THREADS ?= 1
   sweep why \
   bench-accuracy bench-score bench-plan bench-prefill bench-vision bench-decode bench-export bench-weights bench-families bench-engines bench-serve \
   bench-executors \
-  fixture clean
+  fixture fixture-finder clean
 
 help:  ## What there is.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -133,9 +133,12 @@ bench-accuracy: $(STAMP)  ## Shipped model, held-out questions: full, recommende
 	PYTHONPATH=tests/fixtures $(BIN)/python tests/bench/bench_accuracy.py
 
 SWEEP := build/sweep
-sweep: $(STAMP)  ## Compare ways of pruning the shipped model on held-out questions (a quarter of an hour).
-	$(BIN)/python tests/fixtures/digit_scenes.py $(SWEEP)/calibration --count 48
-	$(BIN)/python tests/fixtures/digit_scenes.py $(SWEEP)/held-out --answers --split test --seed 2 --count 510
+QUESTIONS ?= 510
+KINDS ?= reading
+sweep: $(STAMP)  ## Compare ways of pruning a trained model on held-out questions (20 minutes): MODEL=... KINDS=looking-up.
+	$(BIN)/python tests/fixtures/digit_scenes.py $(SWEEP)/calibration --count 48 --kinds $(KINDS)
+	$(BIN)/python tests/fixtures/digit_scenes.py $(SWEEP)/held-out --answers --split test --seed 2 \
+	  --count $(QUESTIONS) --kinds $(KINDS)
 	$(BIN)/ep-export sweep --model $(MODEL) --images $(SWEEP)/held-out --prompts $(SWEEP)/held-out/prompts.json \
 	  --keep 0.5 --keep 0.25 --keep 0.125 --calibration-images $(SWEEP)/calibration \
 	  --calibration-prompts $(SWEEP)/calibration/prompts.json --jobs 2 --out $(SWEEP)/report --overwrite
@@ -187,6 +190,11 @@ bench-engines: $(RTX)  ## Compile 2 full-size layers of two 7B models, without a
 
 fixture: $(STAMP)  ## Train the shipped model again (over an hour on two cores).
 	$(BIN)/python tests/fixtures/train_digit_reader.py --out $(MODEL)
+
+FINDER := tests/fixtures/digit-finder
+fixture-finder: $(STAMP)  ## Train the second model from the first (an hour and a half on one core).
+	$(BIN)/python tests/fixtures/train_digit_reader.py --recipe looking-up --from $(MODEL) --rate 1e-3 --threads 1 \
+	  --out $(FINDER)
 
 clean:  ## Remove what the targets above made, but not the environment.
 	rm -rf build $(DEMO) dist *.egg-info
