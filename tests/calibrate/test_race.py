@@ -75,3 +75,17 @@ def test_what_is_behind_by_less_than_noise_is_not_dropped_for_being_surely_worse
     pictures = Pictures(np.linspace(0.001, 0.005, len(WAYS)), 48, spread=0.01)
     race(WAYS, 48, pictures.measure)
     assert [count for count, _ in pictures.asked] == [27, 12 + 2, 6 + 1]
+
+
+def test_one_that_looks_sure_on_the_easy_pictures_does_not_run_alone() -> None:
+    """One way loses nothing on the first 24 pictures and much on the others: the next best are there."""
+
+    def measure(ways: list[Way], part: range) -> tuple[np.ndarray, np.ndarray]:
+        kl = np.array([[0.5 + 0.01 * WAYS.index(way) for way in ways] for _ in part])
+        if WAYS[4] in ways:
+            kl[:, list(ways).index(WAYS[4])] = [0.0 if picture < 24 else 5.0 for picture in part]
+        return kl, 1 - kl
+
+    result = race(WAYS, 48, measure)
+    assert len([i for i in result.finalists if not is_floor(WAYS[i])]) == 6
+    assert {4, 0} <= set(result.finalists)
