@@ -9,7 +9,7 @@ from ep_export.measure.ways import Way, one_cut
 from ep_export.policy import Keep
 
 HALF = Keep(ratio=0.5)
-WAYS = tuple(one_cut(layer, name, HALF) for layer in (1, 2, 3) for name in (*map(str, range(8)), "random"))
+WAYS = tuple(one_cut(layer, name, HALF) for layer in (1, 2, 3) for name in (*map(str, range(32)), "random"))
 
 
 class Pictures:
@@ -27,8 +27,8 @@ class Pictures:
 
 
 def test_legs_double_the_pictures_and_halve_the_ways() -> None:
-    assert legs(48, 56) == (Leg(12, 56), Leg(24, 28), Leg(48, 14))
-    assert legs(100, 100) == (Leg(12, 100), Leg(24, 50), Leg(48, 25), Leg(96, 12), Leg(100, 6))
+    assert legs(48, 56) == (Leg(12, 56), Leg(24, 28), Leg(48, 24))
+    assert legs(100, 100) == (Leg(12, 100), Leg(24, 50), Leg(48, 25), Leg(100, 24))
     assert legs(FIRST_LEG, 56) == (Leg(FIRST_LEG, 56),)
     assert legs(500, 5) == (Leg(500, 5),)
 
@@ -63,7 +63,7 @@ def test_a_race_costs_a_fraction_of_measuring_everything() -> None:
 
 def test_floors_run_as_long_as_a_way_at_their_layer() -> None:
     means = np.full(len(WAYS), 1.0)
-    means[:8] = 0.1  # layer 1
+    means[:32] = 0.1  # layer 1
     result = race(WAYS, 48, Pictures(means, 48, spread=0.1).measure)
     ran = {WAYS[i].cuts[0].layer for i in result.finalists if is_floor(WAYS[i])}
     assert ran == {1}
@@ -74,7 +74,7 @@ def test_what_is_behind_by_less_than_noise_is_not_dropped_for_being_surely_worse
     """All within a hundredth of a nat: only halving leaves anything out."""
     pictures = Pictures(np.linspace(0.001, 0.005, len(WAYS)), 48, spread=0.01)
     race(WAYS, 48, pictures.measure)
-    assert [count for count, _ in pictures.asked] == [27, 12 + 2, 6 + 1]
+    assert [count for count, _ in pictures.asked] == [99, 48 + 2, 24 + 1]
 
 
 def test_one_that_looks_sure_on_the_easy_pictures_does_not_run_alone() -> None:
@@ -87,5 +87,5 @@ def test_one_that_looks_sure_on_the_easy_pictures_does_not_run_alone() -> None:
         return kl, 1 - kl
 
     result = race(WAYS, 48, measure)
-    assert len([i for i in result.finalists if not is_floor(WAYS[i])]) == 6
+    assert len([i for i in result.finalists if not is_floor(WAYS[i])]) == 24
     assert {4, 0} <= set(result.finalists)
