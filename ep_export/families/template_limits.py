@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -83,9 +84,15 @@ def rendering() -> Iterator[None]:
         ) from error
 
 
+# Where Python swallows what is raised, and ends the watch with it.
+_SWALLOWING = weakref.WeakKeyDictionary.__init__.__code__.co_filename
+
+
 def _watch(deadline: float) -> Any:
-    def trace(_frame: FrameType, _event: str, _argument: Any) -> Any:
-        if time.monotonic() > deadline:
+    def trace(frame: FrameType, _event: str, _argument: Any) -> Any:
+        code = frame.f_code
+        swallowed = code.co_name == "__del__" or code.co_filename == _SWALLOWING
+        if time.monotonic() > deadline and not swallowed:
             raise _OutOfTime
         return trace
 

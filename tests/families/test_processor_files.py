@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import time
+import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ from tiny import make_tiny, tiny_picture
 
 from ep_export.checkpoint import open_config
 from ep_export.errors import UserError
+from ep_export.families.template_limits import _OutOfTime, _watch
 
 
 @pytest.fixture(scope="module")
@@ -171,3 +175,17 @@ def test_a_template_is_watched_in_other_threads_too(directory, monkeypatch):
     template(directory, "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}")
     with ThreadPoolExecutor(1) as pool:
         pool.submit(refused, directory, "takes over").result()
+
+
+def test_the_watch_does_not_raise_where_python_would_swallow_it_and_end_the_watch():
+    """In the callback of a weak reference, or in a finalizer, that may run on any line of a template."""
+    watch = _watch(time.monotonic() - 1)
+
+    class Finalized:
+        def __del__(self) -> None:
+            """Nothing."""
+
+    for code in (weakref.WeakKeyDictionary()._remove.__code__, Finalized.__del__.__code__):
+        assert watch(SimpleNamespace(f_code=code), "call", None) is watch
+    with pytest.raises(_OutOfTime):
+        watch(SimpleNamespace(f_code=make_tiny.__code__), "call", None)
